@@ -1,0 +1,15 @@
+"""VAE on dynamically binarised MNIST.
+
+Paper: Kingma & Welling 2014; binarisation as in Burda et al. 2016.
+Run:   python -m dgm_jax.main --config=configs/vae_mnist.py
+"""
+
+from dgm_jax.config import ConfigDict, experiment, variant
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The default experiment; `:smoke` for a run of seconds."""
+    config = experiment("vae")
+    config.model.encoder = (500, 500)
+    config.model.decoder = (500, 500)
+    return variant(config, arg)

@@ -1,0 +1,1 @@
+"""Deep generative models in JAX: compiled end to end, tested against closed forms."""

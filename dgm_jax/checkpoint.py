@@ -1,0 +1,115 @@
+"""Orbax checkpoints of a run, verified when they are read back."""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from dgm_jax.core import UserError
+from dgm_jax.train_state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints in one directory; saves asynchronously, keeps the newest few.
+
+    A checkpoint is the train state and the SHA-256 of its values: Orbax does not notice a flipped
+    bit in a data file.
+    """
+
+    def __init__(self, directory: Path, keep: int = 2) -> None:
+        """Open `directory`, which is made when the first checkpoint is saved.
+
+        Args:
+          directory: where the checkpoints are.
+          keep: how many to keep, the newest ones; at least 2, so that there is one to fall back
+            to.
+        """
+        self._directory = directory.absolute()
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False),
+            item_names=("state", "digest"),
+        )
+
+    def save(self, state: TrainState) -> None:
+        """Start saving `state` and return; a save still running is waited for first."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                digest=ocp.args.JsonSave({"sha256": _digest(state)}),
+            ),
+            force=True,
+        )
+
+    def restore(
+        self, abstract_state: TrainState, announce: Callable[[str], None]
+    ) -> TrainState | None:
+        """The newest checkpoint that is whole, or None where there is none at all.
+
+        Args:
+          abstract_state: shapes, dtypes and shardings to restore to.
+          announce: told of each damaged checkpoint that was passed over.
+
+        Raises:
+          UserError: there are checkpoints, and every one is damaged.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self._read(step, abstract_state)
+            except Exception as error:  # Orbax raises many kinds for a damaged file.
+                reason = str(error.__cause__ or error).splitlines()[0][:200]
+                announce(
+                    f"WARNING: the checkpoint of step {step:,} is damaged ({reason}); "
+                    "falling back to the one before"
+                )
+        if steps:
+            raise UserError(
+                f"every checkpoint in {self._directory} is damaged (steps {steps}): "
+                "move the directory away to start again"
+            )
+        return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Move checkpoints newer than `step`, which are damaged, out of the way of new ones."""
+        for newer in self._manager.all_steps():
+            if newer > step:
+                target = self._directory.parent / "damaged_checkpoints"
+                target.mkdir(exist_ok=True)
+                shutil.move(self._directory / str(newer), target / str(newer))
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def _read(self, step: int, abstract_state: TrainState) -> TrainState:
+        item = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract_state), digest=ocp.args.JsonRestore()
+            ),
+        )
+        if _digest(item.state) != item.digest["sha256"]:
+            raise ValueError("its values do not match their SHA-256")
+        return item.state
+
+
+def abstract(state: TrainState, sharding: jax.sharding.Sharding) -> TrainState:
+    """Shapes and dtypes of `state` (itself possibly abstract), to be put under `sharding`."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+
+
+def _digest(state: TrainState) -> str:
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        sha.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        sha.update(np.ascontiguousarray(leaf).data)
+    return sha.hexdigest()

@@ -1,0 +1,202 @@
+"""Experiment configs: sections of documented fields, built in Python, locked, kept as JSON."""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dgm_jax import models, optim
+from dgm_jax.core import UserError
+from dgm_jax.data import dataset as data
+from dgm_jax.evaluators import likelihood
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The `train` section. Lengths are texts with their unit: `"100 epochs"`, `"2000 steps"`.
+
+    Attributes:
+      duration: how long to train; rounded up to a whole number of dispatches.
+      batch_size: B, over all devices.
+      steps_per_dispatch: K updates in one compiled call; one row of metrics each.
+      validate_every: length between measurements on the validation split.
+      checkpoint_every: length between checkpoints; there is one at the end in any case.
+    """
+
+    duration: str = "100 epochs"
+    batch_size: int = 100
+    steps_per_dispatch: int = 200
+    validate_every: str = "5 epochs"
+    checkpoint_every: str = "10 epochs"
+
+
+_SECTIONS = {
+    "data": data.Config,
+    "optimizer": optim.Config,
+    "train": TrainConfig,
+    "eval": likelihood.Config,
+}
+
+# What `:smoke` changes in every config: the whole path on small real data, in seconds.
+_SMOKE = {
+    "data.source": "embedded",
+    "train.duration": "200 steps",
+    "train.steps_per_dispatch": 50,
+    "train.validate_every": "100 steps",
+    "train.checkpoint_every": "100 steps",
+    "eval.num_samples": 50,
+}
+
+
+def experiment(model: str) -> ConfigDict:
+    """A config with the defaults of every section and of the named model."""
+    sections = {name: dataclasses.asdict(section()) for name, section in _SECTIONS.items()}
+    return ConfigDict({"seed": 0, "model": models.defaults(model), **sections})
+
+
+def variant(config: ConfigDict, arg: str | None, **variants: Mapping[str, Any]) -> ConfigDict:
+    """The variant of `config` named behind the colon of `--config=file.py:arg`.
+
+    Args:
+      config: the config without an argument.
+      arg: the argument, or None or "".
+      **variants: name -> overrides (`{"model.latents": 2}`); `smoke` is always there, and what is
+        given for it comes on top.
+
+    Raises:
+      UserError: no such variant; lists those that there are.
+    """
+    variants = {**variants, "smoke": {**_SMOKE, **variants.get("smoke", {})}}
+    if not arg:
+        return config
+    if arg not in variants:
+        raise UserError(f"the config has no variant {arg!r}; it has: {', '.join(variants)}")
+    return override(config, variants[arg])
+
+
+def override(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """A copy of `config` with the fields named by dotted paths replaced.
+
+    Raises:
+      UserError: an unknown field, or a value of another type than the field's.
+    """
+    config = config.copy_and_resolve_references()
+    known = fields(config)
+    for path, value in values.items():
+        if path not in known:
+            raise UserError(unknown_field(path, known))
+        try:
+            config.update_from_flattened_dict({path: value})
+        except TypeError as error:
+            raise UserError(f"{path}={value!r}: expected {type(known[path]).__name__}") from error
+    return config
+
+
+def load(path: str, values: Mapping[str, Any] | None = None) -> ConfigDict:
+    """The config in a file, as the command line would read it.
+
+    Args:
+      path: `configs/vae_mnist.py`, or with a variant `configs/vae_mnist.py:smoke`.
+      values: overrides by dotted path.
+
+    Raises:
+      UserError: no such file, variant or field.
+    """
+    filename, _, arg = path.partition(":")
+    if not Path(filename).is_file():
+        raise UserError(no_such_file(filename))
+    spec = importlib.util.spec_from_file_location(Path(filename).stem, filename)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return override(module.get_config(arg), values or {})
+
+
+def no_such_file(filename: str) -> str:
+    """What to say of a config file that is not there."""
+    folder = Path(filename).parent
+    there = sorted(str(p) for p in folder.glob("*.py")) if folder.is_dir() else []
+    near = difflib.get_close_matches(filename, there, n=3) or there
+    return f"--config={filename}: no such file" + (f"; there is {', '.join(near)}" if near else "")
+
+
+def unknown_field(path: str, known: Mapping[str, Any]) -> str:
+    """What to say of a field that is not there, with the nearest that are."""
+    last = {name.rpartition(".")[2]: name for name in known}
+    near = difflib.get_close_matches(path, known, n=3)
+    near = near or [last[n] for n in difflib.get_close_matches(path.rpartition(".")[2], last, n=3)]
+    near = near or [name for name in known if name.startswith(path.partition(".")[0])]
+    return f"config has no field {path!r}; nearest: {', '.join(near or known)}"
+
+
+def fields(config: ConfigDict) -> dict[str, Any]:
+    """All fields by dotted path."""
+    found = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            found |= {f"{name}.{rest}": inner for rest, inner in fields(value).items()}
+        else:
+            found[name] = value
+    return found
+
+
+def section(config: ConfigDict, name: str) -> Any:
+    """A section as its dataclass, e.g. `section(config, "data")` -> `data.Config`."""
+    return _SECTIONS[name](**config[name])
+
+
+def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
+    """How two configs differ: `["model.latents: 50 there, 40 here", ...]`."""
+    mine, theirs = fields(config), fields(other)
+    return [
+        f"{name}: {theirs.get(name, 'absent')} there, {mine.get(name, 'absent')} here"
+        for name in sorted({*mine, *theirs})
+        if mine.get(name, "absent") != theirs.get(name, "absent")
+    ]
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON text."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config that `to_json` wrote."""
+    return ConfigDict(_tuples(json.loads(text)))
+
+
+def num_steps(length: str, field: str, steps_per_epoch: int, multiple: int) -> int:
+    """A length such as `"100 epochs"` or `"2000 steps"` in steps, rounded up.
+
+    Args:
+      length: the text.
+      field: its name, for the error.
+      steps_per_epoch: what an epoch is.
+      multiple: the result is a multiple of this.
+
+    Raises:
+      UserError: not a positive number and a unit.
+    """
+    number, _, unit = str(length).partition(" ")
+    scale = {"epochs": steps_per_epoch, "epoch": steps_per_epoch, "steps": 1, "step": 1}
+    try:
+        steps = float(number) * scale[unit.strip()]
+        if not 0 < steps < 2**31:
+            raise ValueError(length)
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{field}={length!r}: give a positive number and its unit, "
+            'such as "100 epochs" or "2000 steps"'
+        ) from error
+    return -int(-steps // multiple) * multiple
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists back to the tuples that they were."""
+    if isinstance(value, dict):
+        return {name: _tuples(inner) for name, inner in value.items()}
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

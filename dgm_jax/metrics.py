@@ -1,0 +1,62 @@
+"""Measured numbers: what they are, how sure they are, and how they are written."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Metric(NamedTuple):
+    """One measured number.
+
+    Attributes:
+      value: the mean over examples.
+      unit: `nats`, `bits/dim`, `units`, ...
+      standard_error: of the mean over examples; None where that has no meaning.
+      num_examples: how many examples it is the mean of.
+      num_samples: K, latent draws per example; None where none are drawn.
+    """
+
+    value: float
+    unit: str
+    standard_error: float | None = None
+    num_examples: int | None = None
+    num_samples: int | None = None
+
+
+def mean_over_examples(values: np.ndarray, unit: str, num_samples: int | None = None) -> Metric:
+    """The mean of `values` `[N]` with its standard error s/√N (s with N - 1).
+
+    Summed in float64, once, over all examples: the result does not depend on how they were
+    batched.
+    """
+    values = np.asarray(values, np.float64)
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return Metric(float(values.mean()), unit, error, len(values), num_samples)
+
+
+def bits_per_dim(log_likelihood: Metric, num_dims: int) -> Metric:
+    """-log2 p(x) / D from a log-likelihood in nats; the uniform model of bytes has 8 bits/dim."""
+    scale = 1 / (num_dims * math.log(2))
+    error = log_likelihood.standard_error
+    return log_likelihood._replace(
+        value=-log_likelihood.value * scale,
+        unit="bits/dim",
+        standard_error=None if error is None else error * scale,
+    )
+
+
+def table(metrics: dict[str, Metric]) -> str:
+    """The metrics as aligned lines of text."""
+    rows = []
+    for name, metric in metrics.items():
+        error = "" if metric.standard_error is None else f"± {metric.standard_error:.3f}"
+        details = [f"{metric.num_examples:,} examples"] if metric.num_examples else []
+        details += [f"K = {metric.num_samples:,}"] if metric.num_samples else []
+        value = f"{metric.value:.4f}" if metric.unit == "bits/dim" else f"{metric.value:.3f}"
+        rows.append((name, value, error, metric.unit, ", ".join(details)))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    return "\n".join(
+        f"  {n:<{widths[0]}}  {v:>{widths[1]}} {e:<{widths[2]}}  {u:<{widths[3]}}  {d}".rstrip()
+        for n, v, e, u, d in rows
+    )

@@ -1,0 +1,100 @@
+"""From the `optimizer` section to an optax chain. Every number may be traced."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dgm_jax.core import Params, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Adam(W) with global-norm clipping, linear warm-up and cosine decay to zero.
+
+    Attributes:
+      learning_rate: at the end of the warm-up.
+      warmup: fraction of training over which the learning rate rises from 0.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the square root of the second moment.
+      weight_decay: decoupled (Loshchilov & Hutter 2019), on arrays of two or more dimensions.
+      clip_norm: the gradient is scaled down to this global norm where it exceeds it.
+      ema: decay of the averaged parameters that evaluation uses; 0 keeps none.
+    """
+
+    learning_rate: float = 1e-3
+    warmup: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 100.0
+    ema: float = 0.999
+
+
+def check(config: Config) -> None:
+    """Refuse values that make no sense.
+
+    Raises:
+      UserError: names the field, its value and its range.
+    """
+    for field, low, high in (
+        ("learning_rate", 0, float("inf")),
+        ("warmup", 0, 1),
+        ("b1", 0, 1),
+        ("b2", 0, 1),
+        ("weight_decay", 0, float("inf")),
+        ("ema", 0, 1),
+    ):
+        value = getattr(config, field)
+        if not low <= value < high:
+            raise UserError(f"optimizer.{field}={value}: must be at least {low} and below {high}")
+    for field in ("eps", "clip_norm"):
+        if not getattr(config, field) > 0:
+            raise UserError(f"optimizer.{field}={getattr(config, field)}: must be above 0")
+
+
+def schedule(config: Config, num_steps: int) -> optax.Schedule:
+    """Learning rate as a function of the step: linear warm-up, then cosine decay to zero.
+
+    Written out because optax's own refuses a traced warm-up length.
+    """
+    warmup_steps = config.warmup * num_steps
+
+    def learning_rate(step: jax.Array) -> jax.Array:
+        rise = jnp.minimum(1.0, (step + 1) / jnp.maximum(warmup_steps, 1.0))
+        done = jnp.clip((step - warmup_steps) / jnp.maximum(num_steps - warmup_steps, 1), 0, 1)
+        return config.learning_rate * rise * 0.5 * (1 + jnp.cos(jnp.pi * done))
+
+    return learning_rate
+
+
+def build(config: Config, num_steps: int) -> optax.GradientTransformation:
+    """The optax chain for a run of `num_steps` steps."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule(config, num_steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
+        ),
+    )
+
+
+def update_ema(average: Params, params: Params, step: jax.Array, decay: float) -> Params:
+    """One step of the exponential moving average of the parameters.
+
+    The decay is min(decay, (1 + t) / (10 + t)): the average of a short run is not its start.
+
+    Args:
+      average, params: pytrees of the same structure.
+      step: int32 `[]`, t, from 0.
+      decay: the asymptotic decay.
+    """
+    rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda a, p: a + rate * (p - a), average, params)

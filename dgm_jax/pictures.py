@@ -1,0 +1,93 @@
+"""Pictures of what a model has learned, from whatever the model can do."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from dgm_jax.core import Batch, Model, Params
+
+
+def save_grid(path: Path, rows: np.ndarray, title: str) -> None:
+    """Write images as a grid.
+
+    Args:
+      path: the .png.
+      rows: float `[R, C, H, W, 1 or 3]` in [0, 1].
+      title: stands above.
+    """
+    num_rows, num_columns, height, width, channels = rows.shape
+    # One white pixel between images, so that a reader can tell where each ends.
+    padded = np.pad(rows, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=1.0)
+    sheet = padded.transpose(0, 2, 1, 3, 4).reshape(
+        num_rows * (height + 1), num_columns * (width + 1), channels
+    )[:-1, :-1]
+    inches = 7.0
+    figure = Figure(figsize=(inches, inches * sheet.shape[0] / sheet.shape[1] + 0.5), dpi=150)
+    axes = figure.subplots()
+    axes.imshow(sheet.squeeze(-1) if channels == 1 else sheet, cmap="gray", vmin=0, vmax=1)
+    axes.set_title(title, fontsize=10)
+    axes.set_axis_off()
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
+
+
+def save_samples(path: Path, samples: dict[str, np.ndarray], title: str, most: int = 100) -> None:
+    """A square grid of samples; of the decoder's means where the model gives them."""
+    images = np.asarray(samples.get("mean", samples["x"]))[:most]
+    columns = int(np.ceil(np.sqrt(len(images))))
+    missing = -len(images) % columns
+    images = np.concatenate([images, np.ones((missing, *images.shape[1:]), images.dtype)])
+    what = "means E[x | z]" if "mean" in samples else "samples x"
+    save_grid(path, images.reshape(-1, columns, *images.shape[1:]), f"{title}: {what}")
+
+
+def save_reconstructions(
+    path: Path, model: Model, params: Params, batch: Batch, rng: jax.Array, columns: int = 10
+) -> None:
+    """Originals, and below each its reconstruction; `batch` holds a multiple of `columns`."""
+    means = np.asarray(jax.jit(model.reconstruct)(params, batch, rng))
+    originals = np.asarray(batch["x"])
+    event = originals.shape[1:]
+    both = np.stack(
+        [originals.reshape(-1, columns, *event), means.reshape(-1, columns, *event)], axis=1
+    ).reshape(-1, columns, *event)
+    save_grid(path, both, "test images (odd rows) and their reconstructions E[x | z] (even rows)")
+
+
+def save_interpolation(
+    path: Path, model: Model, params: Params, batch: Batch, rng: jax.Array, columns: int = 10
+) -> None:
+    """Straight lines in latent space between the codes of successive pairs of images."""
+    codes = model.encode(params, batch, rng)
+    start, end = codes[0::2, None], codes[1::2, None]
+    weight = jnp.linspace(0.0, 1.0, columns)[None, :, None]
+    path_codes = (1 - weight) * start + weight * end
+    means = jax.jit(model.decode)(params, path_codes.reshape(-1, codes.shape[-1]))
+    rows = np.asarray(means).reshape(len(start), columns, *means.shape[1:])
+    save_grid(path, rows, "latent interpolation between two test images, left to right")
+
+
+def save_learning_curve(path: Path, rows: list[dict]) -> None:
+    """Every logged cost in nats against the step: training thin, validation with dots."""
+    names = sorted({name for row in rows for name in row if _is_curve(name)})
+    figure = Figure(figsize=(7, 4.5), dpi=150)
+    axes = figure.subplots()
+    everything = []
+    for name in names:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        steps, values = zip(*points, strict=True)
+        held_out = name.startswith("validation/")
+        axes.plot(steps, values, "o-" if held_out else "-", ms=3, lw=1.2, label=name)
+        everything += values[len(values) // 20 :]  # the first moments would flatten the rest
+    low, high = np.percentile(everything, [0, 99.5])
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    axes.set(xlabel="step", ylabel="nats per example", title="learning curve (costs)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, bbox_inches="tight")
+
+
+def _is_curve(name: str) -> bool:
+    return "/" in name and not name.endswith("grad_norm")

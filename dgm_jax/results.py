@@ -1,0 +1,82 @@
+"""`results.json`: numbers, and all that is needed to know what they are about."""
+
+import importlib.metadata
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from dgm_jax.metrics import Metric
+
+SCHEMA = 1
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
+
+
+def collect(
+    metrics: dict[str, Metric],
+    card: dict[str, Any],
+    config: ConfigDict,
+    *,
+    split: str,
+    step: int,
+    num_parameters: int,
+    seconds: dict[str, float],
+    files: list[str],
+) -> dict[str, Any]:
+    """A result by the schema in `docs/results.md`.
+
+    Args:
+      metrics: what was measured on `split`.
+      card: the data card.
+      config: the run's config.
+      split: the split measured on.
+      step: updates made.
+      num_parameters: scalars trained.
+      seconds: wall-clock time by part.
+      files: names of the files written, relative to the work directory.
+    """
+    return {
+        "schema": SCHEMA,
+        "split": split,
+        "step": step,
+        "metrics": {name: metric._asdict() for name, metric in metrics.items()},
+        "data": card,
+        "config": config.to_dict(),
+        "num_parameters": num_parameters,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "peak_memory_mib": round(_peak_memory_mib()),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+        "git_revision": git_revision(),
+        "files": files,
+    }
+
+
+def git_revision() -> str | None:
+    """The commit of this checkout, with `-dirty` where files differ; None outside git."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no", ".") else ""
+        return git("rev-parse", "HEAD") + dirty
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _peak_memory_mib() -> float:
+    # Linux counts in KiB, macOS in bytes.
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,0 +1,36 @@
+"""Devices: one mesh axis, `data`. Batches are split along it, the state is on every device."""
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dgm_jax.core import UserError
+
+
+def make_mesh() -> Mesh:
+    """All devices on the axis `data`."""
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_batch(mesh: Mesh) -> NamedSharding:
+    """The leading axis divided over the devices."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def check_batch(field: str, batch_size: int, mesh: Mesh) -> None:
+    """Refuse a batch that the devices cannot share equally.
+
+    Raises:
+      UserError: names the field and the nearest sizes that can be.
+    """
+    n = mesh.size
+    if batch_size < 1 or batch_size % n:
+        below = max(batch_size // n, 1) * n
+        raise UserError(
+            f"{field}={batch_size} cannot be divided over {n} device(s); "
+            f"nearest: {below} or {below + n}"
+        )

@@ -1,0 +1,246 @@
+"""The training loop."""
+
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dgm_jax import config as configs
+from dgm_jax import models, optim, sharding, writers
+from dgm_jax.checkpoint import Checkpoints, abstract
+from dgm_jax.core import DataSpec, Model, UserError
+from dgm_jax.data import dataset as data
+from dgm_jax.evaluators import likelihood
+from dgm_jax.progress import Progress, say
+from dgm_jax.train_state import TrainState
+from dgm_jax.train_step import Metrics, compile_train_steps, init_state
+from dgm_jax.workdir import Workdir
+
+
+class Experiment(NamedTuple):
+    """A config made concrete: checked, with its model, optimizer, data and devices."""
+
+    config: ConfigDict
+    dataset: data.Dataset
+    model: Model
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    num_steps: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in one pass over the training split."""
+        return len(self.dataset.splits["train"]) // self.config.train.batch_size
+
+    @property
+    def steps_per_dispatch(self) -> int:
+        """K, no more than the whole run has."""
+        return min(self.config.train.steps_per_dispatch, self.num_steps)
+
+    def steps(self, field: str) -> int:
+        """A length of the `train` section in steps, a multiple of K."""
+        return configs.num_steps(
+            self.config.train[field],
+            f"train.{field}",
+            self.steps_per_epoch,
+            self.steps_per_dispatch,
+        )
+
+
+def prepare(config: ConfigDict, dataset: data.Dataset) -> Experiment:
+    """Check every value of a config against the data and the devices, and build what it says.
+
+    Raises:
+      UserError: names the value that is wrong.
+    """
+    models.check(config.model, dataset.spec)
+    optimizer, mesh = configs.section(config, "optimizer"), sharding.make_mesh()
+    optim.check(optimizer)
+    likelihood.check(configs.section(config, "eval"), mesh)
+    train, num_train = config.train, len(dataset.splits["train"])
+    if train.batch_size > num_train:
+        raise UserError(
+            f"train.batch_size={train.batch_size} is larger than the training split "
+            f"({num_train:,} examples)"
+        )
+    sharding.check_batch("train.batch_size", train.batch_size, mesh)
+    if train.steps_per_dispatch < 1:
+        raise UserError(f"train.steps_per_dispatch={train.steps_per_dispatch}: at least 1")
+    steps_per_epoch = num_train // train.batch_size
+    exact = configs.num_steps(train.duration, "train.duration", steps_per_epoch, 1)
+    experiment = Experiment(
+        config=config,
+        dataset=dataset,
+        model=models.build(config.model, dataset.spec),
+        optimizer=optim.build(
+            optimizer,
+            num_steps := -(-exact // (k := min(exact, train.steps_per_dispatch))) * k,
+        ),
+        mesh=mesh,
+        num_steps=num_steps,
+    )
+    experiment.steps("validate_every"), experiment.steps("checkpoint_every")
+    return experiment
+
+
+def initial_state(experiment: Experiment) -> TrainState:
+    """The state before the first step, made on the devices it will stay on."""
+    config = experiment.config
+    batch = data.some(experiment.dataset, "train", config.train.batch_size)
+    return jax.jit(
+        lambda batch: init_state(
+            experiment.model, experiment.optimizer, config.seed, batch, config.optimizer.ema > 0
+        ),
+        out_shardings=sharding.replicated(experiment.mesh),
+    )(batch)
+
+
+def abstract_state(
+    config: ConfigDict, model: Model, optimizer: optax.GradientTransformation, spec: DataSpec, mesh: Mesh
+) -> TrainState:
+    """Shapes of the state, for restoring it without data."""
+    x = jnp.zeros((config.train.batch_size, *spec.event_shape))
+    state = jax.eval_shape(
+        lambda: init_state(model, optimizer, config.seed, {"x": x}, config.optimizer.ema > 0)
+    )
+    return abstract(state, sharding.replicated(mesh))
+
+
+def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, float]:
+    """Train from the newest whole checkpoint, or from the start, to the end.
+
+    The order within a round matters: the next dispatch is started before the previous one's
+    metrics are fetched, so the devices never wait for the host; and metrics are checked before
+    the state they belong to is saved, so a checkpoint is never one of a run that had diverged.
+
+    Args:
+      experiment: what to train.
+      workdir: a claimed work directory; rows, events and checkpoints go there.
+
+    Returns:
+      The final state, and the seconds spent training over all interruptions.
+
+    Raises:
+      UserError: a loss, term or gradient is not finite; names step and term.
+    """
+    config, model, mesh = experiment.config, experiment.model, experiment.mesh
+    state = initial_state(experiment)
+    checkpoints = Checkpoints(workdir.checkpoints)
+    restored = checkpoints.restore(abstract(state, sharding.replicated(mesh)), say)
+    if restored is not None:
+        state = restored
+        checkpoints.set_aside_after(int(state.step))
+        say(f"resumed     from the checkpoint of step {int(state.step):,}")
+    first = int(state.step)
+    log = _Log(experiment, workdir, first)
+
+    split = experiment.dataset.splits["train"]
+    arrays = jax.device_put(
+        {"images": split.images, "labels": split.labels}, sharding.replicated(mesh)
+    )
+    run_steps = compile_train_steps(
+        model,
+        experiment.optimizer,
+        config.optimizer.ema,
+        experiment.dataset,
+        config.train.batch_size,
+        experiment.steps_per_dispatch,
+        mesh,
+    )
+    validate = None
+    if len(experiment.dataset.splits["validation"]):
+        validate = likelihood.compile_pass(
+            likelihood.elbo_terms(model, num_samples=1),
+            experiment.dataset,
+            "validation",
+            config.eval.batch_size,
+            mesh,
+        )
+    validate_every = experiment.steps("validate_every")
+    checkpoint_every = experiment.steps("checkpoint_every")
+
+    pending: tuple[int, Metrics] | None = None
+    try:
+        for step in range(first, experiment.num_steps, experiment.steps_per_dispatch):
+            state, measured = run_steps(state, arrays)
+            if pending is not None:
+                log.dispatch(*pending)
+            done = step + experiment.steps_per_dispatch
+            pending = done, measured
+            last = done == experiment.num_steps
+            validating = validate is not None and (done % validate_every == 0 or last)
+            saving = done % checkpoint_every == 0 or last
+            if validating or saving:
+                log.dispatch(*pending)
+                pending = None
+            if validating:
+                log.validation(done, validate(state.eval_params, config.seed))
+            if saving:
+                checkpoints.save(state)
+    finally:
+        # Also after an error or an interrupt: a save under way is finished, rows are kept.
+        checkpoints.close()
+        log.close()
+    return state, log.seconds
+
+
+class _Log:
+    """Checks each dispatch's metrics, writes them, and shows progress."""
+
+    def __init__(self, experiment: Experiment, workdir: Workdir, step: int) -> None:
+        self._experiment = experiment
+        self._writer = writers.Writer(workdir.metrics, workdir.tensorboard, step)
+        earlier = [row["seconds"] for row in writers.read(workdir.metrics) if "seconds" in row]
+        self.seconds = earlier[-1] if earlier else 0.0
+        self._mark = time.monotonic()
+        self._progress = Progress("training", experiment.num_steps, start=step)
+
+    def dispatch(self, step: int, measured: Metrics) -> None:
+        """One row for the K updates that ended with number `step`; metrics are `[K]`."""
+        measured = jax.device_get(measured)
+        _refuse_non_finite(step, measured)
+        steps = self._experiment.steps_per_dispatch
+        now = time.monotonic()
+        elapsed, self._mark = now - self._mark, now
+        self.seconds += elapsed
+        row = {name: float(np.mean(values)) for name, values in measured.items()}
+        images_per_second = steps * self._experiment.config.train.batch_size / elapsed
+        self._writer.write(
+            step, {**row, "images_per_second": images_per_second, "seconds": self.seconds}
+        )
+        shown = "  ".join(
+            f"{name.partition('/')[2]} {value:.2f}"
+            for name, value in row.items()
+            if not name.endswith("grad_norm")
+        )
+        self._progress.advance(
+            steps, f"{steps / elapsed:,.0f} steps/s  {images_per_second:,.0f} images/s  {shown}"
+        )
+
+    def validation(self, step: int, per_example: dict[str, np.ndarray]) -> None:
+        """One row of validation means."""
+        found = likelihood.summarise(per_example, num_samples=1)
+        self._writer.write(step, {f"validation/{n}": m.value for n, m in found.items()})
+
+    def close(self) -> None:
+        """Close the files and the bar."""
+        self._progress.__exit__(None, None, None)
+        self._writer.close()
+
+
+def _refuse_non_finite(step: int, measured: Metrics) -> None:
+    bad = {name: np.flatnonzero(~np.isfinite(values)) for name, values in measured.items()}
+    bad = {name: where[0] for name, where in bad.items() if where.size}
+    if bad:
+        at = min(bad.values())
+        names = ", ".join(name for name, where in bad.items() if where == at)
+        raise UserError(
+            f"{names} is not finite at step {step - len(next(iter(measured.values()))) + at + 1:,}"
+            ": training stopped and the last checkpoint is as it was; "
+            "try a lower optimizer.learning_rate or optimizer.clip_norm"
+        )

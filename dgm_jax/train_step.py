@@ -1,0 +1,120 @@
+"""One update, and K of them in one compiled program."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from dgm_jax import optim, sharding
+from dgm_jax.core import Batch, Model, Player, masked_mean
+from dgm_jax.data import dataset as data
+from dgm_jax.data.order import batch_ids
+from dgm_jax.rng import stream
+from dgm_jax.train_state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def init_state(
+    model: Model, optimizer: optax.GradientTransformation, seed: int, batch: Batch, ema: bool
+) -> TrainState:
+    """The state before the first step."""
+    params = model.init(stream(seed, "init"), batch)
+    return TrainState(
+        step=jnp.int32(0),
+        seed=jnp.int32(seed),
+        params=params,
+        opt_states={p.name: optimizer.init(params[p.name]) for p in model.players},
+        # A copy: a donated state must not hold one array twice.
+        ema=jax.tree.map(jnp.copy, params) if ema else None,
+    )
+
+
+def train_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    state: TrainState,
+    batch: Batch,
+) -> tuple[TrainState, Metrics]:
+    """One update of every player, in order; each sees what those before it have done.
+
+    Args:
+      model: the model, possibly built from traced numbers.
+      optimizer: used for every player, with a state of its own for each.
+      ema_decay: decay of the averaged parameters, used where `state.ema` is kept.
+      state: the state before.
+      batch: see `core`.
+
+    Returns:
+      The state after, and float32 `[]` metrics named `player/loss`, `player/grad_norm` and
+      `player/<term>` (nats per example).
+    """
+    metrics: Metrics = {}
+    params, opt_states = dict(state.params), dict(state.opt_states)
+    for player in model.players:
+        rng = stream(state.seed, f"train/{player.name}", state.step)
+
+        def loss_of(own: Any, player: Player = player, rng: jax.Array = rng) -> tuple:
+            return player.loss_fn({**params, player.name: own}, batch, rng)
+
+        own, opt_state = params[player.name], opt_states[player.name]
+        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(own)
+        updates, opt_states[player.name] = optimizer.update(grads, opt_state, own)
+        params[player.name] = optax.apply_updates(own, updates)
+        if aux.state is not None:
+            params["state"] = aux.state
+        measured = {"loss": loss, "grad_norm": optax.global_norm(grads), **aux.scalars}
+        measured |= {name: masked_mean(term, batch) for name, term in aux.terms.items()}
+        metrics |= {f"{player.name}/{name}": value for name, value in measured.items()}
+    ema = state.ema
+    if ema is not None:
+        ema = optim.update_ema(ema, params, state.step, ema_decay)
+    state = state.replace(step=state.step + 1, params=params, opt_states=opt_states, ema=ema)
+    return state, metrics
+
+
+def compile_train_steps(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    dataset: data.Dataset,
+    batch_size: int,
+    num_steps: int,
+    mesh: Mesh,
+) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """K updates as one jitted function of the state and the training arrays on the devices.
+
+    Shuffling, binarisation and the updates all happen inside; the host does nothing per step.
+
+    Args:
+      model, optimizer, ema_decay: see `train_step`.
+      dataset: for its binarisation and sizes.
+      batch_size: B, over all devices.
+      num_steps: K, updates per call.
+      mesh: the devices.
+
+    Returns:
+      `(state, arrays) -> (state, metrics)` where `arrays` holds `images` uint8 `[N, *event]` and
+      `labels` int32 `[N]`, the state is donated, and each metric is float32 `[K]`.
+    """
+    num_examples = len(dataset.splits["train"])
+
+    def train_steps(state: TrainState, arrays: Mapping[str, jax.Array]) -> tuple:
+        steps = state.step + jnp.arange(num_steps)
+        # All ids at once: K small index computations would cost more than one larger.
+        ids = jax.vmap(lambda s: batch_ids(state.seed, s, batch_size, num_examples))(steps)
+
+        def body(state: TrainState, ids: jax.Array) -> tuple[TrainState, Metrics]:
+            rng = stream(state.seed, "data/binarise", state.step)
+            batch = data.train_batch(dataset, arrays["images"], arrays["labels"], ids, rng)
+            batch = jax.lax.with_sharding_constraint(batch, sharding.split_batch(mesh))
+            return train_step(model, optimizer, ema_decay, state, batch)
+
+        return jax.lax.scan(body, state, ids)
+
+    everywhere = sharding.replicated(mesh)
+    return jax.jit(train_steps, donate_argnums=0, out_shardings=(everywhere, everywhere))

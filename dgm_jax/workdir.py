@@ -1,0 +1,135 @@
+"""A work directory: everything about one run, under fixed names."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from dgm_jax import config as configs
+from dgm_jax.core import UserError
+
+
+class Workdir(NamedTuple):
+    """Where the files of a run are."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The config that made the run, as JSON."""
+        return self.path / "config.json"
+
+    @property
+    def data_card(self) -> Path:
+        """Which data the run was trained on."""
+        return self.path / "data_card.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON row per dispatch or validation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Orbax checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def results(self) -> Path:
+        """The final numbers; its presence means that the run is finished."""
+        return self.path / "results.json"
+
+    def load_config(self) -> ConfigDict:
+        """The config that made the run.
+
+        Raises:
+          UserError: there is none, or it cannot be read.
+        """
+        return configs.from_json(json.dumps(_read_json(self.config, "train one first")))
+
+    def load_card(self) -> dict[str, Any]:
+        """The data card of the run.
+
+        Raises:
+          UserError: there is none, or it cannot be read.
+        """
+        return _read_json(self.data_card, "train first")
+
+    def check_config(self, config: ConfigDict) -> None:
+        """Refuse a directory that is not writable or is about something else; change nothing.
+
+        Raises:
+          UserError: says what differs.
+        """
+        if self.config.exists():
+            if differs := configs.differences(config, self.load_config()):
+                raise UserError(
+                    f"{self.path} belongs to another config ({'; '.join(differs)}): "
+                    "choose another --workdir"
+                )
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(
+                f"{self.path} is not empty and is no work directory: choose another --workdir"
+            )
+        parent = self.path
+        while not parent.exists():
+            parent = parent.parent
+        if not os.access(parent, os.W_OK):
+            raise UserError(f"{parent} is not writable: choose another --workdir")
+
+    def check_card(self, card: dict[str, Any]) -> None:
+        """Refuse to mix data: numbers on other images would pass for numbers on these.
+
+        Where the images came from may differ, what they are may not.
+
+        Raises:
+          UserError: names the fields that differ.
+        """
+        if not self.data_card.exists():
+            return
+        there = self.load_card()
+        differs = [
+            f"{name}: {there.get(name)} there, {card[name]} here"
+            for name in card
+            if name != "source" and there.get(name) != card[name]
+        ]
+        if differs:
+            raise UserError(
+                f"{self.path} was trained on other data ({'; '.join(differs)}): make that data "
+                "available again, or choose another --workdir"
+            )
+
+    def claim(self, config: ConfigDict, card: dict[str, Any]) -> None:
+        """Make the directory and write what it is about."""
+        self.check_card(card)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.data_card, card)
+        write_text(self.config, configs.to_json(config))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text`, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _read_json(path: Path, advice: str) -> Any:
+    if not path.exists():
+        raise UserError(f"{path.parent} is not a work directory (it has no {path.name}): {advice}")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): choose another --workdir") from error

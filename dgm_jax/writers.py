@@ -1,0 +1,46 @@
+"""Metrics over time: `metrics.jsonl` for programs, TensorBoard event files for people."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+
+class Writer:
+    """Appends rows of metrics; a resumed run continues after the step it restored."""
+
+    def __init__(self, jsonl: Path, tensorboard: Path, step: int) -> None:
+        """Open both, dropping rows after `step`: they are about to be written again."""
+        from tensorboardX import SummaryWriter  # late: sampling and evaluating do not need it
+
+        rows = [row for row in read(jsonl) if row["step"] <= step]
+        jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self._jsonl = jsonl.open("a")
+        self._events = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Write one row of `values` measured after update number `step`."""
+        self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
+        self._jsonl.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Show `image` uint8 `[H, W, 3]` in TensorBoard."""
+        self._events.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush everything to disk."""
+        self._jsonl.close()
+        self._events.close()
+
+
+def read(jsonl: Path) -> list[dict]:
+    """The rows of a `metrics.jsonl`, [] where there is none; a torn last line is left out."""
+    rows = []
+    for line in jsonl.read_text().splitlines() if jsonl.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # the process died while writing it
+            break
+    return rows
