@@ -116,6 +116,24 @@ def load(path: str, values: Mapping[str, Any] | None = None) -> ConfigDict:
     return override(module.get_config(arg), values or {})
 
 
+def check_flags(argv: list[str]) -> None:
+    """Refuse `--config=...` and `--config.field=...` flags that name what is not there.
+
+    ml_collections finds the same faults later, as tracebacks.
+
+    Raises:
+      UserError: names the file, variant or field, and the nearest that there are.
+    """
+    flags = [arg.lstrip("-").partition("=") for arg in argv[1:] if arg.startswith("-")]
+    paths = [value for name, _, value in flags if name == "config"]
+    if paths:
+        known = fields(load(paths[-1]))
+        for name, _, _ in flags:
+            field = name.removeprefix("noconfig.").removeprefix("config.")
+            if field != name and field not in known:
+                raise UserError(unknown_field(field, known))
+
+
 def no_such_file(filename: str) -> str:
     """What to say of a config file that is not there."""
     folder = Path(filename).parent

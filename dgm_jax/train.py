@@ -71,20 +71,22 @@ def prepare(config: ConfigDict, dataset: data.Dataset) -> Experiment:
     sharding.check_batch("train.batch_size", train.batch_size, mesh)
     if train.steps_per_dispatch < 1:
         raise UserError(f"train.steps_per_dispatch={train.steps_per_dispatch}: at least 1")
-    steps_per_epoch = num_train // train.batch_size
-    exact = configs.num_steps(train.duration, "train.duration", steps_per_epoch, 1)
+    exact = configs.num_steps(
+        train.duration, "train.duration", num_train // train.batch_size, multiple=1
+    )
+    per_dispatch = min(exact, train.steps_per_dispatch)
+    # Whole dispatches only: a shorter last one would be a second program to compile.
+    num_steps = -(-exact // per_dispatch) * per_dispatch
     experiment = Experiment(
         config=config,
         dataset=dataset,
         model=models.build(config.model, dataset.spec),
-        optimizer=optim.build(
-            optimizer,
-            num_steps := -(-exact // (k := min(exact, train.steps_per_dispatch))) * k,
-        ),
+        optimizer=optim.build(optimizer, num_steps),
         mesh=mesh,
         num_steps=num_steps,
     )
-    experiment.steps("validate_every"), experiment.steps("checkpoint_every")
+    for field in ("validate_every", "checkpoint_every"):
+        experiment.steps(field)  # raises where the text makes no sense
     return experiment
 
 
@@ -101,7 +103,11 @@ def initial_state(experiment: Experiment) -> TrainState:
 
 
 def abstract_state(
-    config: ConfigDict, model: Model, optimizer: optax.GradientTransformation, spec: DataSpec, mesh: Mesh
+    config: ConfigDict,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    spec: DataSpec,
+    mesh: Mesh,
 ) -> TrainState:
     """Shapes of the state, for restoring it without data."""
     x = jnp.zeros((config.train.batch_size, *spec.event_shape))

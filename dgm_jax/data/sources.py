@@ -29,6 +29,7 @@ import numpy as np
 from dgm_jax.core import UserError
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Split = tuple[np.ndarray, np.ndarray]
 Reader = Callable[[], Arrays]
 
 _URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
@@ -39,7 +40,6 @@ _SHA256 = {  # of the files NAME-ubyte.gz, in the order of ImageArrays
     "t10k-labels-idx1": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
 }
 _TIMEOUT_SECONDS = 5.0  # to connect, and between two pieces of an answer
-_PREPARE_SECONDS = 900.0
 # The fingerprint of the full MNIST in canonical order; it finds any damage.
 _MNIST_SHA256 = "232585e7000fc0a4712f66d6bb325f6a2634e47512606226d81e381504b6302f"
 _EMBEDDED_SEED = 0
@@ -121,7 +121,7 @@ def _fingerprint(arrays: Arrays) -> str:
     return digest.hexdigest()
 
 
-def _canonical(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _canonical(images: np.ndarray, labels: np.ndarray) -> Split:
     """Sorts uint8 `[N, 28, 28, 1]` and `[N]` by the images' bytes, ties by label.
 
     NumPy compares byte strings as unsigned, shorter ones (trailing zeros are dropped) as if padded
@@ -132,13 +132,12 @@ def _canonical(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.n
     return images[order], labels[order].astype(np.int32)
 
 
-def _check_mnist(arrays: Arrays) -> None:
-    """ValueError, saying what is wrong, unless these are the arrays of the full MNIST."""
-    for images, expected in ((arrays[0], (60_000, 28, 28, 1)), (arrays[2], (10_000, 28, 28, 1))):
-        if images.shape != expected:
-            raise ValueError(f"it has images {images.shape} instead of {expected}")
+def _checked_mnist(train: Split, test: Split) -> Arrays:
+    """The canonical arrays of the full MNIST; ValueError if the splits are anything else."""
+    arrays = (*_canonical(*train), *_canonical(*test))
     if _fingerprint(arrays) != _MNIST_SHA256:
-        raise ValueError("its pixels or labels are not MNIST's")
+        raise ValueError("its images or labels are not MNIST's")
+    return arrays
 
 
 def _reason(error: BaseException) -> str:
@@ -151,10 +150,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _cache_folder(cache_dir: Path | None) -> Path:
-    chosen = cache_dir or os.environ.get("DGM_JAX_CACHE")
-    if chosen:
+    if chosen := cache_dir or os.environ.get("DGM_JAX_CACHE"):
         return Path(chosen).expanduser()
-    import pooch  # late: 0.2 s
+    import pooch
 
     return Path(pooch.os_cache("dgm_jax"))
 
@@ -243,8 +241,8 @@ def _read_tfds(directory: Path, named: bool) -> Arrays:
     """Reads a prepared data set; UserError if it is damaged and the user `named` it."""
     try:
         with _quiet():
-            arrays = (*_decode_tfds(directory, "train"), *_decode_tfds(directory, "test"))
-        _check_mnist(arrays)
+            train, test = (_decode_tfds(directory, split) for split in ("train", "test"))
+        return _checked_mnist(train, test)
     except ImportError as error:  # array_record has no wheel for some systems
         raise _Unavailable(f"TFDS cannot read here ({_reason(error)})") from error
     except NotImplementedError as error:  # prepared as TFRecord, which takes TensorFlow
@@ -254,20 +252,22 @@ def _read_tfds(directory: Path, named: bool) -> Arrays:
         if not named:
             raise _Unavailable(fault) from error
         raise UserError(f"{fault}; prepare it again or unset TFDS_DATA_DIR") from error
-    return arrays
 
 
-def _decode_tfds(directory: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _decode_tfds(directory: Path, split: str) -> Split:
     import tensorflow_datasets as tfds
     from PIL import Image
 
-    builder = tfds.builder_from_directory(directory)
-    # TFDS's own decoding, record by record, takes three times as long.
-    raw = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    records = raw.__getitems__(range(len(raw)))
-    images = [Image.open(io.BytesIO(r["image"]), formats=["PNG"]) for r in records]
-    labels = np.array([r["label"] for r in records])
-    return _canonical(np.stack([np.asarray(image) for image in images])[..., None], labels)
+    # PIL directly: TFDS's own decoding takes three times as long.
+    skip = {"image": tfds.decode.SkipDecoding()}
+    source = tfds.builder_from_directory(directory).as_data_source(split, decoders=skip)
+    expected = 60_000 if split == "train" else 10_000
+    if len(source) != expected:  # as dataset_info.json says; before reading what may not be there
+        raise ValueError(f"it has {len(source):,} {split} records instead of {expected:,}")
+    records = source.__getitems__(range(expected))
+    images = [Image.open(io.BytesIO(record["image"]), formats=["PNG"]) for record in records]
+    labels = np.array([record["label"] for record in records])
+    return np.stack([np.asarray(image) for image in images])[..., None], labels
 
 
 def _prepare_tfds(root: Path) -> None:
@@ -281,9 +281,7 @@ def _prepare_tfds(root: Path) -> None:
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, "-c", code, str(root)]
     try:
-        subprocess.run(
-            command, env=env, capture_output=True, text=True, timeout=_PREPARE_SECONDS, check=True
-        )
+        subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=True)
     except subprocess.SubprocessError as error:
         why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
         raise _Unavailable(f"TFDS could not prepare mnist in {root} ({why[:160]})") from error
@@ -297,17 +295,16 @@ def _ask_host() -> None:
     """
     import requests
 
-    answered = threading.Event()
+    answers = []
 
     def ask() -> None:
         with suppress(Exception):  # whatever it is, there was no answer
-            requests.head(_URL, timeout=_TIMEOUT_SECONDS)
-            answered.set()
+            answers.append(requests.head(_URL, timeout=_TIMEOUT_SECONDS))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_TIMEOUT_SECONDS)
-    if not answered.is_set():
+    if not answers:
         raise _Unavailable(f"the download failed (no connection to {urlsplit(_URL).netloc})")
 
 
@@ -329,9 +326,7 @@ def _read_download() -> Arrays:
         except Exception as error:
             raise _Unavailable(f"the download failed ({_reason(error)})") from error
         x_train, y_train, x_test, y_test = map(_read_idx, paths)
-    arrays = (*_canonical(x_train[..., None], y_train), *_canonical(x_test[..., None], y_test))
-    _check_mnist(arrays)
-    return arrays
+    return _checked_mnist((x_train[..., None], y_train), (x_test[..., None], y_test))
 
 
 def _read_idx(path: Path) -> np.ndarray:

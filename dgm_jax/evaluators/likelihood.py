@@ -157,8 +157,7 @@ def compile_pass(
                 parts.append(jax.device_get(one_batch(params, arrays, seed, start)))
                 progress.advance(min(batch_size, len(chosen) - start))
         return {
-            name: np.concatenate([part[name] for part in parts])[: len(chosen)]
-            for name in parts[0]
+            name: np.concatenate([part[name] for part in parts])[: len(chosen)] for name in parts[0]
         }
 
     return run

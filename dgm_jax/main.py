@@ -1,0 +1,73 @@
+"""Train, evaluate and sample deep generative models.
+
+    python -m dgm_jax.main --config=configs/vae_mnist.py            train, evaluate, pictures
+    python -m dgm_jax.main --config=configs/vae_mnist.py:smoke      the same in seconds
+    python -m dgm_jax.main --mode=evaluate --workdir=runs/vae_mnist
+    python -m dgm_jax.main --mode=sample --num=1000 --workdir=runs/vae_mnist
+
+Any field of the config can be set on the command line: --config.model.latents=40.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from dgm_jax import config as configs
+from dgm_jax import run
+from dgm_jax.core import UserError
+from dgm_jax.workdir import Workdir
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "An experiment, e.g. configs/vae_mnist.py, or a variant of it: ...py:smoke."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where everything is written. Default: runs/<the config's name>."
+)
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "evaluate", "sample"], "What to do; see the examples above."
+)
+_NUM = flags.DEFINE_integer("num", 100, "How many samples --mode=sample draws.")
+_SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of --mode=sample.")
+
+
+def main(argv: list[str]) -> None:
+    """Do what the flags say."""
+    if len(argv) > 1:
+        raise UserError(f"{argv[1]!r} is not a flag: write --flag=value")
+    workdir = Workdir(Path(_WORKDIR.value or _default_workdir()))
+    if _MODE.value == "train":
+        if _CONFIG.value is None:
+            raise UserError("--mode=train needs --config, e.g. --config=configs/vae_mnist.py")
+        run.train_mode(_CONFIG.value, workdir)
+    elif _MODE.value == "evaluate":
+        run.evaluate_mode(workdir)
+    else:
+        run.sample_mode(workdir, _NUM.value, _SAMPLE_SEED.value)
+
+
+def _default_workdir() -> str:
+    if _CONFIG.value is None:
+        raise UserError(f"--mode={_MODE.value} needs --workdir or --config")
+    file, _, arg = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    return str(Path("runs") / "-".join(filter(None, (Path(file).stem, arg))))
+
+
+def _parse(argv: list[str]) -> list[str]:
+    app.define_help_flags()
+    configs.check_flags(argv)
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(f"{error} (--help lists the flags)") from error
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO; --verbosity=0 shows
+    try:
+        app.run(main, flags_parser=_parse)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from the last checkpoint")

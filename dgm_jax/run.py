@@ -1,0 +1,208 @@
+"""What the command line can do with a work directory: train, evaluate, sample."""
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dgm_jax import config as configs
+from dgm_jax import metrics, models, optim, results, sharding, writers
+from dgm_jax.checkpoint import Checkpoints
+from dgm_jax.core import DataSpec, Model, Params, UserError
+from dgm_jax.data import dataset as data
+from dgm_jax.evaluators import likelihood
+from dgm_jax.progress import Progress, say
+from dgm_jax.rng import stream
+from dgm_jax.train import Experiment, abstract_state, initial_state, prepare, train
+from dgm_jax.train_state import TrainState, num_parameters
+from dgm_jax.workdir import Workdir, write_json
+
+
+class Restored(NamedTuple):
+    """A work directory brought back: ready to evaluate or sample with `params`."""
+
+    config: ConfigDict
+    model: Model
+    params: Params
+    spec: DataSpec
+    step: int
+
+
+def restore(path: str | Path) -> Restored:
+    """The model of a work directory with the parameters of its newest whole checkpoint.
+
+    Needs no data: what the model knows of it is in the work directory.
+
+    Raises:
+      UserError: no work directory, nothing trained, or every checkpoint is damaged.
+    """
+    workdir = Workdir(Path(path))
+    config, card = workdir.load_config(), workdir.load_card()
+    shape = tuple(card["event_shape"])
+    # The mean only sets initial biases, and these are about to be replaced.
+    spec = DataSpec(shape, card["support"], np.full(shape, 0.5, np.float32))
+    model = models.build(config.model, spec)
+    optimizer = optim.build(configs.section(config, "optimizer"), num_steps=1)
+    mesh = sharding.make_mesh()
+    checkpoints = Checkpoints(workdir.checkpoints)
+    state = checkpoints.restore(abstract_state(config, model, optimizer, spec, mesh), say)
+    checkpoints.close()
+    if state is None:
+        raise UserError(f"{path} has no checkpoint yet: train first (--mode=train)")
+    return Restored(config, model, state.eval_params, spec, int(state.step))
+
+
+def train_mode(config: ConfigDict, workdir: Workdir) -> None:
+    """Train to the end, evaluate, draw pictures, write `results.json`.
+
+    Goes on from the last checkpoint of an unfinished work directory; says so and does nothing
+    where the run is finished.
+    """
+    workdir.check_config(config)
+    if workdir.results.exists():
+        say(f"{workdir.path} is finished: its numbers are in {workdir.results}")
+        return
+    started = time.monotonic()
+    experiment = prepare(config, data.load(configs.section(config, "data"), announce=say))
+    workdir.claim(config, experiment.dataset.card)
+    _say_header(experiment, workdir)
+    state, train_seconds = train(experiment, workdir)
+    seconds = {"training": train_seconds}
+
+    began = time.monotonic()
+    found = likelihood.evaluate(
+        experiment.model,
+        state.eval_params,
+        experiment.dataset,
+        configs.section(config, "eval"),
+        experiment.mesh,
+        config.seed,
+    )
+    seconds["evaluation"] = time.monotonic() - began
+    began = time.monotonic()
+    _draw_pictures(experiment, state, workdir)
+    seconds["pictures"] = time.monotonic() - began
+    seconds["this process"] = time.monotonic() - started
+    files = sorted(str(p.relative_to(workdir.path)) for p in workdir.path.iterdir())
+    result = results.collect(
+        found,
+        experiment.dataset.card,
+        config,
+        split="test",
+        step=int(state.step),
+        num_parameters=num_parameters(state.params),
+        seconds=seconds,
+        files=[*files, workdir.results.name],
+    )
+    write_json(workdir.results, result)
+    _say_table(found, result, workdir)
+
+
+def evaluate_mode(workdir: Workdir) -> None:
+    """Measure the newest checkpoint on the test split and write `evaluation.json`."""
+    restored = restore(workdir.path)
+    dataset = data.load(configs.section(restored.config, "data"), announce=say)
+    workdir.check_card(dataset.card)
+    began = time.monotonic()
+    found = likelihood.evaluate(
+        restored.model,
+        restored.params,
+        dataset,
+        configs.section(restored.config, "eval"),
+        sharding.make_mesh(),
+        restored.config.seed,
+    )
+    result = results.collect(
+        found,
+        dataset.card,
+        restored.config,
+        split="test",
+        step=restored.step,
+        num_parameters=num_parameters(restored.params),
+        seconds={"evaluation": time.monotonic() - began},
+        files=["evaluation.json"],
+    )
+    write_json(workdir.path / "evaluation.json", result)
+    _say_table(found, result, workdir)
+
+
+def sample_mode(workdir: Workdir, num: int, seed: int) -> None:
+    """Draw `num` samples; write `samples.npz` and `samples.png`."""
+    from dgm_jax import pictures  # matplotlib: only where a picture is drawn
+
+    if num < 1:
+        raise UserError(f"--num={num}: draw at least one sample")
+    restored = restore(workdir.path)
+    samples = draw(restored.model, restored.params, num, seed)
+    np.savez_compressed(workdir.path / "samples.npz", **samples)
+    pictures.save_samples(workdir.path / "samples.png", samples, f"step {restored.step:,}")
+    say(f"{num:,} samples in {workdir.path / 'samples.npz'} and {workdir.path / 'samples.png'}")
+
+
+def draw(
+    model: Model, params: Params, num: int, seed: int, batch_size: int = 100
+) -> dict[str, np.ndarray]:
+    """`num` samples in compiled batches; the first m are the same however many are drawn.
+
+    Returns:
+      What `model.sample` returns, as arrays `[num, *event]`.
+
+    Raises:
+      UserError: the model cannot sample.
+    """
+    if model.sample is None:
+        raise UserError("this model cannot sample")
+    one_batch = jax.jit(
+        lambda params, i: model.sample(params, stream(seed, "sample", i), batch_size)
+    )
+    parts = []
+    with Progress("sampling" if num > 10 * batch_size else None, num) as progress:
+        for i in range(-(-num // batch_size)):
+            parts.append(jax.device_get(one_batch(params, i)))
+            progress.advance(min(batch_size, num - i * batch_size))
+    return {name: np.concatenate([part[name] for part in parts])[:num] for name in parts[0]}
+
+
+def _draw_pictures(experiment: Experiment, state: TrainState, workdir: Workdir) -> None:
+    """Whatever the model can show: samples, reconstructions, interpolations, the curve."""
+    from dgm_jax import pictures  # matplotlib: only where a picture is drawn
+
+    say("drawing pictures")
+    model, params, seed = experiment.model, state.eval_params, experiment.config.seed
+    batch, rng = data.some(experiment.dataset, "test", 20), stream(seed, "pictures")
+    if model.sample is not None:
+        samples = draw(model, params, 100, seed)
+        pictures.save_samples(workdir.path / "prior_samples.png", samples, "prior samples")
+    if model.reconstruct is not None:
+        target = workdir.path / "reconstructions.png"
+        pictures.save_reconstructions(target, model, params, batch, rng)
+    if model.encode is not None and model.decode is not None:
+        target = workdir.path / "interpolation.png"
+        pictures.save_interpolation(target, model, params, batch, rng)
+    pictures.save_learning_curve(workdir.path / "learning_curve.png", writers.read(workdir.metrics))
+
+
+def _say_header(experiment: Experiment, workdir: Workdir) -> None:
+    config, num_steps = experiment.config, experiment.num_steps
+    fields = {name: value for name, value in config.model.items() if name != "name"}
+    count = num_parameters(jax.eval_shape(lambda: initial_state(experiment)).params)
+    epochs = num_steps / experiment.steps_per_epoch
+    say(f"model       {config.model.name}: {', '.join(f'{k}={v}' for k, v in fields.items())}")
+    say(f"parameters  {count:,}")
+    say(f"data        {data.describe(experiment.dataset.card)}")
+    say(f"devices     {jax.device_count()} x {jax.devices()[0].device_kind}")
+    say(
+        f"training    {num_steps:,} steps of {config.train.batch_size} images "
+        f"({epochs:.1f} epochs), {experiment.steps_per_dispatch} a dispatch"
+    )
+    say(f"output      {workdir.path}")
+
+
+def _say_table(found: dict[str, metrics.Metric], result: dict[str, Any], workdir: Workdir) -> None:
+    say(f"\n{result['split']} split after {result['step']:,} steps")
+    say(metrics.table(found))
+    say("  " + ", ".join(f"{name} {value:.1f} s" for name, value in result["seconds"].items()))
+    say(f"  in {workdir.path}: {', '.join(result['files'])}")
