@@ -70,24 +70,25 @@ def save_interpolation(
 
 
 def save_learning_curve(path: Path, rows: list[dict]) -> None:
-    """Every logged cost in nats against the step: training thin, validation with dots."""
-    names = sorted({name for row in rows for name in row if _is_curve(name)})
-    figure = Figure(figsize=(7, 4.5), dpi=150)
-    axes = figure.subplots()
-    everything = []
-    for name in names:
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        steps, values = zip(*points, strict=True)
-        held_out = name.startswith("validation/")
-        axes.plot(steps, values, "o-" if held_out else "-", ms=3, lw=1.2, label=name)
-        everything += values[len(values) // 20 :]  # the first moments would flatten the rest
-    low, high = np.percentile(everything, [0, 99.5])
-    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    axes.set(xlabel="step", ylabel="nats per example", title="learning curve (costs)")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, bbox_inches="tight")
-
-
-def _is_curve(name: str) -> bool:
-    return "/" in name and not name.endswith("grad_norm")
+    """One panel for each logged quantity in nats, training and validation together."""
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in rows:
+        for name, value in row.items():
+            who, _, what = name.partition("/")
+            if what and what != "grad_norm":
+                curves.setdefault(what, {}).setdefault(who, []).append((row["step"], value))
+    figure = Figure(figsize=(3.5 * len(curves), 3.2), dpi=150, layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(curves)))
+    for axes, (what, by_who) in zip(panels, curves.items(), strict=True):
+        shown = []
+        for who, points in by_who.items():
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, ".-" if who == "validation" else "-", lw=1.2, label=who)
+            shown += values[len(values) // 20 :]  # the first moments would flatten the rest
+        low, high = np.percentile(shown, [0, 99])
+        margin = 0.05 * (high - low) + 1e-3
+        axes.set_ylim(low - margin, high + margin)
+        axes.set(xlabel="step", ylabel="nats per example", title=what)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path)

