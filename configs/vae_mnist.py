@@ -10,6 +10,7 @@ from dgm_jax.config import ConfigDict, experiment, variant
 def get_config(arg: str | None = None) -> ConfigDict:
     """The default experiment; `:smoke` for a run of seconds."""
     config = experiment("vae")
+    config.train.batch_size = 128
     config.model.encoder = (500, 500)
     config.model.decoder = (500, 500)
     return variant(config, arg)

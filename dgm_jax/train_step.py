@@ -67,7 +67,7 @@ def train_step(
         params[player.name] = optax.apply_updates(own, updates)
         if aux.state is not None:
             params["state"] = aux.state
-        measured = {"loss": loss, "grad_norm": optax.global_norm(grads), **aux.scalars}
+        measured = {"loss": loss, "grad_norm": optax.tree.norm(grads), **aux.scalars}
         measured |= {name: masked_mean(term, batch) for name, term in aux.terms.items()}
         metrics |= {f"{player.name}/{name}": value for name, value in measured.items()}
     ema = state.ema

@@ -8,7 +8,12 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import numpy as np
 import pytest
+
+from dgm_jax.core import DataSpec
+from dgm_jax.data.dataset import Config as DataConfig
+from dgm_jax.data.dataset import Dataset, Split
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -29,3 +34,19 @@ def prepared_tfds() -> Path:
     if not (directory / "mnist").is_dir():
         pytest.skip("no prepared TFDS data sets beside the checkout")
     return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset():
+    """64 + 24 + 24 random grey images of 4x4 pixels, dynamically binarised."""
+    rng = np.random.default_rng(0)
+    splits = {
+        name: Split(
+            name,
+            rng.integers(0, 256, (num, 4, 4, 1), np.uint8),
+            rng.integers(0, 10, num).astype(np.int32),
+        )
+        for name, num in (("train", 64), ("validation", 24), ("test", 24))
+    }
+    mean = splits["train"].images.mean(axis=0).astype(np.float32) / 255
+    return Dataset(DataConfig(), splits, DataSpec((4, 4, 1), "binary", mean), card={})

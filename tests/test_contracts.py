@@ -1,0 +1,172 @@
+"""What every model and every config must keep; both are found, not listed."""
+
+import ast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import REPO
+
+from dgm_jax import config as configs
+from dgm_jax import models, run
+from dgm_jax.core import masked_mean
+from dgm_jax.data import dataset as data
+from dgm_jax.evaluators import likelihood
+from dgm_jax.workdir import Workdir
+
+CONFIGS = sorted(REPO.glob("configs/*.py"))
+BATCH = 8
+
+
+@pytest.fixture(params=models.names())
+def case(request, tiny_dataset):
+    """A model with its default fields, its parameters and a batch."""
+    fields = models.defaults(request.param)
+    models.check(fields, tiny_dataset.spec)
+    model = models.build(fields, tiny_dataset.spec)
+    batch = data.some(tiny_dataset, "test", BATCH)
+    return fields, model, model.init(jax.random.key(0), batch), batch
+
+
+def test_loss_is_a_float32_scalar_of_finite_per_example_terms(case):
+    _, model, params, batch = case
+    for player in model.players:
+        loss, aux = jax.jit(player.loss_fn)(params, batch, jax.random.key(1))
+        assert loss.shape == () and loss.dtype == jnp.float32 and np.isfinite(loss)
+        for term in aux.terms.values():
+            assert term.shape == (BATCH,) and term.dtype == jnp.float32
+            assert np.isfinite(term).all()
+
+
+def test_every_trained_parameter_gets_a_gradient(case):
+    _, model, params, batch = case
+    for player in model.players:
+        grads, _ = jax.grad(player.loss_fn, has_aux=True)(params, batch, jax.random.key(1))
+        norms = jax.tree.map(jnp.linalg.norm, grads[player.name])
+        for path, norm in jax.tree_util.tree_leaves_with_path(norms):
+            assert 0 < norm < np.inf, jax.tree_util.keystr(path)
+
+
+def test_masked_rows_do_not_count(case):
+    """Whatever stands in a padded row, the loss is that of the real rows."""
+    _, model, params, batch = case
+    mask = jnp.arange(BATCH) < 5
+    junk = jnp.where(mask.reshape(-1, 1, 1, 1), batch["x"], 1 - batch["x"])
+    for player in model.players:
+        results = [
+            player.loss_fn(params, {**batch, "x": x, "mask": mask}, jax.random.key(1))[0]
+            for x in (batch["x"], junk)
+        ]
+        np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
+
+
+def test_no_key_is_used_twice(case):
+    _, model, params, batch = case
+    with jax.debug_key_reuse(True):
+        for player in model.players:
+            jax.jit(player.loss_fn)(params, batch, jax.random.key(1))
+
+
+def test_loss_fn_runs_unchanged_under_pmap(case):
+    """Each device's loss is that of its rows, and the mean of the gradients is the gradient."""
+    _, model, params, batch = case
+    shards = jax.tree.map(lambda a: a.reshape(4, BATCH // 4, *a.shape[1:]), batch)
+    keys = jax.random.split(jax.random.key(1), 4)
+    for player in model.players:
+
+        def loss_and_grad(params, shard, key, fn=player.loss_fn):
+            (loss, _), grads = jax.value_and_grad(fn, has_aux=True)(params, shard, key)
+            return loss, jax.lax.pmean(grads, "data")
+
+        losses, grads = jax.pmap(loss_and_grad, axis_name="data", in_axes=(None, 0, 0))(
+            params, shards, keys
+        )
+
+        def whole(params, fn=player.loss_fn):
+            each = [
+                fn(params, jax.tree.map(lambda a, i=i: a[i], shards), keys[i])[0] for i in range(4)
+            ]
+            return jnp.mean(jnp.stack(each)), jnp.stack(each)
+
+        expected, each = jax.grad(whole, has_aux=True)(params)
+        np.testing.assert_allclose(losses, each, rtol=1e-5)
+        jax.tree.map(
+            lambda g, e: np.testing.assert_allclose(g[0], e, rtol=1e-4, atol=1e-5), grads, expected
+        )
+
+
+def test_numbers_in_the_config_may_be_traced(case, tiny_dataset):
+    fields, model, params, batch = case
+    numbers = {k: v for k, v in fields.items() if isinstance(v, float)}
+    rng = jax.random.key(1)
+
+    def losses(numbers):
+        rebuilt = models.build({**fields, **numbers}, tiny_dataset.spec)
+        return [p.loss_fn(params, batch, rng)[0] for p in rebuilt.players]
+
+    concrete = [p.loss_fn(params, batch, rng)[0] for p in model.players]
+    np.testing.assert_allclose(jax.jit(losses)(numbers), concrete, rtol=1e-6)
+
+
+def test_functions_return_what_they_promise(case, tiny_dataset):
+    _, model, params, batch = case
+    rng, event = jax.random.key(2), tiny_dataset.spec.event_shape
+    for fn in (*model.log_likelihood_fns.values(), model.log_weight):
+        if fn is not None:
+            assert fn(params, batch, rng).shape == (BATCH,)
+    if model.sample is not None:
+        samples = model.sample(params, rng, 5)
+        assert samples["x"].shape == (5, *event)
+        assert np.isin(samples["x"], (0, 1)).all()
+        assert not np.array_equal(samples["x"][0], samples["x"][1])
+    if model.encode is not None:
+        codes = model.encode(params, batch, rng)
+        assert codes.ndim == 2 and len(codes) == BATCH
+        if model.decode is not None:
+            assert model.decode(params, codes).shape == (BATCH, *event)
+    if model.reconstruct is not None:
+        assert model.reconstruct(params, batch, rng).shape == (BATCH, *event)
+
+
+def test_a_bound_never_exceeds_the_tighter_one(case, tiny_dataset):
+    """The mean over draws of log w is the ELBO; more draws in the logarithm can only raise it."""
+    _, model, params, _ = case
+    if model.log_weight is None:
+        pytest.skip("has no importance weights")
+    batch = data.some(tiny_dataset, "test", BATCH)
+    keys = jax.random.split(jax.random.key(3), BATCH)
+
+    def bound(k):
+        fn = likelihood.importance_weighted(model, k, chunk=100)
+        return np.mean(jax.jit(fn)(params, batch, keys)["importance_weighted_bound"])
+
+    assert bound(1) <= bound(100) + 0.5
+    elbo = likelihood.elbo_terms(model, 2000)(params, batch, keys)["elbo"]
+    fn = jax.vmap(model.log_weight, in_axes=(None, None, 0))
+    draws = np.asarray(fn(params, batch, jax.random.split(jax.random.key(4), 4000)))
+    error = draws.std(axis=0) * np.sqrt(1 / 4000 + 1 / 2000)
+    assert (np.abs(draws.mean(axis=0) - elbo) < 5 * error + 1e-4).all()
+
+
+def test_masked_mean():
+    values = jnp.array([1.0, 3.0, np.nan])
+    assert masked_mean(values, {"mask": jnp.array([True, True, False])}) == 2.0
+    assert masked_mean(values[:2], {}) == 2.0
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config_is_short_and_says_how_to_run_it(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 80
+    assert f"--config=configs/{path.name}" in ast.get_docstring(ast.parse(text))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_smoke_variant_trains_evaluates_and_draws(path, tmp_path):
+    """And learns: after its few steps the model beats the best constant model of the pixels."""
+    config = configs.load(f"{path}:smoke")
+    run.train_mode(config, Workdir(tmp_path / "run"))
+    result = Workdir(tmp_path / "run").results.read_text()
+    assert "NaN" not in result and "Infinity" not in result
+    assert len(list((tmp_path / "run").glob("*.png"))) >= 2

@@ -1,0 +1,139 @@
+"""Log-densities and the Gaussian KL against scipy, quadrature and closed forms."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import integrate, special, stats
+
+from dgm_jax.distributions import (
+    bernoulli_log_prob,
+    gaussian_kl_to_standard,
+    gaussian_log_prob,
+    standard_gaussian_log_prob,
+)
+
+MU_GRID = (-30.0, -3.0, -0.5, 0.0, 0.1, 2.0, 30.0)
+LOG_SIGMA_GRID = (-5.0, -1.0, -0.1, 0.0, 0.2, 1.0, 5.0)
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def test_bernoulli_equals_scipy(x64):
+    logits = np.linspace(-8, 8, 33)
+    for x in (0.0, 1.0):
+        ours = bernoulli_log_prob(jnp.asarray(logits), jnp.full(33, x))
+        scipys = stats.bernoulli.logpmf(x, special.expit(logits))
+        np.testing.assert_allclose(ours, scipys, rtol=1e-12, atol=1e-13)
+
+
+def test_bernoulli_sums_to_one_over_its_support():
+    logits = jnp.concatenate([jnp.linspace(-100, 100, 101), jnp.array([-1e4, 1e4])])
+    total = sum(jnp.exp(bernoulli_log_prob(logits, jnp.full_like(logits, x))) for x in (0, 1))
+    np.testing.assert_allclose(total, 1, rtol=1e-6)
+
+
+def test_bernoulli_and_its_gradient_at_extreme_logits():
+    """log p = -softplus(∓l) and d log p / dl = x - sigmoid(l), where p itself is 0 or 1."""
+    logits = jnp.array([1e4, 1e4, -1e4, -1e4, 100.0, -100.0])
+    x = jnp.array([0.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+    values = bernoulli_log_prob(logits, x)
+    np.testing.assert_array_equal(values, [-1e4, 0, 0, -1e4, -100, -100])
+    np.testing.assert_array_equal(values, -jax.nn.softplus(jnp.where(x == 1, -logits, logits)))
+    gradient = jax.grad(lambda v: jnp.sum(bernoulli_log_prob(v, x)))(logits)
+    np.testing.assert_array_equal(gradient, [-1, 0, 0, 1, -1, 1])
+
+
+def test_gaussian_equals_scipy(x64):
+    x, mu, log_sigma = np.meshgrid((-40.0, -1.0, 0.0, 0.3, 7.0), MU_GRID, LOG_SIGMA_GRID)
+    ours = gaussian_log_prob(jnp.asarray(x), jnp.asarray(mu), jnp.asarray(log_sigma))
+    np.testing.assert_allclose(ours, stats.norm.logpdf(x, mu, np.exp(log_sigma)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("log_sigma", [-5.0, 0.0, 0.7, 5.0])
+def test_gaussian_integrates_to_one_with_its_mean_and_variance(x64, log_sigma):
+    mu, sigma = 3.0, math.exp(log_sigma)
+    x = mu + sigma * np.linspace(-12, 12, 2001)
+    density = np.exp(gaussian_log_prob(jnp.asarray(x), jnp.float64(mu), jnp.float64(log_sigma)))
+    # The trapezoidal rule is exact to rounding for a function that vanishes at both ends.
+    moments = [integrate.trapezoid(density * f, x) for f in (1 + 0 * x, x, (x - mu) ** 2)]
+    np.testing.assert_allclose(moments, [1, mu, sigma**2], rtol=1e-11)
+
+
+def test_standard_gaussian_is_the_gaussian_at_mean_zero_and_log_sigma_zero(x64):
+    x = jnp.linspace(-40, 40, 81)
+    zero = jnp.zeros_like(x)
+    np.testing.assert_array_equal(standard_gaussian_log_prob(x), gaussian_log_prob(x, zero, zero))
+    np.testing.assert_allclose(standard_gaussian_log_prob(x), stats.norm.logpdf(x), rtol=1e-14)
+
+
+def _kl_by_quadrature(mu, log_sigma):
+    sigma = math.exp(log_sigma)
+
+    def integrand(e):
+        z = mu + sigma * e
+        return stats.norm.pdf(e) * (stats.norm.logpdf(z, mu, sigma) - stats.norm.logpdf(z))
+
+    return integrate.fixed_quad(integrand, -14, 14, n=150)[0]
+
+
+@pytest.mark.parametrize("mu", MU_GRID)
+def test_kl_equals_quadrature(x64, mu):
+    ours = [float(gaussian_kl_to_standard(jnp.float64(mu), jnp.float64(s))) for s in LOG_SIGMA_GRID]
+    expected = [_kl_by_quadrature(mu, s) for s in LOG_SIGMA_GRID]
+    np.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_kl_takes_the_log_of_sigma_and_not_of_the_variance():
+    """KL(N(0, 2²) ‖ N(0, 1)) = 3/2 - log 2; with log 2 read as log-variance it is ½ - ½ log 2."""
+    kl = gaussian_kl_to_standard(jnp.zeros(()), jnp.log(2.0))
+    np.testing.assert_allclose(kl, 1.5 - math.log(2), rtol=1e-6)
+
+
+def test_kl_is_never_negative_and_zero_only_at_the_standard_gaussian(x64):
+    assert gaussian_kl_to_standard(jnp.zeros(()), jnp.zeros(())) == 0
+    mu, log_sigma = np.random.default_rng(0).normal(size=(2, 10_000)) * np.logspace(-4, 1, 10_000)
+    assert np.all(gaussian_kl_to_standard(jnp.asarray(mu), jnp.asarray(log_sigma)) > 0)
+
+
+def test_kl_is_the_mean_of_the_log_ratio_under_q():
+    """Within four standard errors of a Monte-Carlo mean of log q(z) - log p(z), z ~ q."""
+    n = 100_000
+    for seed, (mu, log_sigma) in enumerate([(0.0, 0.5), (1.5, -1.0), (-2.0, 1.0)]):
+        mus, log_sigmas = jnp.full(n, mu), jnp.full(n, log_sigma)
+        z = mus + jnp.exp(log_sigmas) * jax.random.normal(jax.random.key(seed), (n,))
+        log_q = gaussian_log_prob(z, mus, log_sigmas)
+        log_ratio = np.asarray(log_q - standard_gaussian_log_prob(z), np.float64)
+        error = log_ratio.std() / math.sqrt(n)
+        kl = gaussian_kl_to_standard(jnp.float32(mu), jnp.float32(log_sigma))
+        assert abs(log_ratio.mean() - kl) < 4 * error
+
+
+def test_kl_close_to_the_standard_gaussian():
+    """The series s² + 2s³/3 + ..., where exp(2s) - 1 in float32 would be wrong by 6e-8."""
+    log_sigma = np.array([1e-2, 1e-3, 1e-4, -1e-4, -1e-3, -1e-2], np.float32)
+    s = log_sigma.astype(np.float64)
+    series = s**2 + 2 / 3 * s**3 + s**4 / 3 + 2 / 15 * s**5
+    kl = gaussian_kl_to_standard(jnp.zeros(6), jnp.asarray(log_sigma))
+    # ½ expm1(2s) and s nearly cancel: what remains is right to the rounding of s.
+    assert np.all(np.abs(kl - series) < 2 * np.spacing(np.abs(log_sigma)))
+
+
+def test_extreme_scales_are_finite_with_finite_gradients():
+    """At log sigma = ±20 in float32: the closed forms, and no overflow on the way."""
+    log_sigma, one = jnp.array([-20.0, 20.0]), jnp.ones(2)
+    kl = gaussian_kl_to_standard(one, log_sigma)
+    np.testing.assert_allclose(kl, [20, 0.5 * math.exp(40)], rtol=1e-5)
+    gradient = jax.grad(lambda s: jnp.sum(gaussian_kl_to_standard(one, s)))(log_sigma)
+    np.testing.assert_allclose(gradient, [-1, math.exp(40)], rtol=1e-5)
+    log_prob = gaussian_log_prob(one, jnp.zeros(2), log_sigma)
+    expected = [-0.5 * math.exp(40), -20 - 0.5 * math.log(2 * math.pi)]
+    np.testing.assert_allclose(log_prob, expected, rtol=1e-5)
+    gradient = jax.grad(lambda s: jnp.sum(gaussian_log_prob(one, jnp.zeros(2), s)))(log_sigma)
+    np.testing.assert_allclose(gradient, [math.exp(40), -1], rtol=1e-5)
