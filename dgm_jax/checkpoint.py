@@ -1,6 +1,7 @@
 """Orbax checkpoints of a run, verified when they are read back."""
 
 import hashlib
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -80,9 +81,11 @@ class Checkpoints:
         """Move checkpoints newer than `step`, which are damaged, out of the way of new ones."""
         for newer in self._manager.all_steps():
             if newer > step:
-                target = self._directory.parent / "damaged_checkpoints"
-                target.mkdir(exist_ok=True)
-                shutil.move(self._directory / str(newer), target / str(newer))
+                folder = self._directory.parent / "damaged_checkpoints"
+                folder.mkdir(exist_ok=True)
+                names = itertools.chain([f"{newer}"], (f"{newer}-{i}" for i in itertools.count(2)))
+                free = next(name for name in names if not (folder / name).exists())
+                shutil.move(self._directory / str(newer), folder / free)
         self._manager.reload()
 
     def close(self) -> None:

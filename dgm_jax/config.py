@@ -56,7 +56,7 @@ _SMOKE = {
 def experiment(model: str) -> ConfigDict:
     """A config with the defaults of every section and of the named model."""
     sections = {name: dataclasses.asdict(section()) for name, section in _SECTIONS.items()}
-    return ConfigDict({"seed": 0, "model": models.defaults(model), **sections})
+    return ConfigDict({"seed": 0, "model": models.defaults(model), **sections}).lock()
 
 
 def variant(config: ConfigDict, arg: str | None, **variants: Mapping[str, Any]) -> ConfigDict:
@@ -89,7 +89,7 @@ def override(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     known = fields(config)
     for path, value in values.items():
         if path not in known:
-            raise UserError(unknown_field(path, known))
+            raise UserError(_unknown_field(path, known))
         try:
             config.update_from_flattened_dict({path: value})
         except TypeError as error:
@@ -109,10 +109,14 @@ def load(path: str, values: Mapping[str, Any] | None = None) -> ConfigDict:
     """
     filename, _, arg = path.partition(":")
     if not Path(filename).is_file():
-        raise UserError(no_such_file(filename))
+        raise UserError(_no_such_file(filename))
     spec = importlib.util.spec_from_file_location(Path(filename).stem, filename)
+    if spec is None:
+        raise UserError(f"--config={filename}: a config is a Python file, such as name.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={filename}: the file has no function get_config(arg)")
     return override(module.get_config(arg), values or {})
 
 
@@ -124,17 +128,22 @@ def check_flags(argv: list[str]) -> None:
     Raises:
       UserError: names the file, variant or field, and the nearest that there are.
     """
-    flags = [arg.lstrip("-").partition("=") for arg in argv[1:] if arg.startswith("-")]
-    paths = [value for name, _, value in flags if name == "config"]
-    if paths:
-        known = fields(load(paths[-1]))
-        for name, _, _ in flags:
-            field = name.removeprefix("noconfig.").removeprefix("config.")
-            if field != name and field not in known:
-                raise UserError(unknown_field(field, known))
+    named = {}
+    for arg, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+        name, equals, value = arg.partition("=")
+        if name.startswith("-"):  # --name=value, or --name value
+            named[name.lstrip("-")] = value if equals else following
+    paths = [name for name in named if name.startswith(("config.", "noconfig."))]
+    if "config" in named:
+        known = fields(load(named["config"]))
+        for field in (path.removeprefix("no").removeprefix("config.") for path in paths):
+            if field not in known:
+                raise UserError(_unknown_field(field, known))
+    elif paths:
+        raise UserError(f"--{paths[0]} needs --config, the file whose field it sets")
 
 
-def no_such_file(filename: str) -> str:
+def _no_such_file(filename: str) -> str:
     """What to say of a config file that is not there."""
     folder = Path(filename).parent
     there = sorted(str(p) for p in folder.glob("*.py")) if folder.is_dir() else []
@@ -142,7 +151,7 @@ def no_such_file(filename: str) -> str:
     return f"--config={filename}: no such file" + (f"; there is {', '.join(near)}" if near else "")
 
 
-def unknown_field(path: str, known: Mapping[str, Any]) -> str:
+def _unknown_field(path: str, known: Mapping[str, Any]) -> str:
     """What to say of a field that is not there, with the nearest that are."""
     last = {name.rpartition(".")[2]: name for name in known}
     near = difflib.get_close_matches(path, known, n=3)
@@ -182,9 +191,16 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
-def from_json(text: str) -> ConfigDict:
-    """The config that `to_json` wrote."""
-    return ConfigDict(_tuples(json.loads(text)))
+def from_dict(value: Any) -> ConfigDict:
+    """The config that `to_json` wrote, from the JSON value.
+
+    Raises:
+      UserError: it is none.
+    """
+    sections = {"seed", "model", *_SECTIONS}
+    if not isinstance(value, dict) or set(value) != sections:
+        raise UserError(f"a config has the sections {', '.join(sorted(sections))}")
+    return ConfigDict(_tuples(value)).lock()
 
 
 def num_steps(length: str, field: str, steps_per_epoch: int, multiple: int) -> int:

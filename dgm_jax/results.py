@@ -28,7 +28,7 @@ def collect(
     seconds: dict[str, float],
     files: list[str],
 ) -> dict[str, Any]:
-    """A result by the schema in `docs/results.md`.
+    """A result by the schema in `docs/results_schema.md`.
 
     Args:
       metrics: what was measured on `split`.

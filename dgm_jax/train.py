@@ -58,6 +58,8 @@ def prepare(config: ConfigDict, dataset: data.Dataset) -> Experiment:
     Raises:
       UserError: names the value that is wrong.
     """
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"seed={config.seed}: must be at least 0 and below 2^31")
     models.check(config.model, dataset.spec)
     optimizer, mesh = configs.section(config, "optimizer"), sharding.make_mesh()
     optim.check(optimizer)
@@ -187,6 +189,7 @@ def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, float]:
             if validating:
                 log.validation(done, validate(state.eval_params, config.seed))
             if saving:
+                _refuse_non_finite_parameters(done, state)
                 checkpoints.save(state)
     finally:
         # Also after an error or an interrupt: a save under way is finished, rows are kept.
@@ -230,7 +233,10 @@ class _Log:
 
     def validation(self, step: int, per_example: dict[str, np.ndarray]) -> None:
         """One row of validation means."""
-        found = likelihood.summarise(per_example, num_samples=1)
+        try:
+            found = likelihood.summarise(per_example, num_samples=1)
+        except UserError as error:
+            raise UserError(f"validation after step {step:,}: {error}") from error
         self._writer.write(step, {f"validation/{n}": m.value for n, m in found.items()})
 
     def close(self) -> None:
@@ -250,3 +256,14 @@ def _refuse_non_finite(step: int, measured: Metrics) -> None:
             ": training stopped and the last checkpoint is as it was; "
             "try a lower optimizer.learning_rate or optimizer.clip_norm"
         )
+
+
+def _refuse_non_finite_parameters(step: int, state: TrainState) -> None:
+    """The last update's own loss was finite before it; its result need not be."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        if not np.isfinite(leaf).all():
+            raise UserError(
+                f"parameters {jax.tree_util.keystr(path)} are not finite after step {step:,}: "
+                "training stopped and the last checkpoint is as it was; "
+                "try a lower optimizer.learning_rate or optimizer.clip_norm"
+            )

@@ -52,7 +52,11 @@ class Workdir(NamedTuple):
         Raises:
           UserError: there is none, or it cannot be read.
         """
-        return configs.from_json(json.dumps(_read_json(self.config, "train one first")))
+        value = _read_json(self.config, "train first")
+        try:
+            return configs.from_dict(value)
+        except UserError as error:
+            raise UserError(f"{self.config} is damaged ({error})") from error
 
     def load_card(self) -> dict[str, Any]:
         """The data card of the run.
@@ -81,6 +85,8 @@ class Workdir(NamedTuple):
         parent = self.path
         while not parent.exists():
             parent = parent.parent
+        if not parent.is_dir():
+            raise UserError(f"{parent} is a file: choose another --workdir")
         if not os.access(parent, os.W_OK):
             raise UserError(f"{parent} is not writable: choose another --workdir")
 
@@ -110,8 +116,9 @@ class Workdir(NamedTuple):
         """Make the directory and write what it is about."""
         self.check_card(card)
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.data_card, card)
+        # The config first: with it alone the directory is still known for what it is.
         write_text(self.config, configs.to_json(config))
+        write_json(self.data_card, card)
 
 
 def write_json(path: Path, value: Any) -> None:

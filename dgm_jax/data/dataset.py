@@ -70,6 +70,8 @@ def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
         raise UserError(
             f"data.binarisation={config.binarisation!r}: choose one of {', '.join(BINARISATIONS)}"
         )
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"data.seed={config.seed}: must be at least 0 and below 2^31")
     arrays = sources.load_mnist(config.source, announce=announce)
     num_train = len(arrays.train_images)
     if not 0 <= config.validation < num_train:

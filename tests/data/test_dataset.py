@@ -1,0 +1,232 @@
+"""Splits, binarisation and batches: exact rates, independence, draws that depend on ids only."""
+
+import dataclasses
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dgm_jax.core import UserError
+from dgm_jax.data import dataset as data
+
+GREYS = np.arange(256, dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return data.load(data.Config(source="embedded", validation=500))
+
+
+def _hand_made(images, binarisation="dynamic", seed=0):
+    """A data set whose every split holds the same images."""
+    split = data.Split("any", images, np.arange(len(images), dtype=np.int32))
+    config = data.Config(binarisation=binarisation, seed=seed)
+    return data.Dataset(config, dict.fromkeys(("train", "validation", "test"), split), None, {})
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _held_out(images, ids, split="test", seed=0):
+    labels = jnp.arange(len(images))
+    return data.held_out_batch(_hand_made(images, seed=seed), split, images, labels, ids)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _train(images, ids, rng, binarisation="dynamic"):
+    labels = jnp.arange(len(images))
+    return data.train_batch(_hand_made(images, binarisation), images, labels, ids, rng)
+
+
+def test_binarise_has_the_rate_of_every_grey_value():
+    """Enumerated over all 2^16 half words, low and high: v / 255 to 2^-17, exact at 0 and 255."""
+    half = np.arange(2**16, dtype=np.uint32)
+    low_and_high = jax.jit(lambda images, words: jnp.sum(data.binarise(images, words), axis=0))
+    for position, words in enumerate((half, half << 16)):
+        on = np.zeros(256)
+        for greys in GREYS.reshape(8, 32):
+            # Two rows of 32 pixels: the first row takes the low halves, the second the high ones.
+            images = np.broadcast_to(np.stack([greys, greys]), (2**16, 2, 32))
+            tiled = np.broadcast_to(words[:, None], (2**16, 32))
+            on[greys] = low_and_high(images, tiled)[position]
+        np.testing.assert_allclose(on / 2**16, GREYS / 255, atol=2**-17, rtol=0)
+        assert on[0] == 0 and on[255] == 2**16
+
+
+@pytest.fixture(scope="module")
+def many_draws():
+    """4,000 draws of an image that has all grey values, through both kinds of batch."""
+    images = np.broadcast_to(GREYS.reshape(16, 16, 1), (4000, 16, 16, 1))
+    ids = np.arange(4000)
+    return _held_out(images, ids)["x"], _train(images, ids, jax.random.key(1))["x"]
+
+
+def test_the_mean_of_many_draws_is_the_grey_value(many_draws):
+    """Within five standard errors for all 256, black and white exactly; only 0 and 1 occur."""
+    p = GREYS / 255
+    for x in many_draws:
+        assert x.dtype == np.float32 and x.shape == (4000, 16, 16, 1)
+        assert np.isin(x, (0, 1)).all()
+        mean = np.asarray(x, np.float64).reshape(4000, 256).mean(axis=0)
+        assert np.all(np.abs(mean - p) <= 5 * np.sqrt(p * (1 - p) / 4000))
+
+
+def test_pixels_and_examples_are_drawn_independently(many_draws):
+    """All correlations of the 192 middle greys, of which some share a word; no draw twice."""
+    for x in many_draws:
+        pixels = np.asarray(x).reshape(4000, 256)
+        correlations = np.corrcoef(pixels[:, 32:224].T) - np.eye(192)
+        assert np.max(np.abs(correlations)) < 5.5 / np.sqrt(4000)  # of 18,000; 1 in 1,000
+        assert len(np.unique(pixels, axis=0)) == 4000
+
+
+@pytest.mark.parametrize(("shape", "words"), [((1,), 1), ((2, 1), 1), ((3, 3, 1), 5)])
+def test_num_words_covers_even_and_odd_numbers_of_pixels(shape, words):
+    assert data.num_words(shape) == words
+    images = np.random.default_rng(0).integers(0, 256, (50, *shape), dtype=np.uint8)
+    bits = np.random.default_rng(1).integers(0, 2**32, (50, words), dtype=np.uint32)
+    x = jax.jit(data.binarise)(images, bits)
+    # By hand: pixels 0, 1, ... take the low halves of all words, the rest the high ones.
+    halves = np.concatenate([bits & 0xFFFF, bits >> 16], axis=1)
+    uniform = halves[:, : np.prod(shape)].reshape(images.shape) / 2**16
+    np.testing.assert_array_equal(x, uniform < np.round(images / 255 * 2**16) / 2**16)
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (37, 5, 5, 1), dtype=np.uint8)
+ALL = np.arange(37)
+
+
+def test_a_held_out_draw_depends_on_seed_split_and_id_alone():
+    whole = jax.device_get(_held_out(IMAGES, ALL))
+    for ids in (ALL[::-1], np.full(37, 17), ALL * 5 % 37):
+        batch = _held_out(IMAGES, ids)
+        np.testing.assert_array_equal(batch["x"], whole["x"][ids])
+        np.testing.assert_array_equal(batch["label"], ids)
+        np.testing.assert_array_equal(batch["id"], ids)
+    assert whole["mask"].all()
+    p = IMAGES / 255
+    expected = np.mean(2 * p * (1 - p))  # of the pixels differ between two independent draws
+    for other in (_held_out(IMAGES, ALL, "validation"), _held_out(IMAGES, ALL, "test", 1)):
+        differ = np.mean(other["x"] != whole["x"])
+        assert abs(differ - expected) < 5 * np.sqrt(0.25 / IMAGES.size)
+
+
+def test_ids_past_the_end_are_padding():
+    batch = _held_out(IMAGES, np.arange(32, 48))
+    np.testing.assert_array_equal(batch["mask"], np.arange(32, 48) < 37)
+    np.testing.assert_array_equal(batch["id"][:5], np.arange(32, 37))
+    np.testing.assert_array_equal(batch["x"][:5], _held_out(IMAGES, ALL)["x"][32:])
+
+
+def test_dynamic_training_draws_anew_at_every_visit():
+    first, again, second = (_train(IMAGES, ALL, jax.random.key(k)) for k in (0, 0, 1))
+    np.testing.assert_array_equal(first["x"], again["x"])
+    p = IMAGES / 255
+    differ = np.mean(first["x"] != second["x"])
+    assert abs(differ - np.mean(2 * p * (1 - p))) < 5 * np.sqrt(0.25 / p.size)
+    np.testing.assert_array_equal(first["label"], ALL)
+
+
+def test_fixed_training_draws_once_for_each_id():
+    whole = jax.device_get(_train(IMAGES, ALL, jax.random.key(0), "fixed"))
+    again = _train(IMAGES, ALL[::-1], jax.random.key(1), "fixed")
+    np.testing.assert_array_equal(again["x"], whole["x"][::-1])
+    assert np.any(whole["x"] != _held_out(IMAGES, ALL)["x"])
+
+
+def test_without_binarisation_batches_are_the_images():
+    train = _train(IMAGES, np.array([4, 36, 0]), jax.random.key(0), "none")
+    held_out = data.some(_hand_made(IMAGES, "none"), "test", 3)
+    for batch, ids in ((train, [4, 36, 0]), (held_out, [0, 18, 36])):
+        np.testing.assert_array_equal(batch["x"], IMAGES[ids])
+        assert batch["x"].dtype == np.float32
+
+
+def test_some_spreads_over_the_split():
+    dataset = _hand_made(IMAGES, "none")
+    batch = data.some(dataset, "test", 5)
+    np.testing.assert_array_equal(batch["id"], [0, 9, 18, 27, 36])
+    assert batch["mask"].all()
+    np.testing.assert_array_equal(data.some(dataset, "test", 1000)["id"], ALL)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_the_draws_are_pinned_also_in_double_precision(double):
+    """A change here changes the held-out bits of every number reported; jax_enable_x64 must not."""
+    with jax.enable_x64(double):
+        drawn = _held_out(IMAGES, ALL), _train(IMAGES, ALL, jax.random.key(0))
+    bits = (np.packbits(np.asarray(batch["x"], bool)) for batch in drawn)
+    assert [zlib.crc32(row.tobytes()) for row in bits] == [1035542881, 1213204766]
+
+
+def _rows(*splits):
+    return {
+        (image.tobytes(), int(label))
+        for s in splits
+        for image, label in zip(s.images, s.labels, strict=True)
+    }
+
+
+def test_the_splits_are_disjoint_and_complete(embedded):
+    splits = embedded.splits
+    assert {name: len(split) for name, split in splits.items()} == {
+        "train": 4000,
+        "validation": 500,
+        "test": 500,
+    }
+    assert len(_rows(*splits.values())) == 5000  # all images of the source are distinct
+    labels = np.concatenate([splits["train"].labels, splits["validation"].labels])
+    assert np.bincount(labels).tolist() == [450] * 10
+    # Random, not the first in the canonical order: every class is in it.
+    assert np.bincount(splits["validation"].labels).min() > 20
+
+
+def test_the_validation_split_depends_on_its_seed_alone(embedded):
+    config = data.Config(source="embedded", validation=500)
+    again = data.load(dataclasses.replace(config, binarisation="none"))
+    other = data.load(dataclasses.replace(config, seed=1))
+    for name in ("train", "validation", "test"):
+        np.testing.assert_array_equal(
+            again.splits[name].images, embedded.splits[name].images, strict=True
+        )
+
+    def rows(dataset, *names):
+        return _rows(*(dataset.splits[name] for name in names))
+
+    assert rows(other, "test") == rows(embedded, "test")
+    assert rows(other, "train", "validation") == rows(embedded, "train", "validation")
+    common = len(rows(other, "validation") & rows(embedded, "validation"))
+    # Hypergeometric: 500 · 500 / 4,500 = 56 ± 7.
+    assert 25 < common < 90
+
+
+def test_validation_may_be_empty_but_not_everything():
+    assert len(data.load(data.Config(source="embedded", validation=0)).splits["train"]) == 4500
+    for validation in (-1, 4500):
+        with pytest.raises(UserError, match=rf"data\.validation={validation}"):
+            data.load(data.Config(source="embedded", validation=validation))
+    with pytest.raises(UserError, match=r"data\.binarisation='grey'"):
+        data.load(data.Config(source="embedded", binarisation="grey"))
+
+
+def test_the_spec_is_of_the_training_images_as_the_model_sees_them(embedded):
+    mean = embedded.splits["train"].images.astype(np.float64).mean(axis=0)
+    assert embedded.spec.event_shape == (28, 28, 1) and embedded.spec.num_dims == 784
+    assert embedded.spec.support == "binary" and embedded.spec.mean.dtype == np.float32
+    np.testing.assert_allclose(embedded.spec.mean, mean / 255, rtol=1e-6)
+    grey = data.load(data.Config(source="embedded", binarisation="none")).spec
+    assert grey.support == "uint8"
+    np.testing.assert_allclose(grey.mean, mean, rtol=1e-6)
+
+
+def test_the_card_says_what_a_number_is_about(embedded):
+    card = embedded.card
+    assert card["source"] == "embedded" and card["seed"] == 0
+    assert card["counts"] == {"train": 4000, "validation": 500, "test": 500}
+    assert card["binarisation"] == {"train": "dynamic", "held_out": "one draw per image"}
+    assert card["event_shape"] == [28, 28, 1] and card["support"] == "binary"
+    assert len(card["sha256"]) == 64
+    line = data.describe(card)
+    for part in ("embedded", "4,000 train", "500 test", "dynamic", "seed 0", card["sha256"][:12]):
+        assert part in line

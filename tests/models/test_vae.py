@@ -1,0 +1,316 @@
+"""The VAE's bound, its weight, its sampler and its gradient on a model small enough to enumerate.
+
+In double precision, but for the extremes: what is asserted is then sharp to rounding.
+"""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from dgm_jax.core import DataSpec, UserError
+from dgm_jax.models import vae
+
+PIXELS, LATENTS, ROWS = 6, 2, 8
+SPEC = DataSpec(
+    (3, 2, 1), "binary", np.linspace(0.1, 0.9, PIXELS, dtype=np.float32).reshape(3, 2, 1)
+)
+# No two sizes are equal, so that a layer can be told by its shape.
+FIELDS = {"latents": LATENTS, "encoder": (5,), "decoder": (7,)}
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def _build(spec=SPEC, **fields):
+    return vae.build(vae.Config(**(FIELDS | fields)), spec)
+
+
+def _params(model):
+    """Random numbers everywhere, biases too: no special case of a fresh network."""
+    leaves, structure = jax.tree.flatten(jax.eval_shape(model.init, jax.random.key(0), _batch(1)))
+    rng = np.random.default_rng(0)
+    return jax.tree.unflatten(structure, [0.7 * rng.normal(size=leaf.shape) for leaf in leaves])
+
+
+def _batch(rows=ROWS, seed=0):
+    x = np.random.default_rng(seed).integers(0, 2, (rows, *SPEC.event_shape))
+    return {"x": jnp.asarray(x.astype(float))}
+
+
+MODEL = _build()
+decode = jax.jit(MODEL.decode)
+loss_and_grad = jax.jit(jax.value_and_grad(MODEL.loss_fn, has_aux=True))
+
+
+def _masked_batch():
+    return _batch() | {"mask": np.arange(ROWS) % 3 != 1}
+
+
+def _map_layer(params, width, change):
+    """`change` applied to every array whose last axis has `width` elements."""
+    return jax.tree.map(lambda p: change(p) if p.shape[-1] == width else p, params)
+
+
+@jax.jit
+def _everything(params, batch, rng):
+    """All that the model says, and what it is made from: mu, log_sigma, z and the logits."""
+    config = vae.Config(**FIELDS)
+    mu, log_sigma = vae.Encoder(config).apply(params["vae"]["encoder"], batch["x"])
+    z = mu + jnp.exp(log_sigma) * jax.random.normal(rng, mu.shape)
+    logits = vae.Decoder(config, SPEC).apply(params["vae"]["decoder"], z)
+    loss, aux = MODEL.loss_fn(params, batch, rng)
+    said = {
+        "loss": loss,
+        **aux.terms,
+        "elbo": MODEL.log_likelihood_fns["elbo"](params, batch, rng),
+        "log_weight": MODEL.log_weight(params, batch, rng),
+        "encode": MODEL.encode(params, batch, rng),
+        "decode": MODEL.decode(params, z),
+        "reconstruct": MODEL.reconstruct(params, batch, rng),
+    }
+    return said, (mu, log_sigma, z, logits)
+
+
+def test_terms_are_sums_over_pixels_and_over_latents():
+    """By NumPy and scipy from the networks' outputs; features and pictures come from the same."""
+    batch = _batch()
+    said, outputs = _everything(_params(MODEL), batch, jax.random.key(1))
+    mu, log_sigma, z, logits = map(np.asarray, outputs)
+    assert logits.dtype == np.float64
+    logits, sigma = logits.reshape(batch["x"].shape), np.exp(log_sigma)
+    x = np.asarray(batch["x"])
+    log_p_x = np.where(x == 1, special.log_expit(logits), special.log_expit(-logits))
+    log_p_x = log_p_x.reshape(ROWS, PIXELS).sum(1)
+    rate = 0.5 * (sigma**2 + mu**2 - 1 - 2 * np.log(sigma)).sum(1)
+    log_ratio = (stats.norm.logpdf(z) - stats.norm.logpdf(z, mu, sigma)).sum(1)
+    expected = {
+        "loss": np.mean(rate - log_p_x),
+        "distortion": -log_p_x,
+        "rate": rate,
+        "elbo": log_p_x - rate,
+        "log_weight": log_p_x + log_ratio,
+        "encode": mu,
+        "decode": special.expit(logits),
+        "reconstruct": special.expit(logits),
+    }
+    assert said.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(said[name], value, rtol=1e-12, err_msg=name)
+
+
+def test_every_pixel_twice_doubles_the_distortion_and_leaves_the_rate():
+    """No mean over pixels, nor a weight that depends on their number."""
+    batch, rng = _batch(), jax.random.key(1)
+    twice = _build(SPEC._replace(event_shape=(6, 2, 1), mean=np.repeat(SPEC.mean, 2, 0)))
+    params = _params(MODEL)
+    doubled = _map_layer(params, PIXELS, lambda p: np.repeat(p, 2, axis=-1))
+    # The encoder takes the mean of the copies.
+    doubled = jax.tree.map(
+        lambda p: np.repeat(p, 2, axis=0) / 2 if p.ndim == 2 and len(p) == PIXELS else p, doubled
+    )
+    copies = np.repeat(np.asarray(batch["x"]).reshape(ROWS, PIXELS), 2, axis=1)
+    one = _everything(params, batch, rng)[0]
+    two = jax.jit(twice.loss_fn)(doubled, {"x": copies.reshape(ROWS, 6, 2, 1)}, rng)[1].terms
+    np.testing.assert_allclose(two["distortion"], 2 * one["distortion"], rtol=1e-12)
+    np.testing.assert_allclose(two["rate"], one["rate"], rtol=1e-12)
+
+
+def test_beta_weighs_the_rate_and_nothing_else():
+    """loss = mean(distortion + β rate), β traced or not; terms, ELBO and log weight know no β."""
+    batch, rng = _batch(), jax.random.key(1)
+    params = _params(MODEL)
+
+    def with_beta(beta):
+        model = _build(beta=beta)
+        loss, aux = model.loss_fn(params, batch, rng)
+        elbo = model.log_likelihood_fns["elbo"](params, batch, rng)
+        return loss, {**aux.terms, "elbo": elbo, "log_weight": model.log_weight(params, batch, rng)}
+
+    betas = np.array([0.0, 0.25, 1.0, 4.0])
+    losses, unweighted = jax.jit(jax.vmap(with_beta))(betas)
+    concrete = _everything(params, batch, rng)[0]  # its β is the number 1
+    np.testing.assert_allclose(losses[2], concrete["loss"], rtol=1e-13)
+    for name, values in unweighted.items():
+        np.testing.assert_allclose(values, np.stack(4 * [concrete[name]]), rtol=1e-12)
+    distortion, rate = np.asarray(concrete["distortion"]), np.asarray(concrete["rate"])
+    expected = [np.mean(distortion + beta * rate) for beta in betas]
+    np.testing.assert_allclose(losses, expected, rtol=1e-13)
+
+
+def test_masked_rows_do_not_count():
+    """The loss is the mean over the real rows; neither it nor its gradient sees the others."""
+    params, batch, rng = _params(MODEL), _masked_batch(), jax.random.key(1)
+    mask, other = batch["mask"], _batch(seed=9)["x"]
+    (loss, aux), gradient = loss_and_grad(params, batch, rng)
+    costs = np.asarray(aux.terms["distortion"] + aux.terms["rate"])
+    np.testing.assert_allclose(loss, costs[mask].mean(), rtol=1e-14)
+    batch["x"] = jnp.where(mask[:, None, None, None], batch["x"], other)
+    (same, _), same_gradient = loss_and_grad(params, batch, rng)
+    assert same == loss
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, 1e-12, 1e-15), same_gradient, gradient
+    )
+
+
+def test_the_gradient_is_a_finite_difference():
+    """Along random directions at fixed noise: central differences, wrong by O(h²) = 1e-10."""
+    params, batch, rng = _params(MODEL), _masked_batch(), jax.random.key(1)
+    gradient = jax.device_get(loss_and_grad(params, batch, rng)[1])
+    for seed in range(3):
+        source = np.random.default_rng(seed)
+        direction = jax.tree.map(lambda p, s=source: s.normal(size=p.shape), params)
+        up, down = (
+            loss_and_grad(jax.tree.map(lambda p, d, h=h: p + h * d, params, direction), batch, rng)
+            for h in (1e-5, -1e-5)
+        )
+        slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: np.sum(g * d), gradient, direction)))
+        np.testing.assert_allclose(slope, (up[0][0] - down[0][0]) / 2e-5, rtol=1e-7)
+
+
+def _exact(params):
+    """All images `[64, *event]` and log p(x) `[64]`, by the trapezoidal rule over z."""
+    x = np.array(list(itertools.product((0, 1), repeat=PIXELS)), np.float64)
+    axis = np.linspace(-9, 9, 121)
+    z = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, LATENTS)
+    mean = np.asarray(decode(params, z)).reshape(-1, PIXELS)
+    log_p_x_z = np.log(mean) @ x.T + np.log1p(-mean) @ (1 - x).T
+    log_p_z = stats.norm.logpdf(z).sum(1) + 2 * np.log(axis[1] - axis[0])
+    return x.reshape(-1, *SPEC.event_shape), special.logsumexp(log_p_x_z + log_p_z[:, None], axis=0)
+
+
+def _within_five_standard_errors(draws, expected):
+    """Means over the first axis, up to 64 of them (by chance one in 30,000 such sets fails)."""
+    error = draws.std(axis=0, ddof=1) / math.sqrt(len(draws))
+    return np.all(np.abs(draws.mean(axis=0) - expected) < 5 * error)
+
+
+def test_weights_are_unbiased_and_the_loss_is_a_bound():
+    """For all 64 images E[w] = p(x) and E[log w] = -E[loss] < log p(x), over 5,000 draws.
+
+    The posterior is made wide, sigma about 1.3: a narrow one has weights of no finite variance.
+    """
+    params = _params(MODEL)
+    encoder = _map_layer(params["vae"]["encoder"], 2 * LATENTS, lambda p: 0.1 * p)
+    wide = np.array([0.0, 0.0, 1.0, 1.0])
+    params["vae"]["encoder"] = _map_layer(
+        encoder, 2 * LATENTS, lambda p: p + wide if p.ndim == 1 else p
+    )
+    x, log_p_x = _exact(params)
+    np.testing.assert_allclose(special.logsumexp(log_p_x), 0, atol=1e-12)
+
+    @jax.jit
+    def draw(params, keys):
+        def one(keys):
+            terms = MODEL.loss_fn(params, {"x": x}, keys[1])[1].terms
+            elbo = -terms["distortion"] - terms["rate"]
+            return MODEL.log_weight(params, {"x": x}, keys[0]), elbo
+
+        return jax.vmap(one)(keys)
+
+    keys = jax.random.split(jax.random.key(1), (5000, 2))
+    log_w, elbo = map(np.asarray, draw(params, keys))
+    assert _within_five_standard_errors(np.exp(log_w - log_p_x), 1)
+    assert _within_five_standard_errors(log_w - elbo, 0)
+    assert np.all(elbo.mean(axis=0) < log_p_x)
+
+
+def test_samples_have_the_models_distribution():
+    """Frequencies of all 64 images against p(x) by quadrature: chi-square."""
+    params = _params(MODEL)
+    drawn = jax.jit(lambda p, key: MODEL.sample(p, key, 40_000))(params, jax.random.key(3))
+    x, mean = (np.asarray(drawn[name]).reshape(-1, PIXELS) for name in ("x", "mean"))
+    assert np.isin(x, (0, 1)).all()
+    counts = np.bincount(x.astype(int) @ 2 ** np.arange(PIXELS)[::-1], minlength=64)
+    assert stats.chisquare(counts, 40_000 * np.exp(_exact(params)[1])).pvalue > 1e-4
+    # And x was drawn from the mean returned beside it.
+    assert _within_five_standard_errors((x - mean) / np.sqrt(mean * (1 - mean)), 0)
+    assert _within_five_standard_errors((x - mean) ** 2 - mean * (1 - mean), 0)
+
+
+def test_a_fresh_decoder_gives_the_training_mean():
+    """Exactly at z = 0, where only the output bias speaks; clipped, so never a certainty."""
+    mean = SPEC.mean.copy()
+    mean[0, 0], mean[2, 1] = 0, 1
+    spec = SPEC._replace(mean=mean)
+    z = jnp.zeros((1, LATENTS))
+
+    @jax.jit
+    def decoded(key):
+        params = _build(spec).init(key, _batch(1))  # whatever the activation
+        models = [_build(spec, activation=name) for name in vae.ACTIVATIONS]
+        return [model.decode(params, z)[0] for model in models]
+
+    for found in decoded(jax.random.key(0)):
+        np.testing.assert_allclose(found, np.clip(mean, 1e-3, 1 - 1e-3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("raw", [1e4, -1e4])
+def test_sigma_neither_explodes_nor_vanishes(raw):
+    """Encoder outputs of ±1e4 in float32: sigma is 1e4 or 1e-4, with finite loss and gradient."""
+    with jax.enable_x64(False):
+        output = np.array([0.0, 0.0, raw, raw])  # mu = 0, then what sigma is made from
+
+        def set_output(p):
+            return np.zeros_like(p) if p.ndim == 2 else output
+
+        params = _params(MODEL)
+        params["vae"]["encoder"] = _map_layer(params["vae"]["encoder"], 2 * LATENTS, set_output)
+        (loss, aux), gradient = loss_and_grad(params, _batch(), jax.random.key(1))
+    sigma = 1e4 if raw > 0 else 1e-4
+    rate = LATENTS * (0.5 * (sigma**2 - 1) - math.log(sigma))
+    np.testing.assert_allclose(aux.terms["rate"], np.full(ROWS, rate), rtol=1e-6)
+    assert loss.dtype == np.float32 and np.isfinite(loss)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+
+
+def test_an_encoder_run_wild_gives_finite_loss_and_gradients():
+    """Its last layer times 1e4, in float32."""
+    with jax.enable_x64(False):
+        params = _params(MODEL)
+        params["vae"]["encoder"] = _map_layer(
+            params["vae"]["encoder"], 2 * LATENTS, lambda p: 1e4 * p
+        )
+        (loss, aux), gradient = loss_and_grad(params, _batch(), jax.random.key(1))
+    assert np.min(aux.terms["rate"]) > 1e6  # the outputs were huge indeed
+    assert loss.dtype == np.float32 and np.isfinite(loss)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("value", [0.5, 255.0, -1.0, math.nan])
+def test_init_refuses_x_that_is_not_binary(value):
+    batch = _batch()
+    batch["x"] = batch["x"].at[3, 1, 1, 0].set(value)
+    with pytest.raises(UserError, match=r"x in \{0, 1\}"):
+        _build().init(jax.random.key(0), batch)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("latents", v) for v in (0, -1)),
+        *((f, v) for f in ("encoder", "decoder") for v in ((), (0,), (10, -1))),
+        ("activation", "swisch"),
+        *(("beta", v) for v in (-0.1, math.nan)),
+    ],
+)
+def test_check_refuses_a_bad_field_by_its_name(field, value):
+    with pytest.raises(UserError, match=rf"model\.{field}="):
+        vae.check(vae.Config(**{field: value}), SPEC)
+
+
+def test_check_refuses_data_that_is_not_binary():
+    with pytest.raises(UserError, match=r"data\.binarisation"):
+        vae.check(vae.Config(), SPEC._replace(support="uint8"))
+
+
+def test_check_accepts_the_defaults_and_no_rate():
+    vae.check(vae.Config(), SPEC)
+    vae.check(vae.Config(beta=0.0), SPEC)

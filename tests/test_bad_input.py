@@ -1,0 +1,717 @@
+"""Bad input: one line that names the value and what to do, and nothing written over or lost.
+
+What the command line refuses is tried on the command line, each case a process. The processes
+are forked from one that has imported everything slow, and has not started JAX.
+"""
+
+import gc
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dgm_jax import config as configs
+from dgm_jax import models, optim, run, sharding
+from dgm_jax.checkpoint import Checkpoints
+from dgm_jax.core import DataSpec, UserError
+from dgm_jax.data import dataset as data
+from dgm_jax.train import abstract_state
+from dgm_jax.workdir import Workdir
+
+# Orbax leaves coroutines of a failed read to the garbage collector, which complains.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+REPO = Path(__file__).resolve().parent.parent
+SMOKE = "configs/vae_mnist.py:smoke"
+
+_DRIVER = """
+import gc, json, os, runpy, signal, sys
+from ml_collections import config_flags
+from dgm_jax import models, pictures, run
+models.get("vae")
+gc.freeze()  # a child that ends need not tidy up what it shares
+codes = []
+for case in json.load(sys.stdin):
+    child = os.fork()
+    if not child:
+        os.environ.update(case["env"])
+        for fd, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(case[name], os.O_WRONLY | os.O_CREAT), fd)
+        signal.alarm(60)  # what is not refused would train
+        sys.argv = ["dgm_jax/main.py", *case["argv"]]
+        runpy.run_module("dgm_jax.main", run_name="__main__", alter_sys=True)
+        sys.exit(0)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
+"""
+
+
+class Case(NamedTuple):
+    """Flags, and words that the one line must have. `{dir}` is the case's own directory."""
+
+    argv: tuple[str, ...]
+    words: tuple[str, ...]
+    prepare: Callable[[Path], None] = lambda path: None
+    env: dict[str, str] = {}
+
+
+class Outcome(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+    before: dict
+    after: dict
+
+
+def smoke(*flags: str) -> tuple[str, ...]:
+    return (f"--config={SMOKE}", "--workdir={dir}/run", *flags)
+
+
+def tfds(directory: str) -> dict:
+    return {"env": {"TFDS_DATA_DIR": directory}}
+
+
+# Work directories that are there already.
+
+
+def _claim(path: Path) -> Workdir:
+    config = configs.load(SMOKE, {"model.latents": 7})
+    workdir = Workdir(path / "run")
+    workdir.claim(config, data.load(configs.section(config, "data")).card)
+    return workdir
+
+
+def _foreign(path: Path) -> None:
+    (path / "run").mkdir()
+    (path / "run" / "thesis.tex").write_text("years of work")
+
+
+def _a_file(path: Path) -> None:
+    (path / "run").write_text("not a directory")
+
+
+def _truncated_config(path: Path) -> None:
+    config = _claim(path).config
+    config.write_bytes(config.read_bytes()[:100])
+
+
+def _config_of_nothing(path: Path) -> None:
+    _claim(path).config.write_text("{}")
+
+
+def _config_is_a_list(path: Path) -> None:
+    _claim(path).config.write_text("[]")
+
+
+def _other_data(path: Path) -> None:
+    card = _claim(path).data_card
+    card.write_text(card.read_text().replace("4000", "54000"))
+
+
+def _truncated_card(path: Path) -> None:
+    card = _claim(path).data_card
+    card.write_bytes(card.read_bytes()[:100])
+
+
+def _no_card(path: Path) -> None:
+    _claim(path).data_card.unlink()
+
+
+def _empty_tfds(path: Path) -> None:
+    (path / "tfds").mkdir()
+
+
+def _corrupt_tfds(path: Path) -> None:
+    version = path / "tfds" / "mnist" / "3.0.1"
+    version.mkdir(parents=True)
+    (version / "dataset_info.json").write_text('{"name": "mnist", "vers')
+    (version / "features.json").write_text("")
+
+
+def _not_a_config(path: Path) -> None:
+    (path / "notes.txt").write_text("get_config")
+    (path / "empty.py").write_text("")
+
+
+_LATENTS_7 = smoke("--config.model.latents=7")
+
+CASES = {
+    # What the flags name.
+    "config file": Case(
+        ("--config=configs/vae_mnits.py", "--workdir={dir}/run"),
+        ("configs/vae_mnits.py", "no such file", "configs/vae_mnist.py"),
+    ),
+    "config file in a folder that is not there": Case(
+        ("--config=nowhere/x.py", "--workdir={dir}/run"), ("nowhere/x.py", "no such file")
+    ),
+    "config is a directory": Case(("--config=configs", "--workdir={dir}/run"), ("configs",)),
+    "config is no Python file": Case(
+        ("--config={dir}/notes.txt", "--workdir={dir}/run"), ("notes.txt",), _not_a_config
+    ),
+    "config without get_config": Case(
+        ("--config={dir}/empty.py", "--workdir={dir}/run"),
+        ("empty.py", "get_config"),
+        _not_a_config,
+    ),
+    "variant": Case(
+        ("--config=configs/vae_mnist.py:smok", "--workdir={dir}/run"), ("'smok'", "smoke")
+    ),
+    "variant, flag and value apart": Case(
+        ("--config", "configs/vae_mnist.py:smok", "--workdir", "{dir}/run"), ("'smok'", "smoke")
+    ),
+    "field": Case(smoke("--config.sede=1"), ("'sede'", "nearest: seed")),
+    "nested field": Case(
+        smoke("--config.model.latent=1"), ("'model.latent'", "nearest: model.latents")
+    ),
+    "field in another section": Case(smoke("--config.latents=1"), ("'latents'", "model.latents")),
+    "field, flag and value apart": Case(
+        smoke("--config.model.latent", "1"), ("'model.latent'", "nearest: model.latents")
+    ),
+    "section": Case(smoke("--config.model=3"), ("'model'", "model.")),
+    "model": Case(smoke("--config.model.name=vea"), ("model.name='vea'", "did you mean", "vae")),
+    "mode": Case(smoke("--mode=trian"), ("--mode=trian", "train", "evaluate", "sample")),
+    "flag": Case(smoke("--workdri=x"), ("workdri", "workdir")),
+    "stray argument": Case(smoke("latents=4"), ("'latents=4'", "--flag=value")),
+    "no config": Case(("--workdir={dir}/run",), ("--config=configs/vae_mnist.py",)),
+    "no config but a field": Case(
+        ("--workdir={dir}/run", "--config.model.latents=3"), ("config.model.latents", "--config")
+    ),
+    "evaluate nothing": Case(("--mode=evaluate",), ("--mode=evaluate", "--workdir")),
+    # Types.
+    "int 3.5": Case(smoke("--config.model.latents=3.5"), ("config.model.latents", "'3.5'", "int")),
+    "int abc": Case(smoke("--config.model.latents=abc"), ("config.model.latents", "'abc'", "int")),
+    "float abc": Case(smoke("--config.model.beta=abc"), ("config.model.beta", "'abc'", "float")),
+    "num abc": Case(("--mode=sample", "--num=abc", "--workdir={dir}/run"), ("--num", "'abc'")),
+    "widths abc": Case(smoke("--config.model.encoder=abc"), ("model.encoder", "abc")),
+    "widths 3.5": Case(smoke("--config.model.encoder=3.5"), ("model.encoder", "3.5")),
+    "widths 32,abc": Case(smoke("--config.model.encoder=32,abc"), ("model.encoder", "abc")),
+    # Values; the others are tried from Python, below.
+    "negative beta": Case(smoke("--config.model.beta=-0.5"), ("model.beta=-0.5", "at least 0")),
+    "batch on eight devices": Case(
+        smoke("--config.train.batch_size=100"),
+        ("train.batch_size=100", "8 device", "96 or 104"),
+        env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+    ),
+    "duration": Case(
+        smoke("--config.train.duration=3 weeks"), ("train.duration='3 weeks'", "100 epochs")
+    ),
+    "seed too large": Case(smoke(f"--config.seed={2**40}"), ("seed", str(2**40))),
+    "num 0": Case(
+        ("--mode=sample", "--num=0", "--workdir={dir}/run"), ("--num=0", "at least one"), _claim
+    ),
+    # Data.
+    "no TFDS directory": Case(
+        smoke("--config.data.source=tfds"), ("TFDS_DATA_DIR", "{dir}/tfds"), **tfds("{dir}/tfds")
+    ),
+    "no TFDS directory, though others would do": Case(
+        smoke("--config.data.source=auto"), ("TFDS_DATA_DIR", "{dir}/tfds"), **tfds("{dir}/tfds")
+    ),
+    "empty TFDS directory": Case(
+        smoke("--config.data.source=tfds"),
+        ("tfds", "{dir}/tfds"),
+        _empty_tfds,
+        **tfds("{dir}/tfds"),
+    ),
+    "corrupt TFDS directory": Case(
+        smoke("--config.data.source=tfds"),
+        ("damaged", "{dir}/tfds/mnist/3.0.1"),
+        _corrupt_tfds,
+        **tfds("{dir}/tfds"),
+    ),
+    # Work directories.
+    "another config": Case(
+        smoke("--config.model.latents=9", "--config.train.batch_size=50"),
+        ("{dir}/run", "model.latents: 7 there, 9 here", "train.batch_size:", "--workdir"),
+        _claim,
+    ),
+    "foreign directory": Case(smoke(), ("{dir}/run", "not empty", "--workdir"), _foreign),
+    "work directory is a file": Case(smoke(), ("{dir}/run", "--workdir"), _a_file),
+    "work directory below a file": Case(
+        (f"--config={SMOKE}", "--workdir={dir}/run/deeper/still"),
+        ("{dir}/run", "--workdir"),
+        _a_file,
+    ),
+    "truncated config.json": Case(_LATENTS_7, ("config.json", "damaged"), _truncated_config),
+    "config.json of nothing": Case(_LATENTS_7, ("{dir}/run", "config"), _config_of_nothing),
+    "config.json is a list": Case(_LATENTS_7, ("config.json",), _config_is_a_list),
+    "other data": Case(
+        _LATENTS_7, ("{dir}/run", "other data", "54000", "4000", "--workdir"), _other_data
+    ),
+    "truncated data card": Case(_LATENTS_7, ("data_card.json", "damaged"), _truncated_card),
+    # Evaluate and sample with nothing trained.
+    **{
+        f"{mode}: {name}": Case((f"--mode={mode}", "--workdir={dir}/run"), words, prepare)
+        for mode in ("evaluate", "sample")
+        for name, words, prepare in (
+            ("no work directory", ("{dir}/run", "train"), lambda path: None),
+            ("foreign directory", ("{dir}/run", "not a work directory"), _foreign),
+            ("a file", ("{dir}/run",), _a_file),
+            ("no checkpoint", ("{dir}/run", "no checkpoint", "train first"), _claim),
+            ("truncated config.json", ("config.json", "damaged"), _truncated_config),
+            ("config.json of nothing", ("config.json",), _config_of_nothing),
+            ("no data card", ("data_card.json", "train"), _no_card),
+        )
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[str, Outcome]:
+    """All cases, run one after the other by one driver."""
+    # A warm cache: images read for the first time take seconds.
+    data.load(configs.section(configs.load(SMOKE), "data"))
+    folders = [tmp_path_factory.mktemp("case") for _ in CASES]
+    orders, before = [], []
+    for folder, case in zip(folders, CASES.values(), strict=True):
+        (folder / "inside").mkdir()
+        case.prepare(folder / "inside")
+        before.append(_contents(folder / "inside"))
+        here = str(folder / "inside")
+        orders.append(
+            {
+                "argv": [word.replace("{dir}", here) for word in case.argv],
+                "env": {name: value.replace("{dir}", here) for name, value in case.env.items()},
+                "stdout": str(folder / "stdout"),
+                "stderr": str(folder / "stderr"),
+            }
+        )
+    driver = subprocess.run(
+        [sys.executable, "-c", _DRIVER],
+        cwd=REPO,
+        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        input=json.dumps(orders),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert driver.returncode == 0, driver.stderr
+    return {
+        name: Outcome(
+            code,
+            (folder / "stdout").read_text(),
+            (folder / "stderr").read_text().replace(str(folder / "inside"), "{dir}"),
+            there,
+            _contents(folder / "inside"),
+        )
+        for name, code, folder, there in zip(
+            CASES, json.loads(driver.stdout), folders, before, strict=True
+        )
+    }
+
+
+def _contents(path: Path) -> dict[str, tuple[int, bytes] | None]:
+    """Every file with its time and bytes, every directory."""
+    return {
+        str(p.relative_to(path)): (p.stat().st_mtime_ns, p.read_bytes()) if p.is_file() else None
+        for p in path.rglob("*")
+    }
+
+
+def _bytes(path: Path) -> dict[str, bytes | None]:
+    return {name: found and found[1] for name, found in _contents(path).items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused_in_one_line_with_nothing_written(outcomes, name):
+    outcome = outcomes[name]
+    assert outcome.code == 1, outcome.stdout + outcome.stderr
+    assert outcome.stderr.startswith("error: "), outcome.stderr[-2000:]
+    assert outcome.stderr.count("\n") == 1 and outcome.stderr.endswith("\n"), outcome.stderr
+    for word in CASES[name].words:
+        assert word in outcome.stderr
+    assert outcome.stdout == ""
+    assert outcome.after == outcome.before
+
+
+# The same from Python.
+
+
+@pytest.mark.parametrize(
+    ("path", "values", "words"),
+    [
+        ("configs/vae_mnits.py", {}, ("configs/vae_mnits.py", "no such file")),
+        ("configs/vae_mnist.py:big", {}, ("'big'", "smoke")),
+        (SMOKE, {"sede": 1}, ("'sede'", "nearest: seed")),
+        (SMOKE, {"model.latent": 1}, ("'model.latent'", "nearest: model.latents")),
+        (SMOKE, {"model.latents": 3.5}, ("model.latents=3.5", "int")),
+        (SMOKE, {"model.latents": "abc"}, ("model.latents='abc'", "int")),
+        (SMOKE, {"model.encoder": 32}, ("model.encoder=32", "tuple")),
+        (SMOKE, {"train.duration": 100}, ("train.duration=100", "str")),
+    ],
+)
+def test_load_refuses(monkeypatch, path, values, words):
+    monkeypatch.chdir(REPO)
+    with pytest.raises(UserError) as refused:
+        configs.load(path, values)
+    assert "\n" not in str(refused.value)
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_configs_are_locked():
+    config = configs.load(str(REPO / SMOKE))
+    with pytest.raises(AttributeError, match="latents"):
+        config.model.latnets = 3
+    with pytest.raises(TypeError, match="latents"):
+        config.model.latents = "three"
+    # What loses nothing is taken: an int where a float is expected.
+    assert configs.override(config, {"model.beta": 2}).model.beta == 2
+
+
+def test_override_leaves_its_argument_alone():
+    config = configs.load(str(REPO / SMOKE))
+    before = config.to_json()
+    configs.override(config, {"model.latents": 3})
+    assert config.to_json() == before
+
+
+VALUES = {
+    "model.name='vea'": ("did you mean", "vae"),
+    "model.latents=0": ("at least one",),
+    "model.latents=-3": ("at least one",),
+    "model.beta=-1.0": ("at least 0",),
+    "model.beta=nan": ("at least 0",),
+    "model.encoder=(32, -4)": ("at least 1",),
+    "model.decoder=(0,)": ("at least 1",),
+    "model.decoder=()": ("at least 1",),
+    "model.activation='selu'": ("silu", "relu"),
+    "train.batch_size=4008": ("larger", "4,000"),
+    "train.batch_size=0": ("8 or 16",),
+    "train.batch_size=-8": ("8 or 16",),
+    "train.batch_size=100": ("8 device", "96 or 104"),
+    "train.steps_per_dispatch=0": ("at least 1",),
+    "train.duration='100'": ("train.duration", "100 epochs"),
+    "train.duration=''": ("train.duration", "100 epochs"),
+    "train.duration='-3 epochs'": ("train.duration", "100 epochs"),
+    "train.duration='0 steps'": ("train.duration", "100 epochs"),
+    "train.duration='nan steps'": ("train.duration", "100 epochs"),
+    "train.duration='inf epochs'": ("train.duration", "100 epochs"),
+    "train.validate_every='often'": ("100 epochs",),
+    "train.checkpoint_every='0 steps'": ("100 epochs",),
+    "optimizer.learning_rate=-0.001": ("at least 0",),
+    "optimizer.learning_rate=nan": ("at least 0",),
+    "optimizer.clip_norm=0.0": ("above 0",),
+    "optimizer.warmup=1.5": ("below 1",),
+    "optimizer.ema=1.0": ("below 1",),
+    "eval.num_samples=0": ("at least 1",),
+    "eval.chunk=0": ("at least 1",),
+    "eval.batch_size=30": ("8 device", "24 or 32"),
+    "data.binarisation='statc'": ("dynamic", "fixed", "none"),
+    "data.binarisation='none'": ("Bernoulli", "binary", "'dynamic'"),
+    "data.validation=4500": ("4499",),
+    "data.validation=-1": ("between 0",),
+    "data.seed=-1": (),
+    "data.source='tdfs'": ("auto", "tfds", "download", "embedded"),
+}
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_a_value_that_makes_no_sense(tmp_path, capsys, value):
+    """On eight devices."""
+    field, _, text = value.partition("=")
+    config = configs.load(str(REPO / SMOKE), {"train.batch_size": 40, "eval.batch_size": 40})
+    config = configs.override(config, {field: eval(text, {"nan": math.nan})})
+    with pytest.raises(UserError) as refused:
+        run.train_mode(config, Workdir(tmp_path / "run"))
+    message = str(refused.value)
+    assert "\n" not in message
+    for word in (*field.split("."), text, *VALUES[value]):
+        assert word in message
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty directory", "a claimed one"])
+def test_a_directory_that_is_not_writable(tmp_path, monkeypatch, there):
+    """Permissions do not bind root, so that the answer of the system is replaced."""
+    monkeypatch.chdir(REPO)
+    config = configs.load(SMOKE, {"model.latents": 7})
+    workdir = Workdir(tmp_path / "run")
+    if there == "an empty directory":
+        workdir.path.mkdir()
+    elif there == "a claimed one":
+        workdir = _claim(tmp_path)
+    before = _contents(tmp_path)
+    access = os.access
+    monkeypatch.setattr(
+        os,
+        "access",
+        lambda path, mode, **rest: (
+            not (mode & os.W_OK and Path(path).is_relative_to(tmp_path))
+            and access(path, mode, **rest)
+        ),
+    )
+    with pytest.raises(UserError, match=r"not writable.*--workdir"):
+        run.train_mode(config, workdir)
+    assert _contents(tmp_path) == before
+
+
+# Damaged checkpoints, and losses that are not finite: one device, tiny networks, few steps.
+
+TINY = {
+    "model.encoder": (8,),
+    "model.decoder": (8,),
+    "model.latents": 2,
+    "train.batch_size": 40,
+    "train.duration": "8 steps",
+    "train.steps_per_dispatch": 2,
+    "train.checkpoint_every": "2 steps",
+    "train.validate_every": "4 steps",
+    "eval.batch_size": 250,
+    "eval.num_samples": 2,
+    "eval.elbo_samples": 1,
+    "eval.chunk": 2,
+}
+TIMING = {"seconds", "images_per_second"}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """One device and no pictures; programs compiled once, and quickly."""
+    one = jax.make_mesh(
+        (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
+    )
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda: one)
+        patch.setattr(run, "_draw_pictures", lambda *args: None)
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+
+
+def _tiny(**values) -> configs.ConfigDict:
+    return configs.load(str(REPO / SMOKE), TINY | values)
+
+
+@pytest.fixture(scope="module")
+def trained(quick, tmp_path_factory) -> Path:
+    """A finished run with checkpoints of steps 6 and 8."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    run.train_mode(_tiny(), Workdir(path))
+    assert _steps(path) == [6, 8]
+    return path
+
+
+@pytest.fixture
+def unfinished(trained, tmp_path) -> Iterator[Path]:
+    """The same as if it had been interrupted after its last checkpoint."""
+    path = tmp_path / "run"
+    shutil.copytree(trained, path)
+    (path / "results.json").unlink()
+    yield path
+    gc.collect()
+
+
+def _steps(path: Path) -> list[int]:
+    return sorted(int(p.name) for p in (path / "checkpoints").iterdir())
+
+
+def _rows(path: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{n: value for n, value in row.items() if n not in TIMING} for row in rows]
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def _restore_all(path: Path) -> tuple[object, list[str]]:
+    """The newest whole train state, and what was said."""
+    said: list[str] = []
+    config, card = _tiny(), _read(path / "data_card.json")
+    spec = DataSpec(tuple(card["event_shape"]), card["support"], np.full((28, 28, 1), 0.5))
+    optimizer = optim.build(configs.section(config, "optimizer"), num_steps=1)
+    model = models.build(config.model, spec)
+    shapes = abstract_state(config, model, optimizer, spec, sharding.make_mesh())
+    checkpoints = Checkpoints(path / "checkpoints")
+    try:
+        return checkpoints.restore(shapes, said.append), said
+    finally:
+        checkpoints.close()
+
+
+def _largest(step: Path) -> Path:
+    return max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+DAMAGES = {"truncated": _truncate, "flipped": _flip, "deleted": Path.unlink}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_training_falls_back_to_the_checkpoint_before(trained, unfinished, damage, capsys):
+    newest = unfinished / "checkpoints" / "8"
+    DAMAGES[damage](_largest(newest))
+    damaged = _bytes(newest)
+    run.train_mode(_tiny(), Workdir(unfinished))
+    printed = capsys.readouterr().out
+    (warning,) = (line for line in printed.splitlines() if "WARNING" in line)
+    assert "step 8" in warning and "damaged" in warning and "falling back" in warning
+    assert "from the checkpoint of step 6" in printed
+    # The same end as if nothing had happened.
+    metrics = _read(trained / "results.json")["metrics"]
+    assert _read(unfinished / "results.json")["metrics"] == metrics
+    assert _rows(unfinished) == _rows(trained)
+    assert _steps(unfinished) == [6, 8]
+    (ours, said), (theirs, _) = _restore_all(unfinished), _restore_all(trained)
+    assert said == []
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    # Aside, not gone.
+    assert _bytes(unfinished / "damaged_checkpoints" / "8") == damaged
+
+
+def test_without_any_checkpoint_it_starts_again(trained, unfinished):
+    """As after an end before the first checkpoint; the rows written until then come once."""
+    shutil.rmtree(unfinished / "checkpoints")
+    run.train_mode(_tiny(), Workdir(unfinished))
+    assert _rows(unfinished) == _rows(trained)
+    metrics = _read(trained / "results.json")["metrics"]
+    assert _read(unfinished / "results.json")["metrics"] == metrics
+
+
+def test_any_damage_to_any_file_is_noticed_or_does_no_harm(trained, tmp_path):
+    """Every file of the newest checkpoint in turn: what is restored is exactly 8, or 6."""
+    shutil.copytree(trained, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "8"
+    good, _ = _restore_all(trained)
+    shutil.move(newest, tmp_path / "whole")
+    before, _ = _restore_all(tmp_path / "run")
+    assert (int(good.step), int(before.step)) == (8, 6)
+    names = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*"))
+    for name in (name for name in names if (tmp_path / "whole" / name).is_file()):
+        for damage in ("flipped", "deleted"):
+            shutil.copytree(tmp_path / "whole", newest)
+            DAMAGES[damage](newest / name)
+            restored, said = _restore_all(tmp_path / "run")
+            expected = good if int(restored.step) == 8 else before
+            jax.tree.map(np.testing.assert_array_equal, restored, expected)
+            assert bool(said) == (int(restored.step) == 6), f"silent: {name} {damage}"
+            shutil.rmtree(newest)
+    gc.collect()
+
+
+def test_the_same_step_damaged_again_and_again_is_kept_each_time(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "8"
+    for _ in range(3):
+        if not newest.exists():
+            shutil.copytree(trained / "checkpoints" / "8", newest)
+        checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+        checkpoints.set_aside_after(6)
+        checkpoints.close()
+        assert not newest.exists()
+    kept = list((tmp_path / "run" / "damaged_checkpoints").rglob("_CHECKPOINT_METADATA"))
+    assert len(kept) == 3
+
+
+def test_evaluate_falls_back_and_leaves_the_checkpoints_alone(trained, unfinished, capsys):
+    _flip(_largest(unfinished / "checkpoints" / "8"))
+    before = _contents(unfinished)
+    run.evaluate_mode(Workdir(unfinished))
+    assert "WARNING: the checkpoint of step 8 is damaged" in capsys.readouterr().out
+    assert _read(unfinished / "evaluation.json")["step"] == 6
+    after = _contents(unfinished)
+    del after["evaluation.json"]
+    assert after == before
+
+
+def test_all_checkpoints_damaged(unfinished):
+    for step in (6, 8):
+        _truncate(_largest(unfinished / "checkpoints" / str(step)))
+    before = _bytes(unfinished)
+    for attempt in (
+        lambda: run.train_mode(_tiny(), Workdir(unfinished)),
+        lambda: run.evaluate_mode(Workdir(unfinished)),
+        lambda: run.sample_mode(Workdir(unfinished), 1, 0),
+    ):
+        with pytest.raises(UserError, match=r"every checkpoint .* is damaged .*6.*move"):
+            attempt()
+        assert _bytes(unfinished) == before
+
+
+def _explode_at(monkeypatch, step: int, rate: float) -> None:
+    """Make the learning rate of update number `step` (from 1) absurd."""
+    monkeypatch.setattr(
+        optim,
+        "schedule",
+        lambda config, num_steps: lambda count: jnp.where(count == step - 1, rate, 1e-3),
+    )
+
+
+def _assert_last_good_checkpoint_stays(path: Path, last: int) -> None:
+    restored = run.restore(path)
+    assert restored.step == last
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
+    rows = _rows(path)
+    assert rows and max(row["step"] for row in rows) <= last
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert not (path / "results.json").exists()
+
+
+def test_a_loss_that_is_not_finite(quick, tmp_path, monkeypatch):
+    """Update 5 explodes: the loss of step 6 is the first that is not finite."""
+    _explode_at(monkeypatch, 5, 1e30)
+    path = tmp_path / "run"
+    with pytest.raises(UserError) as refused:
+        run.train_mode(_tiny(), Workdir(path))
+    message = str(refused.value)
+    assert "vae/loss" in message and "not finite" in message and "step 6" in message
+    assert "optimizer.learning_rate" in message
+    assert "\n" not in message
+    _assert_last_good_checkpoint_stays(path, 4)
+    # Again: the same, from the last good checkpoint, which is still there.
+    with pytest.raises(UserError, match="step 6"):
+        run.train_mode(_tiny(), Workdir(path))
+    _assert_last_good_checkpoint_stays(path, 4)
+
+
+def test_a_loss_that_is_not_finite_in_validation(quick, tmp_path, monkeypatch):
+    """The last update before a validation explodes; the error names step and term all the same."""
+    _explode_at(monkeypatch, 4, 1e30)
+    path = tmp_path / "run"
+    with pytest.raises(UserError) as refused:
+        run.train_mode(_tiny(), Workdir(path))
+    message = str(refused.value)
+    assert "distortion" in message and "not finite" in message
+    assert "step 4" in message and "validation" in message
+    _assert_last_good_checkpoint_stays(path, 2)
+
+
+def test_no_checkpoint_of_parameters_that_are_not_finite(quick, tmp_path, monkeypatch):
+    """Update 6, the last before a checkpoint, ends in infinity, while its loss was finite."""
+    _explode_at(monkeypatch, 6, math.inf)
+    path = tmp_path / "run"
+    with pytest.raises(UserError, match="not finite"):
+        run.train_mode(_tiny(), Workdir(path))
+    assert _steps(path)[-1] == 4
+    restored = run.restore(path)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
