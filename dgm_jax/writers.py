@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
-
 
 class Writer:
     """Appends rows of metrics; a resumed run continues after the step it restored."""
@@ -24,10 +22,6 @@ class Writer:
         self._jsonl.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
-
-    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Show `image` uint8 `[H, W, 3]` in TensorBoard."""
-        self._events.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush everything to disk."""
