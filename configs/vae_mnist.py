@@ -10,10 +10,10 @@ from dgm_jax.config import ConfigDict, experiment, variant
 def get_config(arg: str | None = None) -> ConfigDict:
     """The default experiment; `:smoke` for a run of seconds."""
     config = experiment("vae")
-    config.train.duration = "125 epochs"
+    config.train.duration = "130 epochs"
     config.train.batch_size = 200
     config.optimizer.learning_rate = 3e-3
-    config.optimizer.weight_decay = 0.05
+    config.optimizer.weight_decay = 0.01
     config.model.encoder = (500, 500)
     config.model.decoder = (500, 500)
     return variant(config, arg)

@@ -20,7 +20,9 @@ def bernoulli_log_prob(logits: jax.Array, x: jax.Array) -> jax.Array:
       Nats, same shape: x·l - softplus(l).
     """
     # Written out: jax.nn.softplus also serves infinite logits, which costs three times as much.
-    softplus = jnp.maximum(logits, 0) + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+    # min(l, -l) is -|l| with the right derivative at 0, where jnp.abs has 1.
+    minus_abs = jnp.minimum(logits, -logits)
+    softplus = jnp.maximum(logits, 0) + jnp.log1p(jnp.exp(minus_abs))
     return x * logits - softplus
 
 

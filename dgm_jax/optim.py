@@ -96,5 +96,6 @@ def update_ema(average: Params, params: Params, step: jax.Array, decay: float) -
       step: int32 `[]`, t, from 0.
       decay: the asymptotic decay.
     """
-    rate = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+    # 1 - min(decay, (1 + t) / (10 + t)), without the cancellation that the sum would suffer.
+    rate = jnp.maximum(1 - decay, 9 / (10 + step))
     return jax.tree.map(lambda a, p: a + rate * (p - a), average, params)

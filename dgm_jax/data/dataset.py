@@ -160,11 +160,12 @@ def train_batch(
       rng: this step's key, for dynamic binarisation.
 
     Returns:
-      `x` float32 `[B, *event]`, `label` and `id` int32 `[B]`.
+      `x` float32 `[B, *event]`, `label` and `id` int32 `[B]`; without dynamic binarisation also
+      `mask` bool `[B]`, all true.
     """
     if dataset.config.binarisation != "dynamic":
         return held_out_batch(dataset, "train", images, labels, ids)
-    words = jax.random.bits(rng, (len(ids), num_words(images.shape[1:])))
+    words = jax.random.bits(rng, (len(ids), num_words(images.shape[1:])), jnp.uint32)
     return {"x": binarise(images[ids], words), "label": labels[ids], "id": ids}
 
 
@@ -183,7 +184,9 @@ def held_out_batch(
         x = chosen.astype(jnp.float32)
     else:
         keys = per_example(stream(dataset.config.seed, f"data/binarise/{split}"), ids)
-        words = jax.vmap(lambda k: jax.random.bits(k, (num_words(images.shape[1:]),)))(keys)
+        words = jax.vmap(lambda k: jax.random.bits(k, (num_words(images.shape[1:]),), jnp.uint32))(
+            keys
+        )
         x = binarise(chosen, words)
     return {"x": x, "label": labels[ids], "id": ids, "mask": mask}
 

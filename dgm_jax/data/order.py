@@ -28,7 +28,9 @@ def batch_ids(seed: jax.Array, step: jax.Array, batch_size: int, num_examples: i
       int32 `[B]` in [0, N), distinct; distinct also from every other batch of the epoch.
     """
     steps_per_epoch = num_examples // batch_size
-    round_keys = jax.random.bits(stream(seed, "data/order", step // steps_per_epoch), (_ROUNDS,))
+    round_keys = jax.random.bits(
+        stream(seed, "data/order", step // steps_per_epoch), (_ROUNDS,), jnp.uint32
+    )
     position = (step % steps_per_epoch) * batch_size + jnp.arange(batch_size)
     return jax.vmap(permute, in_axes=(0, None, None))(position, round_keys, num_examples)
 
