@@ -56,7 +56,7 @@ def check(config: Config, spec: DataSpec) -> None:
         widths = getattr(config, field)
         if not widths or not all(isinstance(width, int) and width > 0 for width in widths):
             raise UserError(
-                f"model.{field}={widths}: give one or more widths, whole numbers from 1"
+                f"model.{field}={widths}: give one or more widths, whole numbers, each at least 1"
             )
     if config.activation not in ACTIVATIONS:
         raise UserError(
