@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -77,6 +78,9 @@ def git_revision() -> str | None:
 
 
 def _peak_memory_mib() -> float:
-    # Linux counts in KiB, macOS in bytes.
+    # On Linux getrusage would count the parent's memory from before exec; macOS counts in bytes.
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(found[1]) / 2**10
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -66,7 +66,7 @@ def train_mode(config: ConfigDict, workdir: Workdir) -> None:
         say(f"{workdir.path} is finished: its numbers are in {workdir.results}")
         return
     started = time.monotonic()
-    experiment = prepare(config, data.load(configs.section(config, "data"), announce=say))
+    experiment = prepare(config, _load_data(config))
     workdir.claim(config, experiment.dataset.card)
     _say_header(experiment, workdir)
     state, train_seconds = train(experiment, workdir)
@@ -104,7 +104,7 @@ def train_mode(config: ConfigDict, workdir: Workdir) -> None:
 def evaluate_mode(workdir: Workdir) -> None:
     """Measure the newest checkpoint on the test split and write `evaluation.json`."""
     restored = restore(workdir.path)
-    dataset = data.load(configs.section(restored.config, "data"), announce=say)
+    dataset = _load_data(restored.config)
     workdir.check_card(dataset.card)
     began = time.monotonic()
     found = likelihood.evaluate(
@@ -164,6 +164,11 @@ def draw(
             parts.append(jax.device_get(one_batch(params, i)))
             progress.advance(min(batch_size, num - i * batch_size))
     return {name: np.concatenate([part[name] for part in parts])[:num] for name in parts[0]}
+
+
+def _load_data(config: ConfigDict) -> data.Dataset:
+    say("reading the data (some seconds the first time)")
+    return data.load(configs.section(config, "data"), announce=say)
 
 
 def _draw_pictures(experiment: Experiment, state: TrainState, workdir: Workdir) -> None:

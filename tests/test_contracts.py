@@ -9,7 +9,7 @@ import pytest
 from conftest import REPO
 
 from dgm_jax import config as configs
-from dgm_jax import models, run
+from dgm_jax import models, run, writers
 from dgm_jax.core import masked_mean
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood
@@ -164,9 +164,11 @@ def test_config_is_short_and_says_how_to_run_it(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_smoke_variant_trains_evaluates_and_draws(path, tmp_path):
-    """And learns: after its few steps the model beats the best constant model of the pixels."""
-    config = configs.load(f"{path}:smoke")
+    quick = {"train.duration": "100 steps", "eval.num_samples": 5, "eval.elbo_samples": 1}
+    config = configs.load(f"{path}:smoke", quick)
     run.train_mode(config, Workdir(tmp_path / "run"))
     result = Workdir(tmp_path / "run").results.read_text()
     assert "NaN" not in result and "Infinity" not in result
     assert len(list((tmp_path / "run").glob("*.png"))) >= 2
+    rows = [r for r in writers.read(Workdir(tmp_path / "run").metrics) if "seconds" in r]
+    assert all(rows[-1][name] < rows[0][name] for name in rows[0] if name.endswith("/loss"))

@@ -168,7 +168,6 @@ def _cached(
         pass
     except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
         announce(f"MNIST: rebuilding the cache {path} ({_reason(error)})")
-    announce(f"MNIST: reading {source} for the first time, which can take some seconds")
     arrays = read()
     images = ImageArrays(*arrays, source, _fingerprint(arrays))
     try:
