@@ -26,6 +26,9 @@ class TrainConfig:
       steps_per_dispatch: K updates in one compiled call; one row of metrics each.
       validate_every: length between measurements on the validation split.
       checkpoint_every: length between checkpoints; there is one at the end in any case.
+      ramp: numbers of the model that rise linearly from 0 to their value at the start of training,
+        and how long: `"model.beta over 20 epochs"` is KL warm-up (Sønderby et al. 2016). Several
+        are separated by commas.
     """
 
     duration: str = "100 epochs"
@@ -33,6 +36,7 @@ class TrainConfig:
     steps_per_dispatch: int = 200
     validate_every: str = "5 epochs"
     checkpoint_every: str = "10 epochs"
+    ramp: str = ""
 
 
 _SECTIONS = {

@@ -36,11 +36,15 @@ class DataSpec(NamedTuple):
       event_shape: shape of one example, e.g. `(28, 28, 1)`.
       support: the set `x` lies in: `"binary"` ({0, 1}) or `"uint8"` ({0, ..., 255}).
       mean: float32 `[*event]`, the training mean of `x`, for initialising output biases.
+      num_examples: size of the training split.
+      num_classes: labels are 0, ..., num_classes - 1; 0 where there are none.
     """
 
     event_shape: tuple[int, ...]
     support: str
     mean: np.ndarray
+    num_examples: int = 0
+    num_classes: int = 0
 
     @property
     def num_dims(self) -> int:

@@ -43,3 +43,38 @@ def gaussian_kl_to_standard(mu: jax.Array, log_sigma: jax.Array) -> jax.Array:
     Reference: Kingma & Welling 2014, appendix B (there written as -KL and summed).
     """
     return 0.5 * (jnp.expm1(2 * log_sigma) + mu**2) - log_sigma
+
+
+def discretised_logistic_log_prob(
+    x: jax.Array, location: jax.Array, log_scale: jax.Array
+) -> jax.Array:
+    """log of a logistic's mass in the bin of a grey value, elementwise, nats.
+
+    Bins are 2/255 wide on the scale where 0 is -1 and 255 is 1; the first and the last are open to
+    infinity, so that the 256 masses sum to 1.
+
+    Args:
+      x: float in {0, ..., 255}; broadcasts with the others.
+      location, log_scale: of the logistic, on the scale from -1 to 1.
+
+    Reference: Salimans et al. 2017, "PixelCNN++", eq. 2.
+    """
+    centred = x / 127.5 - 1 - location
+    inverse_scale = jnp.exp(-log_scale)
+    upper = (centred + 1 / 255) * inverse_scale
+    lower = (centred - 1 / 255) * inverse_scale
+    # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^(a-b)): no cancellation in the tails.
+    width = 2 / 255 * inverse_scale
+    middle = jax.nn.log_sigmoid(upper) + jax.nn.log_sigmoid(-lower) + _log1mexp(width)
+    edges = jnp.where(x < 0.5, jax.nn.log_sigmoid(upper), jax.nn.log_sigmoid(-lower))
+    return jnp.where((x < 0.5) | (x > 254.5), edges, middle)
+
+
+def _log1mexp(a: jax.Array) -> jax.Array:
+    """log(1 - e^-a) for a > 0, accurate at both ends (Mächler 2012)."""
+    small = a < math.log(2)
+    return jnp.where(
+        small,
+        jnp.log(-jnp.expm1(-jnp.where(small, a, 1.0))),
+        jnp.log1p(-jnp.exp(-jnp.where(small, 1.0, a))),
+    )

@@ -11,7 +11,7 @@ from dgm_jax.core import Params, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Adam(W) with global-norm clipping, linear warm-up and cosine decay to zero.
+    """Adam(W) with global-norm clipping, linear warm-up and linear decay to zero.
 
     Attributes:
       learning_rate: at the end of the warm-up.
@@ -57,7 +57,7 @@ def check(config: Config) -> None:
 
 
 def schedule(config: Config, num_steps: int) -> optax.Schedule:
-    """Learning rate as a function of the step: linear warm-up, then cosine decay to zero.
+    """Learning rate as a function of the step: linear warm-up, then linear decay to zero.
 
     Written out because optax's own refuses a traced warm-up length.
     """
@@ -66,7 +66,7 @@ def schedule(config: Config, num_steps: int) -> optax.Schedule:
     def learning_rate(step: jax.Array) -> jax.Array:
         rise = jnp.minimum(1.0, (step + 1) / jnp.maximum(warmup_steps, 1.0))
         done = jnp.clip((step - warmup_steps) / jnp.maximum(num_steps - warmup_steps, 1), 0, 1)
-        return config.learning_rate * rise * 0.5 * (1 + jnp.cos(jnp.pi * done))
+        return config.learning_rate * rise * (1 - done)
 
     return learning_rate
 

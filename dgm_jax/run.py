@@ -43,7 +43,13 @@ def restore(path: str | Path) -> Restored:
     config, card = workdir.load_config(), workdir.load_card()
     shape = tuple(card["event_shape"])
     # The mean only sets initial biases, and these are about to be replaced.
-    spec = DataSpec(shape, card["support"], np.full(shape, 0.5, np.float32))
+    spec = DataSpec(
+        event_shape=shape,
+        support=card["support"],
+        mean=np.full(shape, 0.5, np.float32),
+        num_examples=card["counts"]["train"],
+        num_classes=card["num_classes"],
+    )
     model = models.build(config.model, spec)
     optimizer = optim.build(configs.section(config, "optimizer"), num_steps=1)
     mesh = sharding.make_mesh()

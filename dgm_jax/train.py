@@ -42,6 +42,34 @@ class Experiment(NamedTuple):
         """K, no more than the whole run has."""
         return min(self.config.train.steps_per_dispatch, self.num_steps)
 
+    def model_at(self, step: jax.Array) -> Model:
+        """The model of one step: each field that `train.ramp` names still on its way up.
+
+        Args:
+          step: int32 `[]`, from 0; may be traced.
+        """
+        fields = dict(self.config.model)
+        for field, length in self.ramps.items():
+            fields[field] = fields[field] * jnp.minimum(1.0, step / length)
+        return models.build(fields, self.dataset.spec)
+
+    @property
+    def ramps(self) -> dict[str, int]:
+        """Fields of the model that rise linearly from 0, each with its number of steps."""
+        found = {}
+        for ramp in filter(None, self.config.train.ramp.split(",")):
+            field, _, length = ramp.strip().partition(" over ")
+            value = self.config.model.get(field.removeprefix("model."))
+            if not field.startswith("model.") or not isinstance(value, float):
+                raise UserError(
+                    f"train.ramp={ramp.strip()!r}: name a field of the model that is a real "
+                    "number, and how long it rises, such as 'model.beta over 20 epochs'"
+                )
+            found[field.removeprefix("model.")] = configs.num_steps(
+                length, "train.ramp", self.steps_per_epoch, multiple=1
+            )
+        return found
+
     def steps(self, field: str) -> int:
         """A length of the `train` section in steps, a multiple of K."""
         return configs.num_steps(
@@ -89,6 +117,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset) -> Experiment:
     )
     for field in ("validate_every", "checkpoint_every"):
         experiment.steps(field)  # raises where the text makes no sense
+    _ = experiment.ramps  # likewise
     return experiment
 
 
@@ -152,7 +181,7 @@ def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, float]:
         {"images": split.images, "labels": split.labels}, sharding.replicated(mesh)
     )
     run_steps = compile_train_steps(
-        model,
+        experiment.model_at,
         experiment.optimizer,
         config.optimizer.ema,
         experiment.dataset,

@@ -78,7 +78,7 @@ def train_step(
 
 
 def compile_train_steps(
-    model: Model,
+    model_at: Callable[[jax.Array], Model],
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     dataset: data.Dataset,
@@ -91,7 +91,8 @@ def compile_train_steps(
     Shuffling, binarisation and the updates all happen inside; the host does nothing per step.
 
     Args:
-      model, optimizer, ema_decay: see `train_step`.
+      model_at: step -> the model of that step; called inside the compiled program.
+      optimizer, ema_decay: see `train_step`.
       dataset: for its binarisation and sizes.
       batch_size: B, over all devices.
       num_steps: K, updates per call.
@@ -112,7 +113,7 @@ def compile_train_steps(
             rng = stream(state.seed, "data/binarise", state.step)
             batch = data.train_batch(dataset, arrays["images"], arrays["labels"], ids, rng)
             batch = jax.lax.with_sharding_constraint(batch, sharding.split_batch(mesh))
-            return train_step(model, optimizer, ema_decay, state, batch)
+            return train_step(model_at(state.step), optimizer, ema_decay, state, batch)
 
         return jax.lax.scan(body, state, ids)
 

@@ -36,7 +36,9 @@ def run(dataset, num_steps, per_dispatch, num_devices=1, seed=0, state=None, ema
     split = dataset.splits["train"]
     arrays = {"images": split.images, "labels": split.labels}
     arrays = jax.device_put(arrays, sharding.replicated(mesh))
-    steps = compile_train_steps(model, optimizer, ema, dataset, BATCH, per_dispatch, mesh)
+    steps = compile_train_steps(
+        lambda step: model, optimizer, ema, dataset, BATCH, per_dispatch, mesh
+    )
     rows = []
     for _ in range(num_steps // per_dispatch):
         state, measured = steps(state, arrays)
@@ -103,7 +105,9 @@ def test_first_update_is_the_gradient_of_the_loss_on_the_first_batch(tiny_datase
     grads, _ = jax.grad(model.loss_fn, has_aux=True)(state.params, first, stream(0, "train/vae", 0))
 
     arrays = {"images": jnp.asarray(split.images), "labels": jnp.asarray(split.labels)}
-    steps = compile_train_steps(model, optimizer, 0.0, tiny_dataset, BATCH, 1, mesh_of(1))
+    steps = compile_train_steps(
+        lambda step: model, optimizer, 0.0, tiny_dataset, BATCH, 1, mesh_of(1)
+    )
     before = jax.device_get(state.params)
     after, _ = steps(state, arrays)
     jax.tree.map(

@@ -94,6 +94,8 @@ def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
         event_shape=splits["train"].images.shape[1:],
         support="binary" if binary else "uint8",
         mean=mean / 255 if binary else mean,
+        num_examples=len(splits["train"]),
+        num_classes=int(arrays.train_labels.max()) + 1,
     )
     card = {
         "dataset": "mnist",
@@ -102,6 +104,7 @@ def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
         "counts": {name: len(split) for name, split in splits.items()},
         "event_shape": list(spec.event_shape),
         "support": spec.support,
+        "num_classes": spec.num_classes,
         "binarisation": {
             "train": config.binarisation,
             "held_out": "one draw per image" if binary else "none",

@@ -4,17 +4,75 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "relu": nn.relu,
+    "tanh": nn.tanh,
+    "gelu": nn.gelu,
+}
 
 
 class MLP(nn.Module):
-    """Dense hidden layers with one activation: `[..., D]` -> `[..., hidden[-1]]`."""
+    """Dense hidden layers with one activation: `[..., D]` -> `[..., hidden[-1]]`.
+
+    Attributes:
+      hidden: widths of the layers.
+      activation: one of `ACTIVATIONS`, or `"gated"`: (W h + b) ⊙ sigmoid(V h + c) (Dauphin et al.
+        2017; the dense layers of Tomczak & Welling 2018).
+    """
 
     hidden: tuple[int, ...]
-    activation: Callable[[jax.Array], jax.Array] = nn.silu
+    activation: str = "silu"
 
     @nn.compact
     def __call__(self, h: jax.Array) -> jax.Array:
         """Apply the layers to `h` float `[..., D]`."""
         for width in self.hidden:
-            h = self.activation(nn.Dense(width)(h))
+            if self.activation == "gated":
+                value, gate = jnp.split(nn.Dense(2 * width)(h), 2, axis=-1)
+                h = value * nn.sigmoid(gate)
+            else:
+                h = ACTIVATIONS[self.activation](nn.Dense(width)(h))
         return h
+
+
+class MaskedMLP(nn.Module):
+    """A network whose output for variable j sees variables 0, ..., j - 1 alone.
+
+    Reference: Germain et al. 2015, "MADE", eqs. 8 to 13, with evenly spread degrees.
+
+    Attributes:
+      num: D, number of variables.
+      hidden: widths of the hidden layers.
+      outputs: P, numbers given for each variable.
+      activation: one of `ACTIVATIONS`.
+    """
+
+    num: int
+    hidden: tuple[int, ...]
+    outputs: int
+    activation: str = "silu"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        """Outputs `[..., D, P]` for `x` float `[..., D]`, with a context `[..., F]` seen by all."""
+        degrees = np.arange(1, self.num + 1)
+        h, before = x, degrees
+        for i, width in enumerate(self.hidden):
+            after = np.arange(width) % max(1, self.num - 1) + 1
+            h = self._masked_dense(f"hidden_{i}", h, before[:, None] <= after[None])
+            if i == 0 and context is not None:
+                h += nn.Dense(width, use_bias=False)(context)
+            h, before = ACTIVATIONS[self.activation](h), after
+        mask = np.repeat(before[:, None] < degrees[None], self.outputs, axis=1)
+        out = self._masked_dense("out", h, mask)
+        return out.reshape(*out.shape[:-1], self.num, self.outputs)
+
+    def _masked_dense(self, name: str, h: jax.Array, mask: np.ndarray) -> jax.Array:
+        """A dense layer with the weights outside `mask` bool `[D, F]` held at zero."""
+        kernel = self.param(f"{name}_kernel", nn.initializers.lecun_normal(), mask.shape)
+        bias = self.param(f"{name}_bias", nn.initializers.zeros, mask.shape[1:])
+        return h @ (kernel * mask) + jnp.expand_dims(bias, range(h.ndim - 1))

@@ -62,10 +62,14 @@ def _map_layer(params, width, change):
 @jax.jit
 def _everything(params, batch, rng):
     """All that the model says, and what it is made from: mu, log_sigma, z and the logits."""
-    config = vae.Config(**FIELDS)
-    mu, log_sigma = vae.Encoder(config).apply(params["vae"]["encoder"], batch["x"])
-    z = mu + jnp.exp(log_sigma) * jax.random.normal(rng, mu.shape)
-    logits = vae.Decoder(config, SPEC).apply(params["vae"]["decoder"], z)
+    net = vae.Net(vae.Config(**FIELDS), SPEC).bind({"params": params["vae"]})
+    mu, log_sigma = net.context(batch["x"], None)
+
+    def drawn(key):
+        return mu + jnp.exp(log_sigma) * jax.random.normal(key, (1, *mu.shape))[0]
+
+    z, other_z = drawn(jax.random.split(rng)[0]), drawn(rng)
+    logits, other_logits = (net.outputs(each, None)[..., 0] for each in (z, other_z))
     loss, aux = MODEL.loss_fn(params, batch, rng)
     said = {
         "loss": loss,
@@ -76,14 +80,14 @@ def _everything(params, batch, rng):
         "decode": MODEL.decode(params, z),
         "reconstruct": MODEL.reconstruct(params, batch, rng),
     }
-    return said, (mu, log_sigma, z, logits)
+    return said, (mu, log_sigma, z, logits, other_logits)
 
 
 def test_terms_are_sums_over_pixels_and_over_latents():
     """By NumPy and scipy from the networks' outputs; features and pictures come from the same."""
     batch = _batch()
     said, outputs = _everything(_params(MODEL), batch, jax.random.key(1))
-    mu, log_sigma, z, logits = map(np.asarray, outputs)
+    mu, log_sigma, z, logits, other_logits = map(np.asarray, outputs)
     assert logits.dtype == np.float64
     logits, sigma = logits.reshape(batch["x"].shape), np.exp(log_sigma)
     x = np.asarray(batch["x"])
@@ -99,7 +103,7 @@ def test_terms_are_sums_over_pixels_and_over_latents():
         "log_weight": log_p_x + log_ratio,
         "encode": mu,
         "decode": special.expit(logits),
-        "reconstruct": special.expit(logits),
+        "reconstruct": special.expit(other_logits).reshape(batch["x"].shape),
     }
     assert said.keys() == expected.keys()
     for name, value in expected.items():
@@ -198,10 +202,10 @@ def test_weights_are_unbiased_and_the_loss_is_a_bound():
     The posterior is made wide, sigma about 1.3: a narrow one has weights of no finite variance.
     """
     params = _params(MODEL)
-    encoder = _map_layer(params["vae"]["encoder"], 2 * LATENTS, lambda p: 0.1 * p)
+    posterior = _map_layer(params["vae"]["posterior"], 2 * LATENTS, lambda p: 0.1 * p)
     wide = np.array([0.0, 0.0, 1.0, 1.0])
-    params["vae"]["encoder"] = _map_layer(
-        encoder, 2 * LATENTS, lambda p: p + wide if p.ndim == 1 else p
+    params["vae"]["posterior"] = _map_layer(
+        posterior, 2 * LATENTS, lambda p: p + wide if p.ndim == 1 else p
     )
     x, log_p_x = _exact(params)
     np.testing.assert_allclose(special.logsumexp(log_p_x), 0, atol=1e-12)
@@ -247,7 +251,7 @@ def test_a_fresh_decoder_gives_the_training_mean():
     @jax.jit
     def decoded(key):
         params = _build(spec).init(key, _batch(1))  # whatever the activation
-        models = [_build(spec, activation=name) for name in vae.ACTIVATIONS]
+        models = [_build(spec, activation=name) for name in ("relu", "tanh", "gelu")]
         return [model.decode(params, z)[0] for model in models]
 
     for found in decoded(jax.random.key(0)):
@@ -264,7 +268,7 @@ def test_sigma_neither_explodes_nor_vanishes(raw):
             return np.zeros_like(p) if p.ndim == 2 else output
 
         params = _params(MODEL)
-        params["vae"]["encoder"] = _map_layer(params["vae"]["encoder"], 2 * LATENTS, set_output)
+        params["vae"]["posterior"] = _map_layer(params["vae"]["posterior"], 2 * LATENTS, set_output)
         (loss, aux), gradient = loss_and_grad(params, _batch(), jax.random.key(1))
     sigma = 1e4 if raw > 0 else 1e-4
     rate = LATENTS * (0.5 * (sigma**2 - 1) - math.log(sigma))
@@ -277,8 +281,8 @@ def test_an_encoder_run_wild_gives_finite_loss_and_gradients():
     """Its last layer times 1e4, in float32."""
     with jax.enable_x64(False):
         params = _params(MODEL)
-        params["vae"]["encoder"] = _map_layer(
-            params["vae"]["encoder"], 2 * LATENTS, lambda p: 1e4 * p
+        params["vae"]["posterior"] = _map_layer(
+            params["vae"]["posterior"], 2 * LATENTS, lambda p: 1e4 * p
         )
         (loss, aux), gradient = loss_and_grad(params, _batch(), jax.random.key(1))
     assert np.min(aux.terms["rate"]) > 1e6  # the outputs were huge indeed

@@ -1,0 +1,197 @@
+"""Likelihoods p(x | z): what a decoder's outputs mean.
+
+A decoder gives P numbers for each of the D dimensions of x, as one array `[..., D, P]`; a
+likelihood turns them into log-probabilities, means and draws. x is as the data hold it: {0, 1} or
+{0, ..., 255}.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dgm_jax.core import DataSpec, UserError
+from dgm_jax.distributions import (
+    bernoulli_log_prob,
+    discretised_logistic_log_prob,
+    gaussian_log_prob,
+)
+
+
+class Likelihood(NamedTuple):
+    """One family of p(x | z).
+
+    Attributes:
+      num_outputs: P.
+      support: of x, as in `DataSpec.support`.
+      initial: `mean [D] -> [D, P]`, outputs that give data of this mean a fair start.
+      log_prob: `(outputs [..., D, P], x [..., D]) -> [...]`, nats, summed over D.
+      mean: `outputs -> [..., D]`, E[x | z] scaled to [0, 1], for pictures.
+      draw: `(rng, outputs) -> [..., D]`, x as the data hold it.
+    """
+
+    num_outputs: int
+    support: str
+    initial: Callable[[np.ndarray], np.ndarray]
+    log_prob: Callable[[jax.Array, jax.Array], jax.Array]
+    mean: Callable[[jax.Array], jax.Array]
+    draw: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def bernoulli() -> Likelihood:
+    """x in {0, 1}, independent given z; P = 1, the logit."""
+
+    def initial(mean: np.ndarray) -> np.ndarray:
+        """The best constant model: the logit of the mean (Burda et al. 2016)."""
+        mean = np.clip(mean, 1e-3, 1 - 1e-3)
+        return np.log(mean / (1 - mean))[:, None]
+
+    def draw(rng: jax.Array, outputs: jax.Array) -> jax.Array:
+        return jax.random.bernoulli(rng, jax.nn.sigmoid(outputs[..., 0])).astype(jnp.float32)
+
+    return Likelihood(
+        num_outputs=1,
+        support="binary",
+        initial=initial,
+        log_prob=lambda outputs, x: jnp.sum(bernoulli_log_prob(outputs[..., 0], x), axis=-1),
+        mean=lambda outputs: jax.nn.sigmoid(outputs[..., 0]),
+        draw=draw,
+    )
+
+
+def categorical(num: int = 256) -> Likelihood:
+    """x in {0, ..., num - 1}, independent given z; P = num, the logits."""
+
+    def initial(mean: np.ndarray) -> np.ndarray:
+        return np.zeros((len(mean), num), np.float32)
+
+    def log_prob(outputs: jax.Array, x: jax.Array) -> jax.Array:
+        log_probs = jax.nn.log_softmax(outputs, axis=-1)
+        index = jnp.broadcast_to(x.astype(jnp.int32), log_probs.shape[:-1])[..., None]
+        return jnp.sum(jnp.take_along_axis(log_probs, index, axis=-1)[..., 0], axis=-1)
+
+    return Likelihood(
+        num_outputs=num,
+        support="uint8",
+        initial=initial,
+        log_prob=log_prob,
+        mean=lambda out: jax.nn.softmax(out, axis=-1) @ jnp.linspace(0.0, 1.0, num),
+        draw=lambda rng, out: jax.random.categorical(rng, out).astype(jnp.float32),
+    )
+
+
+def discretised_logistic_mixture(components: int = 5) -> Likelihood:
+    """x in {0, ..., 255}: a mixture of logistics, integrated over each value's bin.
+
+    P = 3 · components: logits of the weights, locations and log-scales, on the scale where x runs
+    from -1 to 1. Salimans et al. 2017, "PixelCNN++", eq. 2; channels are independent given z.
+    """
+
+    def split(outputs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        logits, location, raw = jnp.split(outputs, 3, axis=-1)
+        return logits, location, jnp.maximum(raw, -7.0)
+
+    def initial(mean: np.ndarray) -> np.ndarray:
+        centre = (mean / 127.5 - 1)[:, None]
+        spread = np.broadcast_to(np.linspace(-0.5, 0.5, components), (len(mean), components))
+        return np.concatenate([0 * spread, centre + spread, 0 * spread - 1.5], axis=1)
+
+    def log_prob(outputs: jax.Array, x: jax.Array) -> jax.Array:
+        logits, location, log_scale = split(outputs)
+        each = discretised_logistic_log_prob(x[..., None], location, log_scale)
+        each = each + jax.nn.log_softmax(logits, axis=-1)
+        return jnp.sum(jax.nn.logsumexp(each, axis=-1), axis=-1)
+
+    def mean(outputs: jax.Array) -> jax.Array:
+        logits, location, _ = split(outputs)
+        centre = jnp.sum(jax.nn.softmax(logits, axis=-1) * location, axis=-1)
+        return jnp.clip(centre, -1, 1) / 2 + 0.5
+
+    def draw(rng: jax.Array, outputs: jax.Array) -> jax.Array:
+        logits, location, log_scale = split(outputs)
+        which_rng, rng = jax.random.split(rng)
+        which = jax.random.categorical(which_rng, logits)[..., None]
+        location = jnp.take_along_axis(location, which, axis=-1)[..., 0]
+        log_scale = jnp.take_along_axis(log_scale, which, axis=-1)[..., 0]
+        value = location + jnp.exp(log_scale) * jax.random.logistic(rng, location.shape)
+        return jnp.clip(jnp.round((value + 1) * 127.5), 0, 255)
+
+    return Likelihood(3 * components, "uint8", initial, log_prob, mean, draw)
+
+
+def gaussian(sigma: float = 0.0) -> Likelihood:
+    """A density of x / 255: N(mu, sigma²), P = 1, or with sigma = 0 a learned one, P = 2.
+
+    A density, not a probability of grey values: its nats may be negative costs, and comparing them
+    with those of the discrete likelihoods makes no sense.
+    """
+
+    def split(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if sigma:
+            return outputs[..., 0], jnp.full((), math.log(sigma))
+        # A floor of 1/255: finer than the data's own steps, a density has no upper bound.
+        return outputs[..., 0], jnp.log(jax.nn.softplus(outputs[..., 1]) + 1 / 255)
+
+    def initial(mean: np.ndarray) -> np.ndarray:
+        return np.stack([mean / 255] + ([] if sigma else [0 * mean - 1.0]), axis=1)
+
+    def draw(rng: jax.Array, outputs: jax.Array) -> jax.Array:
+        mu, log_sigma = split(outputs)
+        return 255 * (mu + jnp.exp(log_sigma) * jax.random.normal(rng, mu.shape))
+
+    def log_prob(outputs: jax.Array, x: jax.Array) -> jax.Array:
+        mu, log_sigma = split(outputs)
+        return jnp.sum(gaussian_log_prob(x / 255, mu, log_sigma), axis=-1)
+
+    return Likelihood(
+        num_outputs=1 if sigma else 2,
+        support="uint8",
+        initial=initial,
+        log_prob=log_prob,
+        mean=lambda outputs: jnp.clip(outputs[..., 0], 0, 1),
+        draw=draw,
+    )
+
+
+LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
+    "bernoulli": bernoulli,
+    "categorical": categorical,
+    "discretised_logistic_mixture": discretised_logistic_mixture,
+    "gaussian": gaussian,
+    "gaussian_fixed": lambda: gaussian(0.1),
+}
+
+
+def check(name: str, spec: DataSpec) -> None:
+    """Refuse a likelihood that is none, or whose support is not the data's.
+
+    Raises:
+      UserError: names the likelihood and what the data hold.
+    """
+    if name not in LIKELIHOODS:
+        raise UserError(f"model.likelihood={name!r}: choose one of {', '.join(LIKELIHOODS)}")
+    support = LIKELIHOODS[name]().support
+    if support != spec.support:
+        wanted = "'dynamic' or 'fixed'" if support == "binary" else "'none'"
+        raise UserError(
+            f"model.likelihood={name!r} is one of {support} data and these are {spec.support}: "
+            f"set data.binarisation to {wanted}, or choose another likelihood"
+        )
+
+
+def refuse_outside_support(x: jax.Array, spec: DataSpec) -> None:
+    """Refuse data that no likelihood of their support covers; x being traced, nothing is checked.
+
+    Raises:
+      UserError: x has values outside the support, such as grey values to a Bernoulli.
+    """
+    if isinstance(x, jax.core.Tracer):
+        return
+    x = np.asarray(x)
+    if spec.support == "binary" and not np.isin(x, (0, 1)).all():
+        raise UserError("a Bernoulli decoder needs x in {0, 1}, and this batch has other values")
+    if spec.support == "uint8" and not ((x >= 0) & (x <= 255) & (x == np.round(x))).all():
+        raise UserError("x must be whole numbers from 0 to 255, and this batch has other values")

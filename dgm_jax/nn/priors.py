@@ -1,0 +1,213 @@
+"""Priors p(z) over latent vectors: densities with learned parameters, and how to draw from them.
+
+Each is a module with
+
+* `log_prob(z [..., L], posterior_of) -> [...]`, nats;
+* `draw(rng, num, posterior_of) -> [num, L]`,
+
+where `posterior_of(x [C, *event]) -> (mu, log_sigma)` is the encoder that a VampPrior looks
+through and that the others leave alone.
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
+from dgm_jax.nn.mlp import MLP, MaskedMLP
+
+PosteriorOf = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+
+
+class Standard(nn.Module):
+    """N(0, I)."""
+
+    latents: int
+
+    def log_prob(self, z: jax.Array, posterior_of: PosteriorOf) -> jax.Array:
+        """log p(z)."""
+        del posterior_of
+        return jnp.sum(standard_gaussian_log_prob(z), axis=-1)
+
+    def draw(self, rng: jax.Array, num: int, posterior_of: PosteriorOf) -> jax.Array:
+        """`num` draws."""
+        del posterior_of
+        return jax.random.normal(rng, (num, self.latents))
+
+
+class Mixture(nn.Module):
+    """A mixture of C diagonal Gaussians with learned weights, means and scales."""
+
+    latents: int
+    components: int
+
+    def setup(self) -> None:
+        """Components start spread over the standard Gaussian."""
+        shape = (self.components, self.latents)
+        self.logits = self.param("logits", nn.initializers.zeros, shape[:1])
+        self.mu = self.param("mu", nn.initializers.normal(1.0), shape)
+        self.log_sigma = self.param("log_sigma", nn.initializers.zeros, shape)
+
+    def log_prob(self, z: jax.Array, posterior_of: PosteriorOf) -> jax.Array:
+        """log p(z)."""
+        del posterior_of
+        log_weights = nn.log_softmax(self.logits)
+        return mixture_log_prob(z, log_weights, self.mu, self.log_sigma)
+
+    def draw(self, rng: jax.Array, num: int, posterior_of: PosteriorOf) -> jax.Array:
+        """`num` draws."""
+        del posterior_of
+        which_rng, rng = jax.random.split(rng)
+        which = jax.random.categorical(which_rng, self.logits, shape=(num,))
+        epsilon = jax.random.normal(rng, (num, self.latents))
+        return self.mu[which] + jnp.exp(self.log_sigma[which]) * epsilon
+
+
+class Vamp(nn.Module):
+    """1/C Σ_c q(z | u_c) at learned pseudo-inputs u_c (Tomczak & Welling 2018, eq. 9).
+
+    Attributes:
+      latents: L.
+      components: C.
+      event_shape: of a pseudo-input.
+      bias: logits that the pseudo-inputs start around, `[*event]`; they are kept in [0, 1].
+    """
+
+    latents: int
+    components: int
+    event_shape: tuple[int, ...]
+    bias: jax.Array
+
+    def setup(self) -> None:
+        """Pseudo-inputs start near the mean of the data."""
+        self.raw = self.param(
+            "pseudo_inputs",
+            lambda key, shape: self.bias[None] + 0.5 * jax.random.normal(key, shape),
+            (self.components, *self.event_shape),
+        )
+
+    def log_prob(self, z: jax.Array, posterior_of: PosteriorOf) -> jax.Array:
+        """log p(z)."""
+        log_weights = jnp.full(self.components, -math.log(self.components))
+        return mixture_log_prob(z, log_weights, *posterior_of(nn.sigmoid(self.raw)))
+
+    def draw(self, rng: jax.Array, num: int, posterior_of: PosteriorOf) -> jax.Array:
+        """`num` draws."""
+        which_rng, rng = jax.random.split(rng)
+        which = jax.random.randint(which_rng, (num,), 0, self.components)
+        mu, log_sigma = posterior_of(nn.sigmoid(self.raw[which]))
+        return mu + jnp.exp(log_sigma) * jax.random.normal(rng, (num, self.latents))
+
+
+class RealNVP(nn.Module):
+    """Affine coupling layers, alternating which half is kept (Dinh et al. 2017, eqs. 4 to 8)."""
+
+    latents: int
+    steps: int = 4
+    width: int = 128
+
+    def setup(self) -> None:
+        """One network a coupling, which starts as the identity."""
+        kept = self.latents // 2
+        # Odd L: the halves differ by one, and the reversal between couplings swaps them.
+        self.bodies = [MLP((self.width, self.width)) for _ in range(self.steps)]
+        self.heads = [
+            nn.Dense(2 * (self.latents - kept), kernel_init=nn.initializers.zeros)
+            for _ in range(self.steps)
+        ]
+
+    def _coupling(self, i: int, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
+        shift, raw = jnp.split(self.heads[i](self.bodies[i](kept)), 2, axis=-1)
+        return shift, jnp.tanh(raw)  # bounded log-scales: no step can blow up
+
+    def log_prob(self, z: jax.Array, posterior_of: PosteriorOf) -> jax.Array:
+        """log p(z): noise is where the couplings send z, by the change of variables."""
+        del posterior_of
+        half, log_det = self.latents // 2, jnp.zeros(z.shape[:-1])
+        for i in range(self.steps):
+            kept, rest = z[..., :half], z[..., half:]
+            shift, log_scale = self._coupling(i, kept)
+            z = jnp.concatenate([kept, rest * jnp.exp(log_scale) + shift], axis=-1)[..., ::-1]
+            log_det += jnp.sum(log_scale, axis=-1)
+        return jnp.sum(standard_gaussian_log_prob(z), axis=-1) + log_det
+
+    def draw(self, rng: jax.Array, num: int, posterior_of: PosteriorOf) -> jax.Array:
+        """`num` draws: the inverse couplings, applied to noise."""
+        del posterior_of
+        half, z = self.latents // 2, jax.random.normal(rng, (num, self.latents))
+        for i in reversed(range(self.steps)):
+            z = z[..., ::-1]
+            kept, rest = z[..., :half], z[..., half:]
+            shift, log_scale = self._coupling(i, kept)
+            z = jnp.concatenate([kept, (rest - shift) * jnp.exp(-log_scale)], axis=-1)
+        return z
+
+
+class Autoregressive(nn.Module):
+    """A masked autoregressive flow (Papamakarios et al. 2017, eqs. 3 and 4).
+
+    Densities take one pass a step; a draw takes L.
+    """
+
+    latents: int
+    steps: int = 2
+    width: int = 128
+
+    def setup(self) -> None:
+        """One masked network a step."""
+        self.nets = [
+            MaskedMLP(self.latents, (self.width, self.width), 2) for _ in range(self.steps)
+        ]
+
+    def log_prob(self, z: jax.Array, posterior_of: PosteriorOf) -> jax.Array:
+        """log p(z)."""
+        del posterior_of
+        log_det = jnp.zeros(z.shape[:-1])
+        for net in self.nets:
+            mu, raw = jnp.moveaxis(net(z), -1, 0)
+            alpha = jnp.tanh(raw)
+            z = ((z - mu) * jnp.exp(-alpha))[..., ::-1]
+            log_det -= jnp.sum(alpha, axis=-1)
+        return jnp.sum(standard_gaussian_log_prob(z), axis=-1) + log_det
+
+    def draw(self, rng: jax.Array, num: int, posterior_of: PosteriorOf) -> jax.Array:
+        """`num` draws, one variable after the other."""
+        del posterior_of
+        z = jax.random.normal(rng, (num, self.latents))
+        for net in reversed(self.nets):
+            noise, z = z[..., ::-1], jnp.zeros_like(z)
+            for j in range(self.latents):
+                mu, raw = jnp.moveaxis(net(z), -1, 0)
+                z = z.at[:, j].set(mu[:, j] + noise[:, j] * jnp.exp(jnp.tanh(raw[:, j])))
+        return z
+
+
+def mixture_log_prob(
+    z: jax.Array, log_weights: jax.Array, mu: jax.Array, log_sigma: jax.Array
+) -> jax.Array:
+    """log Σ_c w_c N(z; mu_c, diag sigma_c²).
+
+    Args:
+      z: float `[..., L]`.
+      log_weights: float `[C]`, normalised.
+      mu, log_sigma: float `[C, L]`.
+
+    Returns:
+      Nats, `[...]`.
+    """
+    # Not expanded into matrix products: in 32 bits the squares cancel where a sigma is small.
+    each = gaussian_log_prob(z.reshape(-1, 1, z.shape[-1]), mu[None], log_sigma[None])
+    log_probs = jnp.sum(each, axis=-1) + log_weights[None]
+    return jax.nn.logsumexp(log_probs, axis=-1).reshape(z.shape[:-1])
+
+
+PRIORS = {
+    "standard": Standard,
+    "mixture": Mixture,
+    "vamp": Vamp,
+    "realnvp": RealNVP,
+    "autoregressive": Autoregressive,
+}

@@ -1,0 +1,296 @@
+"""Objectives: what a latent-variable model is trained on, as pure functions.
+
+Each takes K posterior draws per example and gives a cost float `[B]` in nats, lower is better,
+whose value is minus a bound on log p(x), or a published variation of one, and whose gradient is
+the estimator that bears the name. They know log-densities only, so any prior, posterior and
+decoder goes with any of them that can use it.
+
+References: Kingma & Welling 2014; Burda et al. 2016 (IWAE); Kingma et al. 2016 (free bits); Li &
+Turner 2016 (Rényi); Mnih & Rezende 2016 (VIMCO); Roeder et al. 2017 (sticking the landing); Chen
+et al. 2018 (TCVAE); Tucker et al. 2019 (DReG); Zhao et al. 2019 (InfoVAE).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dgm_jax.core import UserError
+
+Latents = Any  # a pytree of arrays [K, B, ...]
+
+
+class Draws(NamedTuple):
+    """K draws from q(z | x) for each of B examples, and what objectives need to know of them.
+
+    All densities are in nats.
+
+    Attributes:
+      z: pytree of float `[K, B, ...]`; differentiable in the posterior's parameters where the
+        posterior is reparameterised.
+      log_likelihood: log p(x | z) `[K, B]`.
+      log_prior: log p(z) `[K, B]`.
+      log_posterior: log q(z | x) `[K, B]`.
+      log_joint_at: `z -> (log p(x | z), log p(z))`, at other z.
+      log_posterior_at: `(z, detached) -> log q(z | x)`; with `detached` the posterior's parameters
+        are held constant, so that the only gradient is the one through `z`. None where the
+        posterior can give the density only of its own draws.
+      rate: KL(q(z | x) ‖ p(z)) `[B, L]` in closed form, a column for each latent, or None.
+      log_posterior_pairs: `z [B, L] -> log q(z_i | x_j) [B, B, L]`, i first, or None.
+      draw_prior: `() -> [B, L]`, draws from p(z).
+      weight: float `[B]`, 1 for real rows and 0 for padding.
+      num_examples: size of the training split.
+    """
+
+    z: Latents
+    log_likelihood: jax.Array
+    log_prior: jax.Array
+    log_posterior: jax.Array
+    log_joint_at: Callable[[Latents], tuple[jax.Array, jax.Array]]
+    log_posterior_at: Callable[[Latents, bool], jax.Array] | None = None
+    rate: jax.Array | None = None
+    log_posterior_pairs: Callable[[jax.Array], jax.Array] | None = None
+    draw_prior: Callable[[], jax.Array] | None = None
+    weight: jax.Array | None = None
+    num_examples: int = 0
+
+    def log_weights(self, beta: float = 1.0) -> jax.Array:
+        """log w = log p(x | z) + β (log p(z) - log q(z | x)) `[K, B]`."""
+        return self.log_likelihood + beta * (self.log_prior - self.log_posterior)
+
+    def log_weights_at(self, z: Latents, beta: float, detached: bool) -> jax.Array:
+        """The same at another z."""
+        log_likelihood, log_prior = self.log_joint_at(z)
+        return log_likelihood + beta * (log_prior - self.log_posterior_at(z, detached))
+
+    @property
+    def distortion(self) -> jax.Array:
+        """-E[log p(x | z)] `[B]`, by the draws."""
+        return -jnp.mean(self.log_likelihood, axis=0)
+
+    @property
+    def total_rate(self) -> jax.Array:
+        """KL(q(z | x) ‖ p(z)) `[B]`: in closed form where there is one, else by the draws."""
+        if self.rate is None:
+            return jnp.mean(self.log_posterior - self.log_prior, axis=0)
+        return jnp.sum(self.rate, axis=-1)
+
+
+class Options(NamedTuple):
+    """Numbers of an objective; each may be traced.
+
+    Attributes:
+      beta: weight of the rate (Higgins et al. 2017); 1 gives a bound on log p(x).
+      alpha: order of the Rényi bound; 0 is IWAE, 1 would be the ELBO.
+      free_nats: λ of free bits, nats per latent.
+      mmd_weight: λ of InfoVAE.
+    """
+
+    beta: float = 1.0
+    alpha: float = 0.0
+    free_nats: float = 0.5
+    mmd_weight: float = 10.0
+
+
+def elbo(draws: Draws, options: Options) -> jax.Array:
+    """Minus the ELBO, the rate in closed form where there is one (Kingma & Welling 2014, eq. 10).
+
+    The mean over K draws; more draws lower its variance and leave its expectation alone.
+    """
+    return draws.distortion + options.beta * draws.total_rate
+
+
+def elbo_monte_carlo(draws: Draws, options: Options) -> jax.Array:
+    """Minus the ELBO, all of it by sampling (Kingma & Welling 2014, eq. 8)."""
+    return -jnp.mean(draws.log_weights(options.beta), axis=0)
+
+
+def sticking_the_landing(draws: Draws, options: Options) -> jax.Array:
+    """Minus the ELBO, without the score term in its gradient (Roeder et al. 2017, eq. 6).
+
+    The term has mean zero; without it the gradient vanishes, draw by draw, at the exact posterior.
+    """
+    detached = draws._replace(log_posterior=draws.log_posterior_at(draws.z, True))
+    return elbo_monte_carlo(detached, options)
+
+
+def iwae(draws: Draws, options: Options) -> jax.Array:
+    """Minus the importance-weighted bound -log 1/K Σ_k w_k (Burda et al. 2016, eq. 8)."""
+    return -_log_mean_exp(draws.log_weights(options.beta))
+
+
+def dreg(draws: Draws, options: Options) -> jax.Array:
+    """The importance-weighted bound with the doubly-reparameterised gradient.
+
+    The posterior's gradient is Σ_k w̃_k² ∂log w_k/∂z_k ∂z_k/∂φ, whose signal-to-noise ratio does
+    not fall with K (Tucker et al. 2019, eq. 8); the model's is IWAE's, Σ_k w̃_k ∂log w_k/∂θ.
+    """
+    log_w = jax.lax.stop_gradient(draws.log_weights(options.beta))
+    weight = jax.nn.softmax(log_w, axis=0)
+    # The densities are the same numbers as above; the compiler computes them once.
+    scaled = jax.tree.map(lambda z: scale_gradient(z, weight), draws.z)
+    surrogate = jnp.sum(weight * draws.log_weights_at(scaled, options.beta, True), axis=0)
+    return _with_value(-_log_mean_exp(log_w), -surrogate)
+
+
+def vimco(draws: Draws, options: Options) -> jax.Array:
+    """The importance-weighted bound for draws that cannot be reparameterised.
+
+    A score-function gradient whose baseline for draw k is the bound with log w_k replaced by the
+    mean of the other log-weights (Mnih & Rezende 2016, eqs. 10 and 11). Needs K ≥ 2.
+    """
+    z = jax.lax.stop_gradient(draws.z)
+    log_w = draws.log_weights_at(z, options.beta, detached=False)
+    held = jax.lax.stop_gradient(log_w)
+    num = len(held)
+    others = (jnp.sum(held, axis=0, keepdims=True) - held) / (num - 1)
+    # [K, K, B]: row k has log w_k replaced.
+    replaced = jnp.where(jnp.eye(num, dtype=bool)[..., None], others[None], held[None])
+    signal = _log_mean_exp(held)[None] - _log_mean_exp(replaced, axis=1)
+    surrogate = _log_mean_exp(log_w) + jnp.sum(signal * draws.log_posterior_at(z, False), axis=0)
+    return _with_value(-_log_mean_exp(held), -surrogate)
+
+
+def renyi(draws: Draws, options: Options) -> jax.Array:
+    """Minus the Rényi bound 1/(1-α) log 1/K Σ_k w_k^(1-α) (Li & Turner 2016, eq. 5), α ≠ 1.
+
+    α = 0 is IWAE; α = -1 is the χ² upper bound CUBO₂ (Dieng et al. 2017), a bound only in
+    expectation and in the limit of K.
+    """
+    power = 1 - options.alpha
+    return -_log_mean_exp(power * draws.log_weights(options.beta)) / power
+
+
+def free_bits(draws: Draws, options: Options) -> jax.Array:
+    """The ELBO with at least λ nats charged for each latent (Kingma et al. 2016, eq. 15).
+
+    The rate of a latent is averaged over the batch before it is compared with λ.
+    """
+    mean_rate = draws.weight @ draws.rate / jnp.sum(draws.weight)
+    charged = jnp.sum(jnp.maximum(mean_rate, options.free_nats))
+    return draws.distortion + options.beta * charged
+
+
+def tcvae(draws: Draws, options: Options) -> jax.Array:
+    """The ELBO with its rate taken apart and the total correlation weighed by β.
+
+    rate = mutual information + total correlation + dimension-wise KL (Chen et al. 2018, eq. 2),
+    by the minibatch-weighted estimator of log q(z) (eq. S6 there).
+    """
+    z = draws.z[0]
+    pairs = draws.log_posterior_pairs(z) + jnp.log(draws.weight)[None, :, None]
+    normaliser = jnp.log(draws.num_examples * jnp.sum(draws.weight))
+    log_q = jax.nn.logsumexp(jnp.sum(pairs, axis=-1), axis=1) - normaliser
+    log_q_each = jnp.sum(jax.nn.logsumexp(pairs, axis=1) - normaliser, axis=-1)
+    mutual_information = draws.log_posterior[0] - log_q
+    total_correlation = log_q - log_q_each
+    dimension_wise = log_q_each - draws.log_prior[0]
+    rate = mutual_information + options.beta * total_correlation + dimension_wise
+    return -draws.log_likelihood[0] + rate
+
+
+def infovae(draws: Draws, options: Options) -> jax.Array:
+    """Distortion + β rate + λ MMD(q(z), p(z)) (Zhao et al. 2019, eq. 6; β is their 1 - α).
+
+    The rate may be left out altogether (β = 0): the divergence holds q(z) to the prior.
+    """
+    divergence = mmd(draws.z[0], draws.draw_prior(), draws.weight)
+    return elbo(draws, options) + options.mmd_weight * divergence
+
+
+def mmd(x: jax.Array, y: jax.Array, weight: jax.Array) -> jax.Array:
+    """Squared maximum mean discrepancy between two samples, without bias, `[]`.
+
+    Kernel 2L / (2L + |x - y|²), heavy-tailed so that far points still feel a gradient. Its
+    expectation is 0 for equal distributions, so single values may be negative.
+
+    Args:
+      x: float `[B, L]`.
+      y: float `[B, L]`.
+      weight: float `[B]`, 1 for the rows of `x` that count.
+
+    Reference: Gretton et al. 2012, lemma 6; Tolstikhin et al. 2018, section 4, for the kernel.
+    """
+    scale = 2.0 * x.shape[-1]
+    weight_y = jnp.ones_like(weight)
+
+    def kernel(a: jax.Array, b: jax.Array) -> jax.Array:
+        return scale / (scale + jnp.sum((a[:, None] - b[None]) ** 2, axis=-1))
+
+    def within(a: jax.Array, w: jax.Array) -> jax.Array:
+        pairs = w[:, None] * w[None] * (1 - jnp.eye(len(a)))
+        return jnp.sum(pairs * kernel(a, a)) / jnp.sum(pairs)
+
+    cross = weight[:, None] * weight_y[None]
+    between = jnp.sum(cross * kernel(x, y)) / jnp.sum(cross)
+    return within(x, weight) + within(y, weight_y) - 2 * between
+
+
+OBJECTIVES: dict[str, Callable[[Draws, Options], jax.Array]] = {
+    "elbo": elbo,
+    "elbo_monte_carlo": elbo_monte_carlo,
+    "stl": sticking_the_landing,
+    "iwae": iwae,
+    "dreg": dreg,
+    "vimco": vimco,
+    "renyi": renyi,
+    "free_bits": free_bits,
+    "tcvae": tcvae,
+    "infovae": infovae,
+}
+
+# Objectives that evaluate log q(z | x) at z of their own, or the rate of each latent.
+NEED_DENSITY = ("stl", "dreg", "vimco")
+NEED_RATE = ("free_bits",)
+
+
+def check(name: str, num_samples: int, options: Options) -> None:
+    """Refuse an objective, K or numbers that make no sense.
+
+    Raises:
+      UserError: names the field, its value and what is allowed.
+    """
+    if name not in OBJECTIVES:
+        raise UserError(f"model.objective={name!r}: choose one of {', '.join(OBJECTIVES)}")
+    if num_samples < 1:
+        raise UserError(f"model.num_samples={num_samples}: an objective needs K of at least 1")
+    if name == "vimco" and num_samples < 2:
+        raise UserError(
+            f"model.num_samples={num_samples}: VIMCO compares draws with each other: at least 2"
+        )
+    if not options.beta >= 0:
+        raise UserError(f"model.beta={options.beta}: the weight of the rate must be at least 0")
+    for field in ("free_nats", "mmd_weight"):
+        if not getattr(options, field) >= 0:
+            raise UserError(f"model.{field}={getattr(options, field)}: must be at least 0")
+    if name == "renyi" and options.alpha == 1:
+        raise UserError("model.alpha=1.0: the Rényi bound of order 1 is the ELBO: choose 'elbo'")
+
+
+@jax.custom_vjp
+def scale_gradient(z: jax.Array, scale: jax.Array) -> jax.Array:
+    """The identity in `z` `[K, B, ...]`, whose gradient is multiplied by `scale` `[K, B]`."""
+    del scale
+    return z
+
+
+def _scale_gradient_forward(z: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return z, scale
+
+
+def _scale_gradient_backward(scale: jax.Array, grad: jax.Array) -> tuple[jax.Array, None]:
+    return grad * scale.reshape(scale.shape + (1,) * (grad.ndim - scale.ndim)), None
+
+
+scale_gradient.defvjp(_scale_gradient_forward, _scale_gradient_backward)
+
+
+def _log_mean_exp(log_w: jax.Array, axis: int = 0) -> jax.Array:
+    return jax.nn.logsumexp(log_w, axis=axis) - math.log(log_w.shape[axis])
+
+
+def _with_value(value: jax.Array, surrogate: jax.Array) -> jax.Array:
+    """`value`, with the gradient of `surrogate`."""
+    return jax.lax.stop_gradient(value) + surrogate - jax.lax.stop_gradient(surrogate)
