@@ -10,14 +10,15 @@ from dgm_jax.config import ConfigDict, experiment, variant
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The default experiment; `:elbo` for the plain ELBO, `:smoke` for a run of seconds."""
+    """The default; `:gaussian` for the textbook VAE; `:smoke` for a run of seconds."""
     config = experiment("vae")
-    config.train.duration = "90 epochs"
+    config.train.duration = "110 epochs"
     config.train.batch_size = 200
     config.optimizer.learning_rate = 3e-3
     config.optimizer.weight_decay = 0.05
     config.model.encoder = (500, 500)
     config.model.decoder = (500, 500)
-    config.model.objective = "dreg"
-    config.model.num_samples = 2
-    return variant(config, arg, elbo={"model.objective": "elbo", "model.num_samples": 1})
+    config.model.prior = "realnvp"
+    config.model.objective = "stl"
+    gaussian = {"model.prior": "standard", "model.objective": "elbo"}
+    return variant(config, arg, gaussian=gaussian)

@@ -51,6 +51,16 @@ class DataSpec(NamedTuple):
         """Number of scalar dimensions of one example (the D of bits/dim)."""
         return int(np.prod(self.event_shape))
 
+    @property
+    def scale(self) -> float:
+        """The largest value of `x`: networks see x / scale, in [0, 1]."""
+        return 1.0 if self.support == "binary" else 255.0
+
+    @property
+    def unit_mean(self) -> np.ndarray:
+        """`mean` scaled to [0, 1]."""
+        return self.mean / self.scale
+
 
 class Aux(NamedTuple):
     """What a loss function returns beside the loss.

@@ -92,7 +92,7 @@ def discretised_logistic_mixture(components: int = 5) -> Likelihood:
 
     def split(outputs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         logits, location, raw = jnp.split(outputs, 3, axis=-1)
-        return logits, location, jnp.maximum(raw, -7.0)
+        return logits, location, jnp.clip(raw, -7.0, 7.0)
 
     def initial(mean: np.ndarray) -> np.ndarray:
         centre = (mean / 127.5 - 1)[:, None]
@@ -106,9 +106,11 @@ def discretised_logistic_mixture(components: int = 5) -> Likelihood:
         return jnp.sum(jax.nn.logsumexp(each, axis=-1), axis=-1)
 
     def mean(outputs: jax.Array) -> jax.Array:
-        logits, location, _ = split(outputs)
-        centre = jnp.sum(jax.nn.softmax(logits, axis=-1) * location, axis=-1)
-        return jnp.clip(centre, -1, 1) / 2 + 0.5
+        """Of the mixture clipped to the range of x: the integral of its upper tail."""
+        logits, location, log_scale = split(outputs)
+        scale = jnp.exp(log_scale)
+        above = jax.nn.softplus((location + 1) / scale) - jax.nn.softplus((location - 1) / scale)
+        return jnp.sum(jax.nn.softmax(logits, axis=-1) * scale * above, axis=-1) / 2
 
     def draw(rng: jax.Array, outputs: jax.Array) -> jax.Array:
         logits, location, log_scale = split(outputs)
@@ -175,10 +177,11 @@ def check(name: str, spec: DataSpec) -> None:
         raise UserError(f"model.likelihood={name!r}: choose one of {', '.join(LIKELIHOODS)}")
     support = LIKELIHOODS[name]().support
     if support != spec.support:
-        wanted = "'dynamic' or 'fixed'" if support == "binary" else "'none'"
+        binary, grey = "'dynamic' or 'fixed'", "'none'"
+        given, wanted = (grey, binary) if support == "binary" else (binary, grey)
         raise UserError(
-            f"model.likelihood={name!r} is one of {support} data and these are {spec.support}: "
-            f"set data.binarisation to {wanted}, or choose another likelihood"
+            f"model.likelihood={name!r} needs {support} data and data.binarisation={given} gives "
+            f"{spec.support}: set it to {wanted}, or choose another likelihood"
         )
 
 

@@ -11,13 +11,13 @@ et al. 2018 (TCVAE); Tucker et al. 2019 (DReG); Zhao et al. 2019 (InfoVAE).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dgm_jax.core import UserError
+from dgm_jax.core import Aux, Batch, Model, Params, Player, UserError, masked_mean
 
 Latents = Any  # a pytree of arrays [K, B, ...]
 
@@ -38,6 +38,7 @@ class Draws(NamedTuple):
         are held constant, so that the only gradient is the one through `z`. None where the
         posterior can give the density only of its own draws.
       rate: KL(q(z | x) ‖ p(z)) `[B, L]` in closed form, a column for each latent, or None.
+      layer_rates: of a hierarchy, each layer's part of the rate by the draws, `[B]` by name.
       log_posterior_pairs: `z [B, L] -> log q(z_i | x_j) [B, B, L]`, i first, or None.
       draw_prior: `() -> [B, L]`, draws from p(z).
       weight: float `[B]`, 1 for real rows and 0 for padding.
@@ -51,6 +52,7 @@ class Draws(NamedTuple):
     log_joint_at: Callable[[Latents], tuple[jax.Array, jax.Array]]
     log_posterior_at: Callable[[Latents, bool], jax.Array] | None = None
     rate: jax.Array | None = None
+    layer_rates: Mapping[str, jax.Array] = {}
     log_posterior_pairs: Callable[[jax.Array], jax.Array] | None = None
     draw_prior: Callable[[], jax.Array] | None = None
     weight: jax.Array | None = None
@@ -267,6 +269,45 @@ def check(name: str, num_samples: int, options: Options) -> None:
             raise UserError(f"model.{field}={getattr(options, field)}: must be at least 0")
     if name == "renyi" and options.alpha == 1:
         raise UserError("model.alpha=1.0: the Rényi bound of order 1 is the ELBO: choose 'elbo'")
+
+
+def latent_variable_model(
+    player: str,
+    draw: Callable[[Params, Batch, jax.Array, int], Draws],
+    objective: str,
+    num_samples: int,
+    options: Options,
+    **functions: Any,
+) -> Model:
+    """The model whose loss and bounds follow from its posterior draws.
+
+    Args:
+      player: name of its one player.
+      draw: `(params, batch, rng, K) -> Draws`.
+      objective: one of `OBJECTIVES`.
+      num_samples: K, draws per example in the objective.
+      options: the objective's numbers.
+      **functions: the other fields of `core.Model`.
+    """
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        draws = draw(params, batch, rng, num_samples)
+        loss = masked_mean(OBJECTIVES[objective](draws, options), batch)
+        terms = {"distortion": draws.distortion, "rate": draws.total_rate, **draws.layer_rates}
+        return loss, Aux(terms=terms)
+
+    def elbo_of(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        return -elbo(draw(params, batch, rng, 1), Options())
+
+    def log_weight(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        return draw(params, batch, rng, 1).log_weights()[0]
+
+    return Model(
+        players=(Player(player, loss_fn),),
+        log_likelihood_fns={"elbo": elbo_of},
+        log_weight=log_weight,
+        **functions,
+    )
 
 
 @jax.custom_vjp

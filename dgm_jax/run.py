@@ -198,10 +198,11 @@ def _draw_pictures(experiment: Experiment, state: TrainState, workdir: Workdir) 
 
 def _say_header(experiment: Experiment, workdir: Workdir) -> None:
     config, num_steps = experiment.config, experiment.num_steps
-    fields = {name: value for name, value in config.model.items() if name != "name"}
+    usual = models.defaults(config.model.name)
+    chosen = [f"{k}={v}" for k, v in config.model.items() if v != usual[k]]
     count = num_parameters(jax.eval_shape(lambda: initial_state(experiment)).params)
     epochs = num_steps / experiment.steps_per_epoch
-    say(f"model       {config.model.name}: {', '.join(f'{k}={v}' for k, v in fields.items())}")
+    say(f"model       {', '.join([config.model.name, *chosen])} (the rest as the model's defaults)")
     say(f"parameters  {count:,}")
     say(f"data        {data.describe(experiment.dataset.card)}")
     say(f"devices     {jax.device_count()} x {jax.devices()[0].device_kind}")

@@ -66,7 +66,7 @@ class Experiment(NamedTuple):
                     "number, and how long it rises, such as 'model.beta over 20 epochs'"
                 )
             found[field.removeprefix("model.")] = configs.num_steps(
-                length, "train.ramp", self.steps_per_epoch, multiple=1
+                length, f"train.ramp={ramp.strip()!r}: length", self.steps_per_epoch, multiple=1
             )
         return found
 

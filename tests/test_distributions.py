@@ -10,6 +10,7 @@ from scipy import integrate, special, stats
 
 from dgm_jax.distributions import (
     bernoulli_log_prob,
+    discretised_logistic_log_prob,
     gaussian_kl_to_standard,
     gaussian_log_prob,
     standard_gaussian_log_prob,
@@ -147,3 +148,111 @@ def test_extreme_scales_are_finite_with_finite_gradients():
     expected = [-0.5 * math.exp(40), -20 - 0.5 * math.log(2 * math.pi)]
     np.testing.assert_allclose(log_prob, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient, [math.exp(40), -1], rtol=1e-5)
+
+
+discretised_logistic = jax.jit(discretised_logistic_log_prob)
+GREY = np.arange(256.0)
+
+
+def _logistics(locations, log_scales):
+    """The masses `[256, N]` of all pairs, with the locations and the log-scales `[1, N]`."""
+    pairs = np.stack(np.meshgrid(locations, log_scales), axis=-1).reshape(-1, 2)
+    location, log_scale = pairs.T[:, None]
+    return np.asarray(discretised_logistic(GREY[:, None], location, log_scale)), location, log_scale
+
+
+@pytest.mark.parametrize("log_scale", [-12.0, -7.0, -5.0, -3.5, -2.0, 0.0, 2.0, 7.0, 12.0, 30.0])
+def test_discretised_logistic_sums_to_one(x64, log_scale):
+    """Locations within and without [-1, 1], on the sides of bins and on their middles."""
+    locations = [-10, -1.5, -1, -0.999, -2 / 255, -1 / 255, 0, 1 / 255, 0.3, 0.77, 1, 1.003, 10]
+    log_p, *_ = _logistics(locations, [log_scale])
+    np.testing.assert_allclose(np.exp(log_p).sum(axis=0), np.ones(len(locations)), rtol=1e-12)
+
+
+def test_discretised_logistic_equals_the_difference_of_cdfs(x64):
+    """Of upper tails above the location, so that no difference is of numbers close to one."""
+    log_p, location, log_scale = _logistics(np.linspace(-1.4, 1.4, 29), np.linspace(-6.5, 7, 28))
+    law = stats.logistic(location, np.exp(log_scale))
+    sides = np.concatenate([[-np.inf], (GREY[1:] - 0.5) / 127.5 - 1, [np.inf]])[:, None]
+    cdf, tail = law.cdf(sides), law.sf(sides)
+    below = sides[1:] < location
+    mass = np.where(below, cdf[1:] - cdf[:-1], tail[:-1] - tail[1:])
+    # What the difference loses: the rounding of its larger term.
+    lost = 4e-15 * np.where(below, cdf[1:], tail[:-1]) + 1e-300
+    well = lost < 1e-9 * mass
+    assert well.mean() > 0.7
+    assert np.all(np.abs(np.exp(log_p) - mass)[well] < (1e-11 * mass + lost)[well])
+
+
+def test_the_first_and_the_last_bin_are_open(x64):
+    """The cdf at the side of the first bin, the upper tail at that of the last."""
+    log_p, location, log_scale = _logistics([-3.0, -0.9, 0.2, 1.1, 3.0], [-6.0, -2.0, 0.0, 3.0])
+    law = stats.logistic(location[0], np.exp(log_scale[0]))
+    np.testing.assert_allclose(log_p[0], law.logcdf(0.5 / 127.5 - 1), rtol=1e-10, atol=1e-300)
+    np.testing.assert_allclose(log_p[-1], law.logsf(254.5 / 127.5 - 1), rtol=1e-10, atol=1e-300)
+
+
+def test_discretised_logistic_is_symmetric(x64):
+    """Grey values and location mirrored: x -> 255 - x, location -> -location."""
+    log_p, location, log_scale = _logistics([-1.2, -0.31, 0.5], [-6.0, -2.0, 1.0])
+    mirrored = discretised_logistic(255 - GREY[:, None], -location, log_scale)
+    np.testing.assert_allclose(log_p, mirrored, rtol=1e-9, atol=1e-300)
+
+
+def test_the_tails_of_a_discretised_logistic_decay_as_an_exponential(x64):
+    """Where the cdf is 1 to rounding the mass is e^(-lower) - e^(-upper), all but exactly."""
+    log_p, location, log_scale = _logistics([-1.0, -0.5, 0.0], [-6.0, -5.0, -4.5])
+    lower = ((GREY[:, None] - 0.5) / 127.5 - 1 - location) / np.exp(log_scale)
+    width = 2 / 255 / np.exp(log_scale)
+    far = (lower > 35) & (GREY[:, None] < 255)
+    assert far.sum() > 300
+    expected = -lower + np.log(-np.expm1(-width))
+    np.testing.assert_allclose(log_p[far], expected[far], rtol=1e-12)
+
+
+def test_discretised_logistic_in_32_bits_equals_64_bits():
+    """Up to the rounding of x - location, half a unit in 1e7, as a part of the scale."""
+    x = np.repeat(GREY, 200)
+    rng = np.random.default_rng(0)
+    location, log_scale = rng.uniform(-1.2, 1.2, len(x)), rng.uniform(-7, 7, len(x))
+    arguments = [a.astype(np.float32) for a in (x, location, log_scale)]
+    single = discretised_logistic(*arguments)
+    assert single.dtype == np.float32
+    with jax.enable_x64(True):
+        double = discretised_logistic(*(a.astype(np.float64) for a in arguments))
+    allowed = 1e-6 * (1 + np.abs(double)) + 1e-6 * np.exp(-log_scale)
+    assert np.all(np.abs(single - np.asarray(double)) < allowed)
+
+
+def test_extreme_logistics_are_finite_with_finite_gradients():
+    """In float32, where the masses themselves are 0 or 1."""
+    x, location, log_scale = (
+        a.ravel().astype(np.float32)
+        for a in np.meshgrid(
+            [0, 1, 100, 254, 255], [-1e3, -10, -1, 0, 1, 10, 1e3], [-20, -7, 0, 7, 20]
+        )
+    )
+    both = jax.value_and_grad(discretised_logistic_log_prob, argnums=(1, 2))
+    log_p, gradients = jax.jit(jax.vmap(both))(x, location, log_scale)
+    assert np.isfinite(log_p).all() and np.all(log_p <= 0)
+    assert np.isfinite(gradients[0]).all() and np.isfinite(gradients[1]).all()
+
+
+def test_the_gradient_of_a_discretised_logistic_is_a_finite_difference(x64):
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(np.array([0, 1, 17, 128, 200, 254, 255] * 20, float))
+    location, log_scale = (jnp.asarray(rng.uniform(a, b, 140)) for a, b in ((-1.3, 1.3), (-5, 3)))
+
+    def total(location, log_scale):
+        return jnp.sum(discretised_logistic(x, location, log_scale))
+
+    gradients = jax.jit(jax.grad(total, argnums=(0, 1)))(location, log_scale)
+    h = 1e-6
+    numeric = (
+        discretised_logistic(x, location + h, log_scale)
+        - discretised_logistic(x, location - h, log_scale),
+        discretised_logistic(x, location, log_scale + h)
+        - discretised_logistic(x, location, log_scale - h),
+    )
+    for gradient, difference in zip(gradients, numeric, strict=True):
+        np.testing.assert_allclose(gradient, difference / (2 * h), rtol=1e-6, atol=1e-6)

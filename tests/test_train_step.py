@@ -6,11 +6,13 @@ import numpy as np
 import optax
 import pytest
 
+from dgm_jax import config as configs
 from dgm_jax import models, optim, sharding
 from dgm_jax.core import Aux, Model, Player
 from dgm_jax.data import dataset as data
 from dgm_jax.data.order import batch_ids
 from dgm_jax.rng import stream
+from dgm_jax.train import initial_state, prepare
 from dgm_jax.train_step import compile_train_steps, init_state, train_step
 
 BATCH = 16
@@ -153,3 +155,29 @@ def test_untrained_state_is_replaced_not_optimised():
     state, _ = train_step(model, optimizer, 0.0, state, {"x": jnp.zeros((2, 1))})
     assert float(state.params["net"]) == 0.0  # 1 - 0.1·10
     assert float(state.params["state"]) == 11.0
+
+
+def test_a_ramp_rises_from_nothing_to_the_value(tiny_dataset):
+    """KL warm-up: the loss of step t weighs the rate by β min(1, t / length)."""
+    values = {
+        "train.batch_size": BATCH,
+        "train.duration": "10 steps",
+        "train.steps_per_dispatch": 10,
+        "train.ramp": "model.beta over 1 epoch",
+        "model.beta": 0.5,
+        "model.latents": 3,
+        "model.encoder": (8,),
+        "model.decoder": (8,),
+        "eval.batch_size": 8,
+    }
+    experiment = prepare(configs.override(configs.experiment("vae"), values), tiny_dataset)
+    assert experiment.ramps == {"beta": 4}  # 64 examples in batches of 16
+    steps = compile_train_steps(
+        experiment.model_at, experiment.optimizer, 0.0, tiny_dataset, BATCH, 10, experiment.mesh
+    )
+    split = tiny_dataset.splits["train"]
+    arrays = {"images": jnp.asarray(split.images), "labels": jnp.asarray(split.labels)}
+    _, rows = steps(initial_state(experiment).replace(ema=None), arrays)
+    beta = 0.5 * np.minimum(1, np.arange(10) / 4)
+    expected = rows["vae/distortion"] + beta * rows["vae/rate"]
+    np.testing.assert_allclose(rows["vae/loss"], expected, rtol=1e-6)

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgm_jax import likelihoods, objectives
-from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
+from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.distributions import gaussian_kl_to_standard, gaussian_log_prob
+from dgm_jax.nn import priors
 from dgm_jax.nn.mlp import ACTIVATIONS, MLP
 from dgm_jax.nn.posteriors import POSTERIORS, Context
-from dgm_jax.nn.priors import PRIORS
-from dgm_jax.objectives import OBJECTIVES, Draws, Options
+from dgm_jax.objectives import Draws, Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def check(config: Config, spec: DataSpec) -> None:
             )
     for field, allowed in (
         ("activation", ("gated", *ACTIVATIONS)),
-        ("prior", PRIORS),
+        ("prior", priors.PRIORS),
         ("posterior", POSTERIORS),
     ):
         if getattr(config, field) not in allowed:
@@ -148,15 +148,12 @@ class Net(nn.Module):
         self.head = nn.Dense(
             initial.size, bias_init=lambda key, shape, dtype: jnp.asarray(initial.ravel(), dtype)
         )
-        flow = {"steps": config.flow_steps, "width": config.flow_width}
-        mixture = {"components": config.components}
-        logit = np.log(_unit(spec) + 0.01) - np.log(1.01 - _unit(spec))
-        vamp = {**mixture, "event_shape": spec.event_shape, "bias": logit}
-        more = {"mixture": mixture, "vamp": vamp, "realnvp": flow, "autoregressive": flow}
-        self.prior = PRIORS[config.prior](config.latents, **more.get(config.prior, {}))
-        more = {"iaf": flow}
+        flow = (config.flow_steps, config.flow_width)
+        self.prior = priors.make(
+            config.prior, config.latents, config.components, *flow, spec.unit_mean
+        )
         self.posterior = POSTERIORS[config.posterior](
-            config.latents, **more.get(config.posterior, {})
+            config.latents, *(flow if config.posterior == "iaf" else ())
         )
 
     def __call__(self, x: jax.Array, label: jax.Array | None, rng: jax.Array) -> None:
@@ -167,7 +164,7 @@ class Net(nn.Module):
 
     def context(self, x: jax.Array, label: jax.Array | None) -> Context:
         """Parameters of q(z | x) for x `[B, *event]` as the data hold it."""
-        return self._context_of_unit(x / _scale(self.spec), label)
+        return self._context_of_unit(x / self.spec.scale, label)
 
     def outputs(self, z: jax.Array, label: jax.Array | None) -> jax.Array:
         """The likelihood's parameters `[..., D, P]` given z `[..., L]`."""
@@ -245,17 +242,6 @@ def build(config: Config, spec: DataSpec) -> Model:
             num_examples=spec.num_examples,
         )
 
-    def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
-        draws = draw(params, batch, rng, config.num_samples)
-        loss = masked_mean(OBJECTIVES[config.objective](draws, config.options), batch)
-        return loss, Aux(terms={"distortion": draws.distortion, "rate": draws.total_rate})
-
-    def elbo(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
-        return -objectives.elbo(draw(params, batch, rng, 1), Options())
-
-    def log_weight(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
-        return draw(params, batch, rng, 1).log_weights()[0]
-
     def encode(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
         del rng
         vae = bind(params)
@@ -281,21 +267,15 @@ def build(config: Config, spec: DataSpec) -> Model:
         x = likelihood.draw(x_rng, outputs).reshape(num, *spec.event_shape)
         return {"x": x, "mean": picture(outputs)} | ({} if label is None else {"label": label})
 
-    return Model(
+    return objectives.latent_variable_model(
+        "vae",
+        draw,
+        config.objective,
+        config.num_samples,
+        config.options,
         init=init,
-        players=(Player("vae", loss_fn),),
-        log_likelihood_fns={"elbo": elbo},
-        log_weight=log_weight,
         sample=sample,
         encode=encode,
         decode=None if config.conditional else decode,
         reconstruct=reconstruct,
     )
-
-
-def _scale(spec: DataSpec) -> float:
-    return 1.0 if spec.support == "binary" else 255.0
-
-
-def _unit(spec: DataSpec) -> np.ndarray:
-    return spec.mean / _scale(spec)

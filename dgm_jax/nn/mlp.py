@@ -69,6 +69,8 @@ class MaskedMLP(nn.Module):
             h, before = ACTIVATIONS[self.activation](h), after
         mask = np.repeat(before[:, None] < degrees[None], self.outputs, axis=1)
         out = self._masked_dense("out", h, mask)
+        if context is not None:  # the first variable sees no hidden unit, and must see this
+            out += nn.Dense(self.num * self.outputs, use_bias=False)(context)
         return out.reshape(*out.shape[:-1], self.num, self.outputs)
 
     def _masked_dense(self, name: str, h: jax.Array, mask: np.ndarray) -> jax.Array:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
 from dgm_jax.nn.mlp import MLP, MaskedMLP
@@ -79,7 +80,7 @@ class Vamp(nn.Module):
     latents: int
     components: int
     event_shape: tuple[int, ...]
-    bias: jax.Array
+    bias: np.ndarray
 
     def setup(self) -> None:
         """Pseudo-inputs start near the mean of the data."""
@@ -111,13 +112,15 @@ class RealNVP(nn.Module):
 
     def setup(self) -> None:
         """One network a coupling, which starts as the identity."""
-        kept = self.latents // 2
-        # Odd L: the halves differ by one, and the reversal between couplings swaps them.
         self.bodies = [MLP((self.width, self.width)) for _ in range(self.steps)]
         self.heads = [
-            nn.Dense(2 * (self.latents - kept), kernel_init=nn.initializers.zeros)
-            for _ in range(self.steps)
+            nn.Dense(2 * (self.latents - self._kept(i)), kernel_init=nn.initializers.zeros)
+            for i in range(self.steps)
         ]
+
+    def _kept(self, i: int) -> int:
+        # In turn rounded down and up: with an odd L the middle latent is kept every other time.
+        return (self.latents + i % 2) // 2
 
     def _coupling(self, i: int, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
         shift, raw = jnp.split(self.heads[i](self.bodies[i](kept)), 2, axis=-1)
@@ -126,9 +129,9 @@ class RealNVP(nn.Module):
     def log_prob(self, z: jax.Array, posterior_of: PosteriorOf) -> jax.Array:
         """log p(z): noise is where the couplings send z, by the change of variables."""
         del posterior_of
-        half, log_det = self.latents // 2, jnp.zeros(z.shape[:-1])
+        log_det = jnp.zeros(z.shape[:-1])
         for i in range(self.steps):
-            kept, rest = z[..., :half], z[..., half:]
+            kept, rest = jnp.split(z, [self._kept(i)], axis=-1)
             shift, log_scale = self._coupling(i, kept)
             z = jnp.concatenate([kept, rest * jnp.exp(log_scale) + shift], axis=-1)[..., ::-1]
             log_det += jnp.sum(log_scale, axis=-1)
@@ -137,10 +140,9 @@ class RealNVP(nn.Module):
     def draw(self, rng: jax.Array, num: int, posterior_of: PosteriorOf) -> jax.Array:
         """`num` draws: the inverse couplings, applied to noise."""
         del posterior_of
-        half, z = self.latents // 2, jax.random.normal(rng, (num, self.latents))
+        z = jax.random.normal(rng, (num, self.latents))
         for i in reversed(range(self.steps)):
-            z = z[..., ::-1]
-            kept, rest = z[..., :half], z[..., half:]
+            kept, rest = jnp.split(z[..., ::-1], [self._kept(i)], axis=-1)
             shift, log_scale = self._coupling(i, kept)
             z = jnp.concatenate([kept, (rest - shift) * jnp.exp(-log_scale)], axis=-1)
         return z
@@ -204,10 +206,33 @@ def mixture_log_prob(
     return jax.nn.logsumexp(log_probs, axis=-1).reshape(z.shape[:-1])
 
 
-PRIORS = {
-    "standard": Standard,
-    "mixture": Mixture,
-    "vamp": Vamp,
-    "realnvp": RealNVP,
-    "autoregressive": Autoregressive,
-}
+PRIORS = ("standard", "mixture", "vamp", "realnvp", "autoregressive")
+
+
+def make(
+    name: str,
+    latents: int,
+    components: int,
+    flow_steps: int,
+    flow_width: int,
+    mean: np.ndarray,
+) -> nn.Module:
+    """The prior of that name.
+
+    Args:
+      name: one of `PRIORS`.
+      latents: L.
+      components: of a mixture; pseudo-inputs of a VampPrior.
+      flow_steps, flow_width: of a flow.
+      mean: of the data, scaled to [0, 1], `[*event]`: where pseudo-inputs start.
+    """
+    if name == "standard":
+        return Standard(latents)
+    if name == "mixture":
+        return Mixture(latents, components)
+    if name == "vamp":
+        bias = np.log(mean + 0.01) - np.log(1.01 - mean)
+        return Vamp(latents, components, mean.shape, bias)
+    return {"realnvp": RealNVP, "autoregressive": Autoregressive}[name](
+        latents, flow_steps, flow_width
+    )

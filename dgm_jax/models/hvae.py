@@ -1,0 +1,236 @@
+"""A chain of stochastic layers, inferred from the data up and generated from the top down.
+
+    q(z | x) = q(z_1 | x) Π_l q(z_l | z_{l-1}),   p(x, z) = p(z_L) Π_l p(z_l | z_{l+1}) p(x | z_1)
+
+with diagonal Gaussians throughout. Two layers and K samples are the larger model of Burda et al.
+2016, "Importance Weighted Autoencoders", section 5 and appendix B.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dgm_jax import likelihoods, objectives
+from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
+from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
+from dgm_jax.nn.mlp import ACTIVATIONS, MLP
+from dgm_jax.nn.posteriors import Diagonal
+from dgm_jax.objectives import Draws, Options
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The model's fields. Real numbers may be traced.
+
+    Attributes:
+      latents: dimensions of z_1, ..., z_L, from the data up.
+      width: of the two hidden layers between a layer of latents and what lies below it, likewise.
+      activation: `gated`, or one of `nn.mlp.ACTIVATIONS`.
+      likelihood: one of `likelihoods.LIKELIHOODS`.
+      objective: one of `OBJECTIVES`.
+      num_samples: K, posterior draws per example in the objective.
+      beta: weight of the rate; 1 gives a bound on log p(x).
+    """
+
+    latents: tuple[int, ...] = (100, 50)
+    width: tuple[int, ...] = (200, 100)
+    activation: str = "tanh"
+    likelihood: str = "bernoulli"
+    objective: str = "elbo"
+    num_samples: int = 1
+    beta: float = 1.0
+
+
+# Those that need no density or rate of single latents.
+OBJECTIVES = ("elbo", "stl", "iwae", "dreg")
+
+
+def check(config: Config, spec: DataSpec) -> None:
+    """Refuse values that make no sense.
+
+    Raises:
+      UserError: names the field, its value and what is allowed.
+    """
+    for field in ("latents", "width"):
+        sizes = getattr(config, field)
+        if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise UserError(f"model.{field}={sizes}: give whole numbers, each at least 1")
+    if len(config.latents) != len(config.width):
+        raise UserError(
+            f"model.width={config.width}: give one for each of model.latents={config.latents}"
+        )
+    if config.activation not in ("gated", *ACTIVATIONS):
+        allowed = ", ".join(("gated", *ACTIVATIONS))
+        raise UserError(f"model.activation={config.activation!r}: choose one of {allowed}")
+    if config.objective not in OBJECTIVES:
+        raise UserError(
+            f"model.objective={config.objective!r}: for a hierarchy choose one of "
+            + ", ".join(OBJECTIVES)
+        )
+    likelihoods.check(config.likelihood, spec)
+    objectives.check(config.objective, config.num_samples, Options(beta=config.beta))
+
+
+class Conditional(nn.Module):
+    """N(mu(h), diag sigma(h)²): `[..., F]` -> (mu, log_sigma), each `[..., latents]`."""
+
+    latents: int
+    width: int
+    activation: str
+
+    @nn.compact
+    def __call__(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Parameters given `h`."""
+        return Diagonal(self.latents)(MLP((self.width, self.width), self.activation)(h))
+
+
+class Net(nn.Module):
+    """All networks of one hierarchy."""
+
+    config: Config
+    spec: DataSpec
+
+    def setup(self) -> None:
+        """`up[l]` infers z_l from below; `down[l]` generates z_l from above."""
+        config = self.config
+        layers = list(zip(config.latents, config.width, strict=True))
+        self.up = [Conditional(size, width, config.activation) for size, width in layers]
+        # Between z_l and z_{l+1} the widths are those on the way up (Burda et al. 2016).
+        self.down = [
+            Conditional(size, width, config.activation)
+            for size, width in zip(config.latents[:-1], config.width[1:], strict=True)
+        ]
+        self.decoder = MLP(2 * config.width[:1], config.activation)
+        likelihood = likelihoods.LIKELIHOODS[config.likelihood]()
+        initial = np.asarray(likelihood.initial(self.spec.mean.ravel()))
+        self.head = nn.Dense(
+            initial.size, bias_init=lambda key, shape, dtype: jnp.asarray(initial.ravel(), dtype)
+        )
+
+    def __call__(self, x: jax.Array) -> None:
+        """Touch every parameter, for initialisation."""
+        for conditional, size in zip(self.down, self.config.latents[1:], strict=True):
+            conditional(jnp.zeros((1, size)))
+        z = self.means(x)
+        self.outputs(z[0], 1)
+
+    def pixels(self, x: jax.Array) -> jax.Array:
+        """x `[B, *event]` as the networks see it, `[B, D]` in ±1."""
+        return 2 * (x / self.spec.scale).reshape(len(x), -1).astype(jnp.float32) - 1
+
+    def means(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """The posterior mean of each layer given that of the layer below, `[B, L_l]`."""
+        found = [self.pixels(x)]
+        for conditional in self.up:
+            found.append(conditional(found[-1])[0])
+        return tuple(found[1:])
+
+    def outputs(self, z: jax.Array, num_outputs: int) -> jax.Array:
+        """The likelihood's parameters `[..., D, P]` given z_1."""
+        out = self.head(self.decoder(z))
+        return out.reshape(*z.shape[:-1], self.spec.num_dims, num_outputs)
+
+
+def build(config: Config, spec: DataSpec) -> Model:
+    """The hierarchy as pure functions; see `core.Model` for their contracts."""
+    net, num_layers = Net(config, spec), len(config.latents)
+    likelihood = likelihoods.LIKELIHOODS[config.likelihood]()
+
+    def bind(params: Params) -> Net:
+        return net.bind({"params": params["hvae"]})
+
+    def init(rng: jax.Array, batch: Batch) -> Params:
+        likelihoods.refuse_outside_support(batch["x"], spec)
+        return {"hvae": net.init(rng, batch["x"][:1])["params"]}
+
+    def log_posteriors(bound: Net, x: jax.Array, z: tuple[jax.Array, ...]) -> list[jax.Array]:
+        """log q of each layer given the one below, `[K, B]`."""
+        below = (bound.pixels(x)[None], *z[:-1])
+        return [
+            jnp.sum(gaussian_log_prob(z_l, *conditional(h)), axis=-1)
+            for conditional, h, z_l in zip(bound.up, below, z, strict=True)
+        ]
+
+    def log_priors(bound: Net, z: tuple[jax.Array, ...]) -> list[jax.Array]:
+        """log p of each layer given the one above, `[K, B]`."""
+        inner = [
+            jnp.sum(gaussian_log_prob(z_l, *conditional(above)), axis=-1)
+            for conditional, z_l, above in zip(bound.down, z[:-1], z[1:], strict=True)
+        ]
+        return [*inner, jnp.sum(standard_gaussian_log_prob(z[-1]), axis=-1)]
+
+    def posterior_draw(bound: Net, x: jax.Array, rng: jax.Array, k: int) -> tuple[jax.Array, ...]:
+        z, h = [], bound.pixels(x)[None]
+        for conditional, key in zip(bound.up, jax.random.split(rng, num_layers), strict=True):
+            mu, log_sigma = conditional(h)
+            h = mu + jnp.exp(log_sigma) * jax.random.normal(key, (k, *mu.shape[1:]))
+            z.append(h)
+        return tuple(z)
+
+    def draw(params: Params, batch: Batch, rng: jax.Array, k: int) -> Draws:
+        """K posterior draws and all that objectives may ask about them."""
+        bound, held, x = bind(params), bind(jax.lax.stop_gradient(params)), batch["x"]
+        flat = x.reshape(1, len(x), -1)
+        z = posterior_draw(bound, x, rng, k)
+
+        def log_likelihood_at(z: tuple[jax.Array, ...]) -> jax.Array:
+            return likelihood.log_prob(bound.outputs(z[0], likelihood.num_outputs), flat)
+
+        log_q, log_p = log_posteriors(bound, x, z), log_priors(bound, z)
+        return Draws(
+            z=z,
+            log_likelihood=log_likelihood_at(z),
+            log_prior=sum(log_p),
+            log_posterior=sum(log_q),
+            log_joint_at=lambda z: (log_likelihood_at(z), sum(log_priors(bound, z))),
+            log_posterior_at=lambda z, detached: sum(
+                log_posteriors(held if detached else bound, x, z)
+            ),
+            layer_rates={
+                f"rate_{i + 1}": jnp.mean(q - p, axis=0)
+                for i, (q, p) in enumerate(zip(log_q, log_p, strict=True))
+            },
+        )
+
+    def encode(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        del rng
+        return jnp.concatenate(bind(params).means(batch["x"]), axis=-1)
+
+    def picture(outputs: jax.Array) -> jax.Array:
+        return likelihood.mean(outputs).reshape(len(outputs), *spec.event_shape)
+
+    def decode(params: Params, codes: jax.Array) -> jax.Array:
+        """From the features of all layers; x depends on z_1 alone."""
+        return picture(bind(params).outputs(codes[:, : config.latents[0]], likelihood.num_outputs))
+
+    def reconstruct(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        bound = bind(params)
+        z = posterior_draw(bound, batch["x"], rng, 1)
+        return picture(bound.outputs(z[0][0], likelihood.num_outputs))
+
+    def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
+        bound = bind(params)
+        x_rng, top_rng, *keys = jax.random.split(rng, num_layers + 1)
+        z = jax.random.normal(top_rng, (num, config.latents[-1]))
+        for conditional, key in zip(reversed(bound.down), keys, strict=True):
+            mu, log_sigma = conditional(z)
+            z = mu + jnp.exp(log_sigma) * jax.random.normal(key, mu.shape)
+        outputs = bound.outputs(z, likelihood.num_outputs)
+        x = likelihood.draw(x_rng, outputs).reshape(num, *spec.event_shape)
+        return {"x": x, "mean": picture(outputs)}
+
+    return objectives.latent_variable_model(
+        "hvae",
+        draw,
+        config.objective,
+        config.num_samples,
+        Options(beta=config.beta),
+        init=init,
+        sample=sample,
+        encode=encode,
+        decode=decode,
+        reconstruct=reconstruct,
+    )

@@ -1,0 +1,92 @@
+"""Write docs/results.md from the runs' own results.json files.
+
+    python scripts/report.py
+
+Each file in docs/results/ is the results.json of one run, named `<experiment>-seed<seed>.json`;
+seeds of one experiment make one row. Nothing in the table is typed in but the published values.
+"""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+# Test NLL in nats, dynamic MNIST, by experiment.
+PUBLISHED = {
+    "iwae_mnist-k1": (86.76, "Burda et al. 2016, Table 1"),
+    "iwae_mnist-k5": (85.54, "Burda et al. 2016, Table 1"),
+    "iwae_mnist-k50": (84.78, "Burda et al. 2016, Table 1"),
+    "iwae_mnist-l2-k1": (85.33, "Burda et al. 2016, Table 1"),
+    "iwae_mnist-l2-k5": (83.89, "Burda et al. 2016, Table 1"),
+    "iwae_mnist-l2-k50": (82.90, "Burda et al. 2016, Table 1"),
+}
+
+HEADER = """# Results
+
+Written by `python scripts/report.py` from the `results.json` of each run, kept in
+[results](results). NLL is minus the importance-weighted bound on log p(x) in nats, with the K in
+its column, over the whole test split; ± is the standard error over test images of one seed, or
+with several seeds that of the mean over seeds. Minutes are the mean over seeds.
+
+"""
+
+
+def main() -> None:
+    """Write the table."""
+    rows = [_row(name, runs) for name, runs in sorted(_experiments().items())]
+    head = "| experiment | data | seeds | −ELBO | NLL | K | active units | training, min | "
+    head += "evaluation, min | published NLL | difference |\n"
+    lines = head + "|" + "---|" * 11 + "\n" + "".join(rows)
+    (DOCS / "results.md").write_text(HEADER + lines)
+    print(f"{len(rows)} experiments in {DOCS / 'results.md'}")
+
+
+def _experiments() -> dict[str, list[dict]]:
+    found = defaultdict(list)
+    for path in sorted((DOCS / "results").glob("*.json")):
+        found[path.stem.rpartition("-seed")[0]].append(json.loads(path.read_text()))
+    return found
+
+
+def _row(name: str, runs: list[dict]) -> str:
+    cards = {json.dumps(run["data"], sort_keys=True) for run in runs}
+    samples = {run["metrics"]["importance_weighted_bound"]["num_samples"] for run in runs}
+    if len(cards) != 1 or len(samples) != 1:
+        raise SystemExit(f"{name}: its runs differ in their data or in K and make no mean")
+    card = runs[0]["data"]
+    data = f"{card['dataset']}, {card['binarisation']['train']}, {card['counts']['test']:,} test"
+    nll = _mean(runs, "importance_weighted_bound", -1)
+    published, source = PUBLISHED.get(name, (None, ""))
+    cells = [
+        name,
+        data,
+        ", ".join(sorted(str(run["config"]["seed"]) for run in runs)),
+        "{:.2f} ± {:.2f}".format(*_mean(runs, "elbo", -1)),
+        "{:.2f} ± {:.2f}".format(*nll),
+        f"{samples.pop():,}",
+        ", ".join(f"{run['metrics']['active_units']['value']:.0f}" for run in runs),
+        f"{_minutes(runs, 'training'):.1f}",
+        f"{_minutes(runs, 'evaluation'):.1f}",
+        f"{published:.2f} ({source})" if published else "",
+        f"{nll[0] - published:+.2f}" if published else "",
+    ]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def _mean(runs: list[dict], metric: str, sign: int) -> tuple[float, float]:
+    values = [sign * run["metrics"][metric]["value"] for run in runs]
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return mean, runs[0]["metrics"][metric]["standard_error"]
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def _minutes(runs: list[dict], part: str) -> float:
+    return sum(run["seconds"][part] for run in runs) / len(runs) / 60
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The tests turned round: each mutant below is wrong mathematics, and some test must notice.
+
+A job of its own, several minutes long: `python -m pytest -m mutation`. Every mutant is made by
+text substitution in a temporary copy of the checkout, and the tests named beside it run there.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+from conftest import REPO
+
+pytestmark = pytest.mark.mutation
+
+
+class Mutant(NamedTuple):
+    """`old` becomes `new` in `dgm_jax/<file>`; `tests/<tests>` must fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+OBJECTIVES, DISTRIBUTIONS = ("objectives.py", "distributions.py")
+PRIORS, POSTERIORS = ("nn/priors.py", "nn/posteriors.py")
+
+MUTANTS = {
+    # Objectives.
+    "rate subtracted": Mutant(
+        OBJECTIVES, "draws.distortion + options.beta * draws.total_rate",
+        "draws.distortion - options.beta * draws.total_rate", "test_objectives.py",
+    ),
+    "mean over latents": Mutant(
+        OBJECTIVES, "return jnp.sum(self.rate, axis=-1)", "return jnp.mean(self.rate, axis=-1)",
+        "test_objectives.py",
+    ),
+    "sum over draws": Mutant(
+        OBJECTIVES, "return -jnp.mean(self.log_likelihood, axis=0)",
+        "return -jnp.sum(self.log_likelihood, axis=0)", "test_objectives.py",
+    ),
+    "posterior's sign in the weight": Mutant(
+        OBJECTIVES, "beta * (self.log_prior - self.log_posterior)",
+        "beta * (self.log_prior + self.log_posterior)", "test_objectives.py",
+    ),
+    "no log K": Mutant(OBJECTIVES, " - math.log(log_w.shape[axis])", "", "test_objectives.py"),
+    "landing not stuck": Mutant(
+        OBJECTIVES, "draws.log_posterior_at(draws.z, True)",
+        "draws.log_posterior_at(draws.z, False)", "test_objectives.py",
+    ),
+    "singly reparameterised": Mutant(
+        OBJECTIVES, "draws.log_weights_at(scaled,", "draws.log_weights_at(draws.z,",
+        "test_objectives.py",
+    ),
+    "score term left in DReG": Mutant(
+        OBJECTIVES, "options.beta, True), axis=0)", "options.beta, False), axis=0)",
+        "test_objectives.py",
+    ),
+    "weights not detached": Mutant(
+        OBJECTIVES, "log_w = jax.lax.stop_gradient(draws.log_weights(options.beta))",
+        "log_w = draws.log_weights(options.beta)", "test_objectives.py",
+    ),
+    "VIMCO signal's sign": Mutant(
+        OBJECTIVES, "+ jnp.sum(signal * draws", "- jnp.sum(signal * draws", "test_objectives.py"
+    ),
+    "VIMCO without the model's part": Mutant(
+        OBJECTIVES, "surrogate = _log_mean_exp(log_w) +", "surrogate = _log_mean_exp(held) +",
+        "test_objectives.py",
+    ),
+    "Rényi order's sign": Mutant(
+        OBJECTIVES, "power = 1 - options.alpha", "power = 1 + options.alpha", "test_objectives.py"
+    ),
+    "free bits the wrong way": Mutant(
+        OBJECTIVES, "jnp.maximum(mean_rate, options.free_nats)",
+        "jnp.minimum(mean_rate, options.free_nats)", "test_objectives.py",
+    ),
+    "total correlation's sign": Mutant(
+        OBJECTIVES, "total_correlation = log_q - log_q_each",
+        "total_correlation = log_q_each - log_q", "test_objectives.py",
+    ),
+    "minibatch weights without N": Mutant(
+        OBJECTIVES, "jnp.log(draws.num_examples * jnp.sum(draws.weight))",
+        "jnp.log(jnp.sum(draws.weight))", "test_objectives.py",
+    ),
+    "MMD with self-pairs": Mutant(
+        OBJECTIVES, " * (1 - jnp.eye(len(a)))", "", "test_objectives.py"
+    ),
+    "MMD cross term once": Mutant(
+        OBJECTIVES, "- 2 * between", "- between", "test_objectives.py"
+    ),
+    # Densities.
+    "Bernoulli's sign": Mutant(
+        DISTRIBUTIONS, "return x * logits - softplus", "return x * logits + softplus",
+        "test_distributions.py",
+    ),
+    "log sigma's sign": Mutant(
+        DISTRIBUTIONS, "math.log(2 * math.pi)) - log_sigma", "math.log(2 * math.pi)) + log_sigma",
+        "test_distributions.py",
+    ),
+    "log-variance for log sigma": Mutant(
+        DISTRIBUTIONS, "jnp.expm1(2 * log_sigma)", "jnp.expm1(log_sigma)", "test_distributions.py"
+    ),
+    "KL without its mean": Mutant(
+        DISTRIBUTIONS, "(jnp.expm1(2 * log_sigma) + mu**2)", "(jnp.expm1(2 * log_sigma))",
+        "test_distributions.py",
+    ),
+    "edge bins closed": Mutant(
+        DISTRIBUTIONS, "jnp.where((x < 0.5) | (x > 254.5), edges, middle)", "middle",
+        "test_distributions.py",
+    ),
+    "half a bin": Mutant(
+        DISTRIBUTIONS, "width = 2 / 255 * inverse_scale", "width = 1 / 255 * inverse_scale",
+        "test_distributions.py",
+    ),
+    # Priors and posteriors.
+    "coupling's log-determinant dropped": Mutant(
+        PRIORS, "            log_det += jnp.sum(log_scale, axis=-1)\n", "", "nn/test_priors.py"
+    ),
+    "autoregressive log-determinant's sign": Mutant(
+        PRIORS, "log_det -= jnp.sum(alpha, axis=-1)", "log_det += jnp.sum(alpha, axis=-1)",
+        "nn/test_priors.py",
+    ),
+    "coupling inverted wrongly": Mutant(
+        PRIORS, "(rest - shift) * jnp.exp(-log_scale)", "(rest - shift) * jnp.exp(log_scale)",
+        "nn/test_priors.py",
+    ),
+    "VampPrior without -log C": Mutant(
+        PRIORS, "jnp.full(self.components, -math.log(self.components))",
+        "jnp.zeros(self.components)", "nn/test_priors.py",
+    ),
+    "mixture weights not normalised": Mutant(
+        PRIORS, "log_weights = nn.log_softmax(self.logits)", "log_weights = self.logits",
+        "nn/test_priors.py",
+    ),
+    "IAF log-determinant's sign": Mutant(
+        POSTERIORS, "return z, log_prob - log_det", "return z, log_prob + log_det",
+        "nn/test_posteriors.py",
+    ),
+    "Cholesky without its determinant": Mutant(
+        POSTERIORS, " - jnp.sum(log_diagonal, axis=-1)[None]", "", "nn/test_posteriors.py"
+    ),
+    "sigma that explodes": Mutant(
+        POSTERIORS, "jnp.log(nn.softplus(raw) + 1e-4)", "raw", "nn/test_posteriors.py"
+    ),
+    "masks that see themselves": Mutant(
+        "nn/mlp.py", "before[:, None] < degrees[None]", "before[:, None] <= degrees[None]",
+        "nn/test_mlp.py",
+    ),
+    "mean over pixels": Mutant(
+        "likelihoods.py", "jnp.sum(bernoulli_log_prob(outputs[..., 0], x), axis=-1)",
+        "jnp.mean(bernoulli_log_prob(outputs[..., 0], x), axis=-1)", "test_likelihoods.py",
+    ),
+    # Evaluation.
+    "importance-weighted bound without log K": Mutant(
+        "evaluators/likelihood.py", "total - math.log(num_samples)", "total",
+        "evaluators/test_likelihood.py",
+    ),
+    "annealing's sign": Mutant(
+        "evaluators/ais.py",
+        "        before, beta, step_size, key = inputs\n        log_w += (beta - before)",
+        "        before, beta, step_size, key = inputs\n        log_w -= (beta - before)",
+        "evaluators/test_ais.py",
+    ),
+    "every proposal accepted": Mutant(
+        "evaluators/ais.py", "accepted = jnp.log(uniform) < energy - proposed",
+        "accepted = uniform < 2.0", "evaluators/test_ais.py",
+    ),
+    "average without its warm-up": Mutant(
+        "optim.py", "rate = jnp.maximum(1 - decay, 9 / (10 + step))", "rate = 1 - decay",
+        "test_optim.py",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_killed(name, tmp_path):
+    mutant = MUTANTS[name]
+    for folder in ("dgm_jax", "tests", "configs"):
+        shutil.copytree(REPO / folder, tmp_path / folder)
+    shutil.copy(REPO / "setup.cfg", tmp_path)
+    target = tmp_path / "dgm_jax" / mutant.file
+    source = target.read_text()
+    assert source.count(mutant.old) == 1, f"{mutant.old!r} is not once in {mutant.file}"
+    target.write_text(source.replace(mutant.old, mutant.new))
+    tests = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", f"tests/{mutant.tests}"],
+        cwd=tmp_path,  # `python -m` looks here first: the copy is what is imported
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert tests.returncode == 1, f"survived {mutant.tests}:\n{tests.stdout[-2000:]}"
