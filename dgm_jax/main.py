@@ -4,6 +4,7 @@
     python -m dgm_jax.main --config=configs/vae_mnist.py:smoke      the same in seconds
     python -m dgm_jax.main --mode=evaluate --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=sample --num=1000 --workdir=runs/vae_mnist
+    python -m dgm_jax.main --mode=features --workdir=runs/vae_mnist
 
 Any field of the config can be set on the command line: --config.model.latents=40.
 """
@@ -26,7 +27,10 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where everything is written. Default: runs/<the config's name>."
 )
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate", "sample"], "What to do; see the examples above."
+    "mode",
+    "train",
+    ["train", "evaluate", "sample", "features"],
+    "What to do; see the examples above.",
 )
 _NUM = flags.DEFINE_integer("num", 100, "How many samples --mode=sample draws.")
 _SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of --mode=sample.")
@@ -43,6 +47,8 @@ def main(argv: list[str]) -> None:
         run.train_mode(_CONFIG.value, workdir)
     elif _MODE.value == "evaluate":
         run.evaluate_mode(workdir)
+    elif _MODE.value == "features":
+        run.features_mode(workdir)
     else:
         run.sample_mode(workdir, _NUM.value, _SAMPLE_SEED.value)
 

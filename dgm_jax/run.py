@@ -148,6 +148,55 @@ def sample_mode(workdir: Workdir, num: int, seed: int) -> None:
     say(f"{num:,} samples in {workdir.path / 'samples.npz'} and {workdir.path / 'samples.png'}")
 
 
+def features_mode(workdir: Workdir) -> None:
+    """Encode the data; write `features.npz`, and what classifiers make of it to `features.json`.
+
+    Beside the features stand the same classifiers on raw pixels, on as many principal components,
+    and on the features of the untrained model.
+    """
+    from dgm_jax.evaluators import features  # scikit-learn: only where features are judged
+
+    restored = restore(workdir.path)
+    config, model = restored.config, restored.model
+    dataset = _load_data(config)
+    workdir.check_card(dataset.card)
+    began = time.monotonic()
+    where = (dataset, config.eval.batch_size, sharding.make_mesh(), config.seed)
+    codes = features.encode(model, restored.params, *where)
+    labels = {split: dataset.splits[split].labels for split in codes}
+    np.savez_compressed(
+        workdir.path / "features.npz",
+        **{f"{split}_features": values for split, values in codes.items()},
+        **{f"{split}_labels": values for split, values in labels.items()},
+    )
+    raw = features.pixels(dataset)
+    found = features.evaluate(
+        {
+            config.model.name: codes,
+            "untrained": features.random_features(model, *where),
+            "principal_components": features.principal_components(raw, codes["train"].shape[1]),
+            "pixels": raw,
+        },
+        labels,
+        config.seed,
+    )
+    result = results.collect(
+        {f"{name}/{title}": m for name, of in found.items() for title, m in of.items()},
+        dataset.card,
+        config,
+        split="test",
+        step=restored.step,
+        num_parameters=num_parameters(restored.params),
+        seconds={"features": time.monotonic() - began},
+        files=["features.npz", "features.json"],
+    )
+    write_json(workdir.path / "features.json", result)
+    for name, metrics_of in found.items():
+        say(f"\n{name}: test accuracy")
+        say(metrics.table(metrics_of))
+    say(f"\nin {workdir.path}: {', '.join(result['files'])}")
+
+
 def draw(
     model: Model, params: Params, num: int, seed: int, batch_size: int = 100
 ) -> dict[str, np.ndarray]:

@@ -39,8 +39,11 @@ OVERRIDES = (
     "--config.train.checkpoint_every=40 steps",
     "--config.train.validate_every=80 steps",
     "--config.eval.elbo_samples=2",
+    "--config.model.flow_width=8",
 )
-NUM_PARAMETERS = (784 + 1) * 32 + (32 + 1) * 2 * 4 + (4 + 1) * 32 + (32 + 1) * 784
+ENCODER, DECODER = (784 + 1) * 32 + (32 + 1) * 2 * 4, (4 + 1) * 32 + (32 + 1) * 784
+FLOW = 4 * ((2 + 1) * 8 + (8 + 1) * 8 + (8 + 1) * 2 * 2)
+NUM_PARAMETERS = ENCODER + DECODER + FLOW
 PICTURES = ("prior_samples.png", "reconstructions.png", "interpolation.png", "learning_curve.png")
 FILES = {
     "config.json",

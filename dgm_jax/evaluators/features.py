@@ -1,0 +1,133 @@
+"""What a model's features are worth: classifiers on them, beside the same on simple baselines.
+
+The features are those of `core.Model.encode`, posterior means for a VAE. scikit-learn does the
+classifying; every representation gets the same classifiers, standardised the same way.
+"""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from dgm_jax.core import Model, Params, UserError
+from dgm_jax.data import dataset as data
+from dgm_jax.evaluators import likelihood
+from dgm_jax.metrics import Metric
+from dgm_jax.progress import Progress
+
+LABELS_PER_CLASS = (1, 5, 10, 100)
+_DRAWS = 5  # of few-label training sets
+_MOST = 10_000  # training examples of the probe and of the neighbours
+
+Codes = dict[str, np.ndarray]  # "train" and "test", each float [N, F]
+
+
+def encode(
+    model: Model, params: Params, dataset: data.Dataset, batch_size: int, mesh: Mesh, seed: int
+) -> Codes:
+    """The features of both splits, in order, `[N, F]`.
+
+    Raises:
+      UserError: the model has no features.
+    """
+    if model.encode is None:
+        raise UserError("this model has no features: it cannot encode")
+    found = {}
+    for split in ("train", "test"):
+        fn = likelihood.posterior_means(model)
+        whole = likelihood.compile_pass(fn, dataset, split, batch_size, mesh)
+        found[split] = whole(params, seed, f"{split}: features")["codes"]
+    return found
+
+
+def pixels(dataset: data.Dataset) -> Codes:
+    """The grey values themselves, scaled to [0, 1]."""
+    return {
+        split: dataset.splits[split].images.reshape(len(dataset.splits[split]), -1) / 255.0
+        for split in ("train", "test")
+    }
+
+
+def principal_components(codes: Codes, num: int) -> Codes:
+    """The first `num` principal components of other features, fitted on the training split."""
+    pca = PCA(min(num, *codes["train"].shape), random_state=0).fit(codes["train"])
+    return {split: pca.transform(values) for split, values in codes.items()}
+
+
+def evaluate(
+    representations: dict[str, Codes], labels: Codes, seed: int
+) -> dict[str, dict[str, Metric]]:
+    """Accuracies on the test split, by representation and classifier.
+
+    Args:
+      representations: name -> features of both splits.
+      labels: int `[N]` of both splits.
+      seed: which training examples the classifiers see; the same ones for every representation.
+
+    Returns:
+      For each representation `linear_probe` and `nearest_neighbours` (10,000 training examples at
+      most, so many neighbours as cross-validation is not needed for: 5), and
+      `linear_probe_<n>_labels` with n labels per class, its standard error over 5 training sets.
+    """
+    rng = np.random.default_rng(seed)
+    many = rng.permutation(len(labels["train"]))[:_MOST]
+    few = {
+        n: [_per_class(labels["train"], n, rng) for _ in range(_DRAWS)]
+        for n in LABELS_PER_CLASS
+        if n <= np.bincount(labels["train"]).min()
+    }
+    found: dict[str, dict[str, Metric]] = {}
+    with Progress("classifiers", len(representations) * (2 + len(few))) as progress:
+        for name, codes in representations.items():
+
+            def accuracy(classifier: Pipeline, rows: np.ndarray, codes: Codes = codes) -> float:
+                classifier.fit(codes["train"][rows], labels["train"][rows])
+                return classifier.score(codes["test"], labels["test"])
+
+            found[name] = {}
+            for title, make in (("linear_probe", _probe), ("nearest_neighbours", _neighbours)):
+                found[name][title] = _accuracy([accuracy(make(), many)], len(labels["test"]))
+                progress.advance(1, name)
+            for n, sets in few.items():
+                values = [accuracy(_probe(), rows) for rows in sets]
+                found[name][f"linear_probe_{n}_labels"] = _accuracy(values, len(labels["test"]))
+                progress.advance(1, name)
+    return found
+
+
+def random_features(
+    model: Model, dataset: data.Dataset, batch_size: int, mesh: Mesh, seed: int
+) -> Codes:
+    """The features of the same model before any training."""
+    batch = data.some(dataset, "train", batch_size)
+    params = jax.jit(model.init)(jax.random.key(seed), batch)
+    return encode(model, params, dataset, batch_size, mesh, seed)
+
+
+def _probe() -> Pipeline:
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+
+
+def _neighbours() -> Pipeline:
+    return make_pipeline(StandardScaler(), KNeighborsClassifier(5))
+
+
+def _per_class(labels: np.ndarray, num: int, rng: np.random.Generator) -> np.ndarray:
+    """Row numbers of `num` random examples of each class."""
+    choose: Callable[[int], np.ndarray] = lambda label: rng.choice(  # noqa: E731
+        np.flatnonzero(labels == label), num, replace=False
+    )
+    return np.concatenate([choose(label) for label in np.unique(labels)])
+
+
+def _accuracy(values: list[float], num_examples: int) -> Metric:
+    error = None
+    if len(values) > 1:
+        error = float(np.std(values, ddof=1) / np.sqrt(len(values)))
+    return Metric(float(np.mean(values)), "accuracy", error, num_examples)

@@ -1,0 +1,88 @@
+"""Classifiers on features: separable ones are told apart, noise is not, and the rows are fair."""
+
+import jax
+import numpy as np
+import pytest
+
+from dgm_jax import models, sharding
+from dgm_jax.core import UserError
+from dgm_jax.evaluators import features
+
+CLASSES, PER_CLASS = 10, 120
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Three representations of the same labels: clear, useless, and clear again."""
+    rng = np.random.default_rng(0)
+    labels = {split: np.repeat(np.arange(CLASSES), PER_CLASS) for split in ("train", "test")}
+    clear = {
+        s: np.eye(CLASSES)[y] + 0.05 * rng.normal(size=(len(y), 10)) for s, y in labels.items()
+    }
+    noise = {s: rng.normal(size=(len(y), 10)) for s, y in labels.items()}
+    return features.evaluate({"clear": clear, "noise": noise, "again": clear}, labels, seed=0)
+
+
+def test_separable_classes_are_told_apart_with_a_hundredth_of_the_labels(found):
+    for metric in found["clear"].values():
+        assert metric.value == 1.0
+
+
+def test_noise_is_at_chance(found):
+    """Within five standard errors of 1/10, over 1,200 test examples."""
+    error = np.sqrt(0.1 * 0.9 / (CLASSES * PER_CLASS))
+    for name, metric in found["noise"].items():
+        assert abs(metric.value - 0.1) < 5 * error, name
+
+
+def test_every_representation_gets_the_same_examples(found):
+    assert found["clear"] == found["again"]
+    assert set(found["clear"]) == {
+        "linear_probe",
+        "nearest_neighbours",
+        *(f"linear_probe_{n}_labels" for n in features.LABELS_PER_CLASS),
+    }
+
+
+def test_few_labels_are_drawn_per_class_without_repeats():
+    labels = np.repeat(np.arange(4), 7)
+    rows = features._per_class(labels, 5, np.random.default_rng(0))
+    assert len(set(rows)) == 20
+    np.testing.assert_array_equal(np.bincount(labels[rows]), [5, 5, 5, 5])
+
+
+def test_principal_components_keep_the_directions_of_variance():
+    """Uncorrelated columns of falling scale are their own components, up to sign."""
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(500, 5))
+    q, _ = np.linalg.qr(q - q.mean(axis=0))
+    x = q * np.array([5.0, 4.0, 3.0, 2.0, 1.0])
+    found = features.principal_components({"train": x, "test": x[:10]}, 2)
+    np.testing.assert_allclose(np.abs(found["train"]), np.abs(x[:, :2]), atol=1e-10)
+    np.testing.assert_allclose(found["test"], found["train"][:10], atol=1e-10)
+
+
+def test_codes_are_the_models_features_in_order(tiny_dataset):
+    fields = {"name": "vae", "latents": 3, "encoder": (8,), "decoder": (8,)}
+    model = models.build(fields, tiny_dataset.spec)
+    mesh = sharding.make_mesh()
+    first = features.random_features(model, tiny_dataset, 8, mesh, seed=0)
+    other = features.random_features(model, tiny_dataset, 64, mesh, seed=0)
+    assert first["train"].shape == (64, 3) and first["test"].shape == (24, 3)
+    for split in first:
+        np.testing.assert_allclose(first[split], other[split], atol=1e-6)
+
+
+def test_a_model_without_features_is_refused(tiny_dataset):
+    model = models.build(models.defaults("vae"), tiny_dataset.spec)._replace(encode=None)
+    with pytest.raises(UserError, match="no features"):
+        features.encode(model, {}, tiny_dataset, 8, sharding.make_mesh(), 0)
+
+
+def test_pixels_are_grey_values(tiny_dataset):
+    found = features.pixels(tiny_dataset)
+    assert found["test"].shape == (24, 16)
+    np.testing.assert_allclose(
+        255 * found["test"][3], tiny_dataset.splits["test"].images[3].ravel()
+    )
+    assert jax.tree.all(jax.tree.map(lambda a: a.min() >= 0 and a.max() <= 1, found))
