@@ -127,12 +127,15 @@ def dreg(draws: Draws, options: Options) -> jax.Array:
     """The importance-weighted bound with the doubly-reparameterised gradient.
 
     The posterior's gradient is Σ_k w̃_k² ∂log w_k/∂z_k ∂z_k/∂φ, whose signal-to-noise ratio does
-    not fall with K (Tucker et al. 2019, eq. 8); the model's is IWAE's, Σ_k w̃_k ∂log w_k/∂θ.
+    not fall with K (Tucker et al. 2019, eq. 8); the model's is IWAE's, Σ_k w̃_k ∂log w_k/∂θ. With
+    a rate weighed by β the score term taken out has that weight, and w̃² becomes
+    (1 - β) w̃ + β w̃².
     """
     log_w = jax.lax.stop_gradient(draws.log_weights(options.beta))
     weight = jax.nn.softmax(log_w, axis=0)
+    scale = 1 - options.beta + options.beta * weight  # times the weight in the sum below
     # The densities are the same numbers as above; the compiler computes them once.
-    scaled = jax.tree.map(lambda z: scale_gradient(z, weight), draws.z)
+    scaled = jax.tree.map(lambda z: scale_gradient(z, scale), draws.z)
     surrogate = jnp.sum(weight * draws.log_weights_at(scaled, options.beta, True), axis=0)
     return _with_value(-_log_mean_exp(log_w), -surrogate)
 
@@ -262,13 +265,17 @@ def check(name: str, num_samples: int, options: Options) -> None:
         raise UserError(
             f"model.num_samples={num_samples}: VIMCO compares draws with each other: at least 2"
         )
+    if name == "tcvae" and num_samples != 1:
+        raise UserError(f"model.num_samples={num_samples}: 'tcvae' uses one draw per example")
     if not options.beta >= 0:
         raise UserError(f"model.beta={options.beta}: the weight of the rate must be at least 0")
     for field in ("free_nats", "mmd_weight"):
         if not getattr(options, field) >= 0:
             raise UserError(f"model.{field}={getattr(options, field)}: must be at least 0")
-    if name == "renyi" and options.alpha == 1:
-        raise UserError("model.alpha=1.0: the Rényi bound of order 1 is the ELBO: choose 'elbo'")
+    if not math.isfinite(options.alpha) or (name == "renyi" and options.alpha == 1):
+        raise UserError(
+            f"model.alpha={options.alpha}: give a finite order other than 1, which is the ELBO"
+        )
 
 
 def latent_variable_model(

@@ -59,6 +59,10 @@ MUTANTS = {
         OBJECTIVES, "options.beta, True), axis=0)", "options.beta, False), axis=0)",
         "test_objectives.py",
     ),
+    "DReG blind to the rate's weight": Mutant(
+        OBJECTIVES, "scale = 1 - options.beta + options.beta * weight", "scale = weight",
+        "test_objectives.py",
+    ),
     "weights not detached": Mutant(
         OBJECTIVES, "log_w = jax.lax.stop_gradient(draws.log_weights(options.beta))",
         "log_w = draws.log_weights(options.beta)", "test_objectives.py",
