@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 # Before jax is imported anywhere. Compiling takes most of the tests' time: no optimisation.
-COMPILE_QUICKLY = "--xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {COMPILE_QUICKLY}"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
