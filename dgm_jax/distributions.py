@@ -59,10 +59,10 @@ def discretised_logistic_log_prob(
 
     Reference: Salimans et al. 2017, "PixelCNN++", eq. 2.
     """
-    centred = x / 127.5 - 1 - location
     inverse_scale = jnp.exp(-log_scale)
-    upper = (centred + 1 / 255) * inverse_scale
-    lower = (centred - 1 / 255) * inverse_scale
+    # Neighbouring bins round their common side alike, so that their masses still sum to 1.
+    upper = ((x + 0.5) / 127.5 - 1 - location) * inverse_scale
+    lower = ((x - 0.5) / 127.5 - 1 - location) * inverse_scale
     # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - e^(a-b)): no cancellation in the tails.
     width = 2 / 255 * inverse_scale
     middle = jax.nn.log_sigmoid(upper) + jax.nn.log_sigmoid(-lower) + _log1mexp(width)

@@ -42,7 +42,7 @@ OVERRIDES = (
     "--config.model.flow_width=8",
 )
 ENCODER, DECODER = (784 + 1) * 32 + (32 + 1) * 2 * 4, (4 + 1) * 32 + (32 + 1) * 784
-FLOW = 4 * ((2 + 1) * 8 + (8 + 1) * 8 + (8 + 1) * 2 * 2)
+FLOW = 2 * ((2 + 1) * 8 + (8 + 1) * 8 + (8 + 1) * 2 * 2)
 NUM_PARAMETERS = ENCODER + DECODER + FLOW
 PICTURES = ("prior_samples.png", "reconstructions.png", "interpolation.png", "learning_curve.png")
 FILES = {
