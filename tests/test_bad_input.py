@@ -31,6 +31,14 @@ from dgm_jax.workdir import Workdir
 # Orbax leaves coroutines of a failed read to the garbage collector, which complains.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
+
+@pytest.fixture(autouse=True, scope="module")
+def _garbage_stays_here():
+    """Collected before this file ends, or the complaint meets whichever test runs then."""
+    yield
+    gc.collect()
+
+
 REPO = Path(__file__).resolve().parent.parent
 SMOKE = "configs/vae_mnist.py:smoke"
 
