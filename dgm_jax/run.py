@@ -75,8 +75,7 @@ def train_mode(config: ConfigDict, workdir: Workdir) -> None:
     experiment = prepare(config, _load_data(config))
     workdir.claim(config, experiment.dataset.card)
     _say_header(experiment, workdir)
-    state, train_seconds = train(experiment, workdir)
-    seconds = {"training": train_seconds}
+    state, seconds = train(experiment, workdir)
 
     began = time.monotonic()
     found = likelihood.evaluate(

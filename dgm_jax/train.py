@@ -148,7 +148,7 @@ def abstract_state(
     return abstract(state, sharding.replicated(mesh))
 
 
-def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, float]:
+def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, dict[str, float]]:
     """Train from the newest whole checkpoint, or from the start, to the end.
 
     The order within a round matters: the next dispatch is started before the previous one's
@@ -160,7 +160,8 @@ def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, float]:
       workdir: a claimed work directory; rows, events and checkpoints go there.
 
     Returns:
-      The final state, and the seconds spent training over all interruptions.
+      The final state, and the seconds spent over all interruptions: `training` by the clock, and
+      `training_cpu` summed over the processors, which other work on the machine does not change.
 
     Raises:
       UserError: a loss, term or gradient is not finite; names step and term.
@@ -233,9 +234,10 @@ class _Log:
     def __init__(self, experiment: Experiment, workdir: Workdir, step: int) -> None:
         self._experiment = experiment
         self._writer = writers.Writer(workdir.metrics, workdir.tensorboard, step)
-        earlier = [row["seconds"] for row in writers.read(workdir.metrics) if "seconds" in row]
-        self.seconds = earlier[-1] if earlier else 0.0
-        self._mark = time.monotonic()
+        earlier = [row for row in writers.read(workdir.metrics) if "seconds" in row]
+        last = earlier[-1] if earlier else {"seconds": 0.0, "cpu_seconds": 0.0}
+        self.seconds = {"training": last["seconds"], "training_cpu": last["cpu_seconds"]}
+        self._mark = self._now()
         self._progress = Progress("training", experiment.num_steps, start=step)
 
     def dispatch(self, step: int, measured: Metrics) -> None:
@@ -243,14 +245,14 @@ class _Log:
         measured = jax.device_get(measured)
         _refuse_non_finite(step, measured)
         steps = self._experiment.steps_per_dispatch
-        now = time.monotonic()
-        elapsed, self._mark = now - self._mark, now
-        self.seconds += elapsed
+        now = self._now()
+        spent, self._mark = {name: now[name] - self._mark[name] for name in now}, now
+        self.seconds = {name: self.seconds[name] + spent[name] for name in now}
+        elapsed = spent["training"]
         row = {name: float(np.mean(values)) for name, values in measured.items()}
         images_per_second = steps * self._experiment.config.train.batch_size / elapsed
-        self._writer.write(
-            step, {**row, "images_per_second": images_per_second, "seconds": self.seconds}
-        )
+        times = {"seconds": self.seconds["training"], "cpu_seconds": self.seconds["training_cpu"]}
+        self._writer.write(step, {**row, "images_per_second": images_per_second, **times})
         shown = "  ".join(
             f"{name.partition('/')[2]} {value:.2f}"
             for name, value in row.items()
@@ -259,6 +261,10 @@ class _Log:
         self._progress.advance(
             steps, f"{steps / elapsed:,.0f} steps/s  {images_per_second:,.0f} images/s  {shown}"
         )
+
+    @staticmethod
+    def _now() -> dict[str, float]:
+        return {"training": time.monotonic(), "training_cpu": time.process_time()}
 
     def validation(self, step: int, per_example: dict[str, np.ndarray]) -> None:
         """One row of validation means."""

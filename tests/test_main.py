@@ -54,7 +54,7 @@ FILES = {
     "results.json",
     *PICTURES,
 }
-TIMING = {"seconds", "images_per_second"}
+TIMING = {"seconds", "cpu_seconds", "images_per_second"}
 
 
 class Run(NamedTuple):

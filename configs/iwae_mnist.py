@@ -1,0 +1,38 @@
+"""IWAE's Table 1: its networks of one and two stochastic layers, dynamically binarised MNIST.
+
+Papers: Burda et al. 2016 (networks and targets); Roeder et al. 2017 and Tucker et al. 2019 (the
+        gradients of the `vae` and `dreg` variants).
+Run:   python -m dgm_jax.main --config=configs/iwae_mnist.py:l2-dreg-k50
+Gives: docs/results.md has each variant's number, minutes and published value.
+"""
+
+from dgm_jax.config import ConfigDict, experiment, variant
+
+_LAYERS = {
+    "l1": {"model.latents": (50,), "model.width": (200,)},
+    "l2": {"model.latents": (100, 50), "model.width": (200, 100)},
+}
+_OBJECTIVES = {"vae": "stl", "iwae": "iwae", "dreg": "dreg"}
+# K -> epochs and batch size: at most an hour of two cores, and 410 epochs.
+_SCHEDULES = {1: ("400 epochs", 200), 5: ("200 epochs", 200), 50: ("50 epochs", 100)}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """`:l1-vae-k1` (the default) to `:l2-dreg-k50`; `:smoke` for a run of seconds."""
+    config = experiment("hvae")
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.weight_decay = 0.05
+    config.eval.chunk = 50
+    cells = {
+        f"{layers}-{name}-k{k}": {
+            **networks,
+            "model.objective": objective,
+            "model.num_samples": k,
+            "train.duration": duration,
+            "train.batch_size": batch_size,
+        }
+        for layers, networks in _LAYERS.items()
+        for name, objective in _OBJECTIVES.items()
+        for k, (duration, batch_size) in _SCHEDULES.items()
+    }
+    return variant(config, arg or "l1-vae-k1", **cells)
