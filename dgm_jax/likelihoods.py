@@ -167,6 +167,19 @@ LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
 }
 
 
+def picture(likelihood: Likelihood, outputs: jax.Array, spec: DataSpec) -> jax.Array:
+    """E[x | z] in [0, 1], `[B, *event]`, of a decoder's outputs `[B, D, P]`."""
+    return likelihood.mean(outputs).reshape(len(outputs), *spec.event_shape)
+
+
+def draw(
+    likelihood: Likelihood, rng: jax.Array, outputs: jax.Array, spec: DataSpec
+) -> dict[str, jax.Array]:
+    """x drawn from p(x | z), as the data hold it, and its mean; each `[B, *event]`."""
+    x = likelihood.draw(rng, outputs).reshape(len(outputs), *spec.event_shape)
+    return {"x": x, "mean": picture(likelihood, outputs, spec)}
+
+
 def check(name: str, spec: DataSpec) -> None:
     """Refuse a likelihood that is none, or whose support is not the data's.
 

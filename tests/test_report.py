@@ -36,7 +36,8 @@ def test_seeds_of_one_experiment_make_one_row(tmp_path, monkeypatch):
         result = json.loads(RESULTS[0].read_text())
         result["config"]["seed"] = seed
         result["metrics"]["importance_weighted_bound"] |= {"value": -nll, "num_samples": k}
-        (tmp_path / "results" / f"iwae_mnist-l1-vae-k1-seed{seed}.json").write_text(json.dumps(result))
+        path = tmp_path / "results" / f"iwae_mnist-l1-vae-k1-seed{seed}.json"
+        path.write_text(json.dumps(result))
     monkeypatch.setattr(report, "DOCS", tmp_path)
     first, second = report.table().splitlines()[-2:]
     assert "| 0, 1 |" in first and "| 85.00 ± 1.00 |" in first

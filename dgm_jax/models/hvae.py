@@ -11,12 +11,12 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dgm_jax import likelihoods, objectives
 from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
-from dgm_jax.nn.mlp import ACTIVATIONS, MLP
+from dgm_jax.nn import networks
+from dgm_jax.nn.mlp import MLP
 from dgm_jax.nn.posteriors import Diagonal
 from dgm_jax.objectives import Draws, Options
 
@@ -55,16 +55,12 @@ def check(config: Config, spec: DataSpec) -> None:
       UserError: names the field, its value and what is allowed.
     """
     for field in ("latents", "width"):
-        sizes = getattr(config, field)
-        if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise UserError(f"model.{field}={sizes}: give whole numbers, each at least 1")
+        networks.check_widths(field, getattr(config, field))
     if len(config.latents) != len(config.width):
         raise UserError(
             f"model.width={config.width}: give one for each of model.latents={config.latents}"
         )
-    if config.activation not in ("gated", *ACTIVATIONS):
-        allowed = ", ".join(("gated", *ACTIVATIONS))
-        raise UserError(f"model.activation={config.activation!r}: choose one of {allowed}")
+    networks.check("mlp", config.activation, spec)
     if config.objective not in OBJECTIVES:
         raise UserError(
             f"model.objective={config.objective!r}: for a hierarchy choose one of "
@@ -103,11 +99,9 @@ class Net(nn.Module):
             Conditional(size, width, config.activation)
             for size, width in zip(config.latents[:-1], config.width[1:], strict=True)
         ]
-        self.decoder = MLP(2 * config.width[:1], config.activation)
-        likelihood = likelihoods.LIKELIHOODS[config.likelihood]()
-        initial = np.asarray(likelihood.initial(self.spec.mean.ravel()))
-        self.head = nn.Dense(
-            initial.size, bias_init=lambda key, shape, dtype: jnp.asarray(initial.ravel(), dtype)
+        widths = 2 * config.width[:1]
+        self.outputs = networks.Decoder(
+            "mlp", widths, config.activation, config.likelihood, self.spec
         )
 
     def __call__(self, x: jax.Array) -> None:
@@ -115,11 +109,11 @@ class Net(nn.Module):
         for conditional, size in zip(self.down, self.config.latents[1:], strict=True):
             conditional(jnp.zeros((1, size)))
         z = self.means(x)
-        self.outputs(z[0], 1)
+        self.outputs(z[0])
 
     def pixels(self, x: jax.Array) -> jax.Array:
-        """x `[B, *event]` as the networks see it, `[B, D]` in ±1."""
-        return 2 * (x / self.spec.scale).reshape(len(x), -1).astype(jnp.float32) - 1
+        """x `[B, *event]` as the networks see it, `[B, D]`."""
+        return networks.centred(x / self.spec.scale).reshape(len(x), -1)
 
     def means(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """The posterior mean of each layer given that of the layer below, `[B, L_l]`."""
@@ -127,11 +121,6 @@ class Net(nn.Module):
         for conditional in self.up:
             found.append(conditional(found[-1])[0])
         return tuple(found[1:])
-
-    def outputs(self, z: jax.Array, num_outputs: int) -> jax.Array:
-        """The likelihood's parameters `[..., D, P]` given z_1."""
-        out = self.head(self.decoder(z))
-        return out.reshape(*z.shape[:-1], self.spec.num_dims, num_outputs)
 
 
 def build(config: Config, spec: DataSpec) -> Model:
@@ -177,7 +166,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         z = posterior_draw(bound, x, rng, k)
 
         def log_likelihood_at(z: tuple[jax.Array, ...]) -> jax.Array:
-            return likelihood.log_prob(bound.outputs(z[0], likelihood.num_outputs), flat)
+            return likelihood.log_prob(bound.outputs(z[0]), flat)
 
         log_q, log_p = log_posteriors(bound, x, z), log_priors(bound, z)
         return Draws(
@@ -199,17 +188,15 @@ def build(config: Config, spec: DataSpec) -> Model:
         del rng
         return jnp.concatenate(bind(params).means(batch["x"]), axis=-1)
 
-    def picture(outputs: jax.Array) -> jax.Array:
-        return likelihood.mean(outputs).reshape(len(outputs), *spec.event_shape)
-
     def decode(params: Params, codes: jax.Array) -> jax.Array:
         """From the features of all layers; x depends on z_1 alone."""
-        return picture(bind(params).outputs(codes[:, : config.latents[0]], likelihood.num_outputs))
+        outputs = bind(params).outputs(codes[:, : config.latents[0]])
+        return likelihoods.picture(likelihood, outputs, spec)
 
     def reconstruct(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
         bound = bind(params)
         z = posterior_draw(bound, batch["x"], rng, 1)
-        return picture(bound.outputs(z[0][0], likelihood.num_outputs))
+        return likelihoods.picture(likelihood, bound.outputs(z[0][0]), spec)
 
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
         bound = bind(params)
@@ -218,9 +205,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         for conditional, key in zip(reversed(bound.down), keys, strict=True):
             mu, log_sigma = conditional(z)
             z = mu + jnp.exp(log_sigma) * jax.random.normal(key, mu.shape)
-        outputs = bound.outputs(z, likelihood.num_outputs)
-        x = likelihood.draw(x_rng, outputs).reshape(num, *spec.event_shape)
-        return {"x": x, "mean": picture(outputs)}
+        return likelihoods.draw(likelihood, x_rng, bound.outputs(z), spec)
 
     return objectives.latent_variable_model(
         "hvae",

@@ -11,13 +11,11 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dgm_jax import likelihoods, objectives
 from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.distributions import gaussian_kl_to_standard, gaussian_log_prob
-from dgm_jax.nn import priors
-from dgm_jax.nn.mlp import ACTIVATIONS, MLP
+from dgm_jax.nn import networks, priors
 from dgm_jax.nn.posteriors import POSTERIORS, Context
 from dgm_jax.objectives import Draws, Options
 
@@ -28,9 +26,10 @@ class Config:
 
     Attributes:
       latents: L, dimensions of z.
-      encoder: widths of the encoder's hidden layers.
-      decoder: widths of the decoder's hidden layers.
-      activation: `gated`, or one of `nn.mlp.ACTIVATIONS`.
+      network: `mlp`, or `conv`: residual stages that halve or double the sides of the image.
+      encoder: widths of the encoder's hidden layers, or channels of its stages.
+      decoder: the same of the decoder.
+      activation: one of `nn.mlp.ACTIVATIONS`, or for an `mlp` also `gated`.
       likelihood: one of `likelihoods.LIKELIHOODS`.
       prior: one of `nn.priors.PRIORS`.
       components: of a mixture prior; pseudo-inputs of a VampPrior.
@@ -47,6 +46,7 @@ class Config:
     """
 
     latents: int = 50
+    network: str = "mlp"
     encoder: tuple[int, ...] = (200, 200)
     decoder: tuple[int, ...] = (200, 200)
     activation: str = "silu"
@@ -79,16 +79,9 @@ def check(config: Config, spec: DataSpec) -> None:
     if config.latents < 1:
         raise UserError(f"model.latents={config.latents}: a VAE needs at least one latent")
     for field in ("encoder", "decoder"):
-        widths = getattr(config, field)
-        if not widths or not all(isinstance(width, int) and width > 0 for width in widths):
-            raise UserError(
-                f"model.{field}={widths}: give one or more widths, whole numbers, each at least 1"
-            )
-    for field, allowed in (
-        ("activation", ("gated", *ACTIVATIONS)),
-        ("prior", priors.PRIORS),
-        ("posterior", POSTERIORS),
-    ):
+        networks.check_widths(field, getattr(config, field))
+    networks.check(config.network, config.activation, spec)
+    for field, allowed in (("prior", priors.PRIORS), ("posterior", POSTERIORS)):
         if getattr(config, field) not in allowed:
             raise UserError(
                 f"model.{field}={getattr(config, field)!r}: choose one of {', '.join(allowed)}"
@@ -141,12 +134,9 @@ class Net(nn.Module):
     def setup(self) -> None:
         """Encoder, posterior, prior, decoder."""
         config, spec = self.config, self.spec
-        self.encoder = MLP(config.encoder, config.activation)
-        self.decoder = MLP(config.decoder, config.activation)
-        self.likelihood = likelihoods.LIKELIHOODS[config.likelihood]()
-        initial = np.asarray(self.likelihood.initial(spec.mean.ravel()))
-        self.head = nn.Dense(
-            initial.size, bias_init=lambda key, shape, dtype: jnp.asarray(initial.ravel(), dtype)
+        self.encoder = networks.Encoder(config.network, config.encoder, config.activation)
+        self.decoder = networks.Decoder(
+            config.network, config.decoder, config.activation, config.likelihood, spec
         )
         flow = (config.flow_steps, config.flow_width)
         self.prior = priors.make(
@@ -168,8 +158,7 @@ class Net(nn.Module):
 
     def outputs(self, z: jax.Array, label: jax.Array | None) -> jax.Array:
         """The likelihood's parameters `[..., D, P]` given z `[..., L]`."""
-        out = self.head(self.decoder(self._with_label(z, label)))
-        return out.reshape(*z.shape[:-1], self.spec.num_dims, self.likelihood.num_outputs)
+        return self.decoder(z, self._one_hot(label))
 
     def log_prior(self, z: jax.Array) -> jax.Array:
         """log p(z) `[...]`, nats."""
@@ -180,18 +169,12 @@ class Net(nn.Module):
         return self.prior.draw(rng, num, lambda u: self._context_of_unit(u, None))
 
     def _context_of_unit(self, x: jax.Array, label: jax.Array | None) -> Context:
-        # To ±1, so that the first layer starts with centred inputs.
-        h = self._with_label(2 * x.reshape(len(x), -1).astype(jnp.float32) - 1, label)
-        return self.posterior(self.encoder(h))
+        return self.posterior(self.encoder(x, self._one_hot(label)))
 
-    def _with_label(self, h: jax.Array, label: jax.Array | None) -> jax.Array:
+    def _one_hot(self, label: jax.Array | None) -> jax.Array | None:
         if not self.config.conditional:
-            return h
-        one_hot = jax.nn.one_hot(label, self.spec.num_classes)
-        one_hot = one_hot.reshape((1,) * (h.ndim - 2) + one_hot.shape)  # [(K,) B, classes]
-        return jnp.concatenate(
-            [h, jnp.broadcast_to(one_hot, (*h.shape[:-1], self.spec.num_classes))], axis=-1
-        )
+            return None
+        return jax.nn.one_hot(label, self.spec.num_classes)
 
 
 def build(config: Config, spec: DataSpec) -> Model:
@@ -247,16 +230,13 @@ def build(config: Config, spec: DataSpec) -> Model:
         vae = bind(params)
         return vae.posterior.mean(vae.context(batch["x"], batch.get("label")))
 
-    def picture(outputs: jax.Array) -> jax.Array:
-        return likelihood.mean(outputs).reshape(len(outputs), *spec.event_shape)
-
     def decode(params: Params, z: jax.Array) -> jax.Array:
-        return picture(bind(params).outputs(z, None))
+        return likelihoods.picture(likelihood, bind(params).outputs(z, None), spec)
 
     def reconstruct(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
         vae, label = bind(params), batch.get("label")
         z, _ = vae.posterior.draw(vae.context(batch["x"], label), rng, 1)
-        return picture(vae.outputs(z[0], label))
+        return likelihoods.picture(likelihood, vae.outputs(z[0], label), spec)
 
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
         vae = bind(params)
@@ -264,8 +244,8 @@ def build(config: Config, spec: DataSpec) -> Model:
         # A conditional model draws the classes in turn.
         label = jnp.arange(num) % spec.num_classes if config.conditional else None
         outputs = vae.outputs(vae.draw_prior(z_rng, num), label)
-        x = likelihood.draw(x_rng, outputs).reshape(num, *spec.event_shape)
-        return {"x": x, "mean": picture(outputs)} | ({} if label is None else {"label": label})
+        samples = likelihoods.draw(likelihood, x_rng, outputs, spec)
+        return samples | ({} if label is None else {"label": label})
 
     return objectives.latent_variable_model(
         "vae",

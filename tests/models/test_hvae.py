@@ -51,7 +51,7 @@ def _exact(params):
     log_joint = stats.norm.logpdf(axis[None], mu[:, None], np.exp(log_sigma)[:, None])
     log_joint = log_joint + stats.norm.logpdf(axis)[:, None] + 2 * np.log(axis[1] - axis[0])
     log_p_z1 = special.logsumexp(log_joint, axis=0)
-    logits = np.asarray(net.outputs(jnp.asarray(axis[:, None]), 1))[..., 0]
+    logits = np.asarray(net.outputs(jnp.asarray(axis[:, None])))[..., 0]
     x = X.reshape(ROWS, PIXELS)
     log_lik = special.log_expit(logits) @ x.T + special.log_expit(-logits) @ (1 - x).T
     return special.logsumexp(log_lik + log_p_z1[:, None], axis=0)

@@ -1,0 +1,129 @@
+"""From data to features and from latents to the parameters of p(x | z), whatever the layers."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dgm_jax import likelihoods
+from dgm_jax.core import DataSpec, UserError
+from dgm_jax.nn.conv import ConvDecoder, ConvEncoder
+from dgm_jax.nn.mlp import ACTIVATIONS, MLP
+
+KINDS = ("mlp", "conv")
+
+
+def check(kind: str, activation: str, spec: DataSpec) -> None:
+    """Refuse layers that are none, or that do not fit the data.
+
+    Raises:
+      UserError: names the field, its value and what is allowed.
+    """
+    if kind not in KINDS:
+        raise UserError(f"model.network={kind!r}: choose one of {', '.join(KINDS)}")
+    allowed = ("gated", *ACTIVATIONS) if kind == "mlp" else tuple(ACTIVATIONS)
+    if activation not in allowed:
+        raise UserError(
+            f"model.activation={activation!r}: for {kind!r} layers choose one of "
+            + ", ".join(allowed)
+        )
+    if kind == "conv" and len(spec.event_shape) != 3:
+        raise UserError(f"model.network='conv' needs images, and these are {spec.event_shape}")
+
+
+def check_widths(field: str, widths: tuple[int, ...]) -> None:
+    """Refuse widths of layers that are not whole numbers of at least 1.
+
+    Raises:
+      UserError: names the field and its value.
+    """
+    if not widths or not all(isinstance(width, int) and width > 0 for width in widths):
+        raise UserError(
+            f"model.{field}={widths}: give one or more widths, whole numbers, each at least 1"
+        )
+
+
+def centred(x: jax.Array) -> jax.Array:
+    """x in [0, 1] to ±1, so that the first layer starts with centred inputs."""
+    return 2 * x.astype(jnp.float32) - 1
+
+
+class Encoder(nn.Module):
+    """x in [0, 1], `[B, *event]` -> features `[B, F]`.
+
+    Attributes:
+      kind: one of `KINDS`.
+      widths: of dense layers, or channels of convolutional stages.
+      activation: see `check`.
+    """
+
+    kind: str
+    widths: tuple[int, ...]
+    activation: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, side: jax.Array | None = None) -> jax.Array:
+        """Features of `x`, told `side` float `[B, E]` where given."""
+        h = centred(x)
+        if self.kind == "mlp":
+            h = h.reshape(len(x), -1)
+            h = h if side is None else jnp.concatenate([h, side], axis=-1)
+            return MLP(self.widths, self.activation)(h)
+        if side is not None:  # a plane for each of its numbers
+            planes = jnp.broadcast_to(side[:, None, None], (*h.shape[:-1], side.shape[-1]))
+            h = jnp.concatenate([h, planes], axis=-1)
+        return ConvEncoder(self.widths, self.activation)(h)
+
+
+class Decoder(nn.Module):
+    """Latents `[..., L]` -> the likelihood's parameters `[..., D, P]`.
+
+    Attributes:
+      kind: one of `KINDS`.
+      widths: of dense layers, or channels of convolutional stages, the coarsest first.
+      activation: see `check`.
+      likelihood: one of `likelihoods.LIKELIHOODS`.
+      spec: of the data.
+    """
+
+    kind: str
+    widths: tuple[int, ...]
+    activation: str
+    likelihood: str
+    spec: DataSpec
+
+    @nn.compact
+    def __call__(self, z: jax.Array, side: jax.Array | None = None) -> jax.Array:
+        """Parameters of p(x | z), or p(x | z, side) with `side` float `[B, E]`."""
+        if side is not None:
+            side = jnp.expand_dims(side, range(z.ndim - 2))
+            side = jnp.broadcast_to(side, (*z.shape[:-1], side.shape[-1]))
+            z = jnp.concatenate([z, side], axis=-1)
+        if self.kind == "mlp":
+            h = MLP(self.widths, self.activation)(z)
+            return Head(self.likelihood, self.spec)(h)
+        h = ConvDecoder(self.widths, self.spec.event_shape[:2], self.activation)(z)
+        h = h.reshape(*z.shape[:-1], -1, h.shape[-1])
+        return Head(self.likelihood, self.spec, per_pixel=True)(h)
+
+
+class Head(nn.Module):
+    """The last layer of a decoder, its bias from the data's mean (Burda et al. 2016).
+
+    Features `[..., F]` of the whole, or `[..., H · W, F]` of each pixel where `per_pixel`, -> the
+    likelihood's parameters `[..., D, P]`.
+    """
+
+    likelihood: str
+    spec: DataSpec
+    per_pixel: bool = False
+
+    @nn.compact
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """Parameters of p(x | z)."""
+        initial = likelihoods.LIKELIHOODS[self.likelihood]().initial(self.spec.mean.ravel())
+        # Flat, as biases are: the optimizer does not decay arrays of one dimension.
+        bias = self.param("bias", lambda key: jnp.asarray(initial.ravel(), jnp.float32))
+        lead = h.shape[: -2 if self.per_pixel else -1]
+        size = initial.size // (h.shape[-2] if self.per_pixel else 1)
+        out = nn.Dense(size, use_bias=False)(h).reshape(*lead, initial.size)
+        return (out + jnp.expand_dims(bias, range(len(lead)))).reshape(*lead, *initial.shape)
