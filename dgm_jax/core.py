@@ -86,6 +86,24 @@ class Player(NamedTuple):
     loss_fn: Callable[[Params, Batch, jax.Array], tuple[jax.Array, Aux]]
 
 
+class Latents(NamedTuple):
+    """What may be asked of a model's latent variables z, a pytree of float arrays. In nats.
+
+    Attributes:
+      draw_joint: `(params, rng, num) -> (z [num, ...], samples)`: z from the prior, and given it
+        what `Model.sample` returns.
+      draw_posterior: `(params, batch, rng) -> z [B, ...]`, one draw from q(z | x) for each row.
+      log_joint: `(params, batch, z [K, B, ...]) -> (log p(x | z), log p(z))`, each `[K, B]`.
+      log_posterior: `(params, batch, z [K, B, ...]) -> log q(z | x) [K, B]`; None where the
+        posterior knows only the density of its own draws.
+    """
+
+    draw_joint: Callable[[Params, jax.Array, int], tuple[Any, dict[str, jax.Array]]]
+    draw_posterior: Callable[[Params, Batch, jax.Array], Any]
+    log_joint: Callable[[Params, Batch, Any], tuple[jax.Array, jax.Array]]
+    log_posterior: Callable[[Params, Batch, Any], jax.Array] | None = None
+
+
 class Model(NamedTuple):
     """A generative model. None where a family has no such thing.
 
@@ -96,8 +114,10 @@ class Model(NamedTuple):
         its true name: `elbo` is a lower bound, `log_prob` is exact.
       log_weight: `(params, batch, rng) -> [B]`, one draw of log p(x, z) - log q(z | x); its
         log-mean-exp over draws is the importance-weighted bound.
-      sample: `(params, rng, num) -> dict` with `x` `[num, *event]` drawn from the model and, where
-        the decoder has one, `mean` = E[x | z] for pictures.
+      latents: what may be asked of z.
+      classify: `(params, batch) -> [B, num_classes]`, log q(label | x), nats.
+      sample: `(params, rng, num) -> dict` with `x` `[num, *event]` drawn from the model, where the
+        decoder has one `mean` = E[x | z] for pictures, and `label` where it was told one.
       encode: `(params, batch, rng) -> [B, F]` features; posterior means for a VAE.
       decode: `(params, z [B, F]) -> [B, *event]`, the mean E[x | z].
       reconstruct: `(params, batch, rng) -> [B, *event]`, the mean E[x | z] at z ~ q(z | x).
@@ -107,6 +127,8 @@ class Model(NamedTuple):
     players: tuple[Player, ...]
     log_likelihood_fns: Mapping[str, Callable[[Params, Batch, jax.Array], jax.Array]]
     log_weight: Callable[[Params, Batch, jax.Array], jax.Array] | None = None
+    latents: Latents | None = None
+    classify: Callable[[Params, Batch], jax.Array] | None = None
     sample: Callable[[Params, jax.Array, int], dict[str, jax.Array]] | None = None
     encode: Callable[[Params, Batch, jax.Array], jax.Array] | None = None
     decode: Callable[[Params, jax.Array], jax.Array] | None = None

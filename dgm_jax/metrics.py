@@ -15,6 +15,9 @@ class Metric(NamedTuple):
       standard_error: of the mean over examples; None where that has no meaning.
       num_examples: how many examples it is the mean of.
       num_samples: K, latent draws per example; None where none are drawn.
+      repeat_error: the standard error that is left, on the same examples, by the draws: that of the
+        mean over `num_repeats` independent repeats; None without repeats.
+      num_repeats: how often the K draws were repeated.
     """
 
     value: float
@@ -22,6 +25,8 @@ class Metric(NamedTuple):
     standard_error: float | None = None
     num_examples: int | None = None
     num_samples: int | None = None
+    repeat_error: float | None = None
+    num_repeats: int | None = None
 
 
 def mean_over_examples(values: np.ndarray, unit: str, num_samples: int | None = None) -> Metric:
@@ -53,6 +58,8 @@ def table(metrics: dict[str, Metric]) -> str:
         error = "" if metric.standard_error is None else f"± {metric.standard_error:.3f}"
         details = [f"{metric.num_examples:,} examples"] if metric.num_examples else []
         details += [f"K = {metric.num_samples:,}"] if metric.num_samples else []
+        if metric.repeat_error is not None:
+            details += [f"± {metric.repeat_error:.3f} over {metric.num_repeats:,} repeats"]
         value = f"{metric.value:.4f}" if metric.unit == "bits/dim" else f"{metric.value:.3f}"
         rows.append((name, value, error, metric.unit, ", ".join(details)))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dgm_jax import core
 from dgm_jax.core import Aux, Batch, Model, Params, Player, UserError, masked_mean
 
 Latents = Any  # a pytree of arrays [K, B, ...]
@@ -281,9 +282,11 @@ def check(name: str, num_samples: int, options: Options) -> None:
 def latent_variable_model(
     player: str,
     draw: Callable[[Params, Batch, jax.Array, int], Draws],
+    draw_joint: Callable[[Params, jax.Array, int], tuple[Latents, dict[str, jax.Array]]],
     objective: str,
     num_samples: int,
     options: Options,
+    evaluable: bool = True,
     **functions: Any,
 ) -> Model:
     """The model whose loss and bounds follow from its posterior draws.
@@ -291,9 +294,11 @@ def latent_variable_model(
     Args:
       player: name of its one player.
       draw: `(params, batch, rng, K) -> Draws`.
+      draw_joint: as in `core.Latents`.
       objective: one of `OBJECTIVES`.
       num_samples: K, draws per example in the objective.
       options: the objective's numbers.
+      evaluable: whether the posterior's density is known at any z, as `Draws.log_posterior_at`.
       **functions: the other fields of `core.Model`.
     """
 
@@ -309,10 +314,28 @@ def latent_variable_model(
     def log_weight(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
         return draw(params, batch, rng, 1).log_weights()[0]
 
+    def densities(params: Params, batch: Batch) -> Draws:
+        """For its functions alone: the draw itself is not used, and so not computed."""
+        return draw(params, batch, jax.random.key(0), 1)
+
+    latents = core.Latents(
+        draw_joint=draw_joint,
+        draw_posterior=lambda params, batch, rng: jax.tree.map(
+            lambda a: a[0], draw(params, batch, rng, 1).z
+        ),
+        log_joint=lambda params, batch, z: densities(params, batch).log_joint_at(z),
+        log_posterior=(
+            (lambda params, batch, z: densities(params, batch).log_posterior_at(z, False))
+            if evaluable
+            else None
+        ),
+    )
     return Model(
         players=(Player(player, loss_fn),),
         log_likelihood_fns={"elbo": elbo_of},
         log_weight=log_weight,
+        latents=latents,
+        sample=lambda params, rng, num: draw_joint(params, rng, num)[1],
         **functions,
     )
 

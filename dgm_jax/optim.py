@@ -5,15 +5,19 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import muon
 
 from dgm_jax.core import Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Adam(W) with global-norm clipping, linear warm-up and linear decay to zero.
+    """AdamW or Muon with global-norm clipping, linear warm-up and linear decay to zero.
 
     Attributes:
+      name: `adamw`, or `muon`: matrices move by their orthogonalised momentum (Jordan et al. 2024)
+        at the scale of Adam's steps (Liu et al. 2025, eq. 4), all else by AdamW. A step of it costs
+        some products of each matrix with itself: little beside a large batch or many draws.
       learning_rate: at the end of the warm-up.
       warmup: fraction of training over which the learning rate rises from 0.
       b1: decay of the first moment.
@@ -24,6 +28,7 @@ class Config:
       ema: decay of the averaged parameters that evaluation uses; 0 keeps none.
     """
 
+    name: str = "adamw"
     learning_rate: float = 1e-3
     warmup: float = 0.01
     b1: float = 0.9
@@ -34,12 +39,17 @@ class Config:
     ema: float = 0.999
 
 
+NAMES = ("adamw", "muon")
+
+
 def check(config: Config) -> None:
     """Refuse values that make no sense.
 
     Raises:
       UserError: names the field, its value and its range.
     """
+    if config.name not in NAMES:
+        raise UserError(f"optimizer.name={config.name!r}: choose one of {', '.join(NAMES)}")
     for field, low, high in (
         ("learning_rate", 0, float("inf")),
         ("warmup", 0, 1),
@@ -73,17 +83,24 @@ def schedule(config: Config, num_steps: int) -> optax.Schedule:
 
 def build(config: Config, num_steps: int) -> optax.GradientTransformation:
     """The optax chain for a run of `num_steps` steps."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            schedule(config, num_steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
-        ),
+    rate = schedule(config, num_steps)
+    rule = optax.adamw(
+        rate,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
     )
+    if config.name == "muon":
+        rule = optax.partition(
+            {
+                "matrix": muon(rate, weight_decay=config.weight_decay, consistent_rms=0.2),
+                "rest": rule,
+            },
+            lambda params: jax.tree.map(lambda p: "matrix" if p.ndim == 2 else "rest", params),
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), rule)
 
 
 def update_ema(average: Params, params: Params, step: jax.Array, decay: float) -> Params:

@@ -15,7 +15,7 @@ from dgm_jax import models, optim, sharding, writers
 from dgm_jax.checkpoint import Checkpoints, abstract
 from dgm_jax.core import DataSpec, Model, UserError
 from dgm_jax.data import dataset as data
-from dgm_jax.evaluators import likelihood
+from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.progress import Progress, say
 from dgm_jax.train_state import TrainState
 from dgm_jax.train_step import Metrics, compile_train_steps, init_state
@@ -192,7 +192,7 @@ def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, dict[st
     )
     validate = None
     if len(experiment.dataset.splits["validation"]):
-        validate = likelihood.compile_pass(
+        validate = passes.compile_pass(
             likelihood.elbo_terms(model, num_samples=1),
             experiment.dataset,
             "validation",
@@ -269,7 +269,7 @@ class _Log:
     def validation(self, step: int, per_example: dict[str, np.ndarray]) -> None:
         """One row of validation means."""
         try:
-            found = likelihood.summarise(per_example, num_samples=1)
+            found = passes.summarise(per_example, num_samples=1)
         except UserError as error:
             raise UserError(f"validation after step {step:,}: {error}") from error
         self._writer.write(step, {f"validation/{n}": m.value for n, m in found.items()})

@@ -118,6 +118,38 @@ def test_steps_equal_adamw_written_by_hand(x64):
             np.testing.assert_allclose(params[name], p, rtol=1e-10, atol=1e-12, err_msg=name)
 
 
+def test_muon_moves_matrices_by_their_orthogonal_factor_and_all_else_by_adam(x64):
+    """First step of G = U S Vᵀ: -rate · 0.2 √(longer side) U V', five Newton-Schulz steps near it.
+
+    They send each singular value to between 0.68 and 1.14 (Jordan et al. 2024).
+    """
+    rng = np.random.default_rng(0)
+    gradient = {"kernel": rng.normal(size=(30, 8)), "bias": rng.normal(size=8)}
+    params = jax.tree.map(jnp.zeros_like, gradient)
+    config = optim.Config(name="muon", learning_rate=0.01, warmup=0.0, clip_norm=1e3)
+    optimizer = optim.build(config, 1000)
+    updates, _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["bias"], -0.01 * np.sign(gradient["bias"]), rtol=1e-6)
+    u, _, v = np.linalg.svd(gradient["kernel"], full_matrices=False)
+    # In the singular basis of the gradient the update is diagonal, and of one size.
+    rotated = u.T @ np.asarray(updates["kernel"]) @ v.T / (-0.01 * 0.2 * math.sqrt(30))
+    diagonal = np.diag(rotated)
+    assert (diagonal > 0.65).all() and (diagonal < 1.2).all()
+    np.testing.assert_allclose(rotated - np.diag(diagonal), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", optim.NAMES)
+def test_weight_decay_is_decoupled_and_of_matrices_alone(x64, name):
+    """Without a gradient a matrix shrinks by rate · decay of itself, and a bias stays."""
+    params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(3)}
+    config = optim.Config(name=name, learning_rate=0.1, warmup=0.0, weight_decay=0.3)
+    optimizer = optim.build(config, 1000)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = jax.jit(optimizer.update)(zero, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["kernel"], -0.03, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
+
+
 @pytest.mark.parametrize(("norm", "scale"), [(10.0, 0.1), (0.5, 1.0)])
 def test_clipping_scales_the_whole_gradient_to_the_norm(x64, norm, scale):
     """Adam's first step is -rate · g / (|g| + eps), so a big eps shows the size of g."""
@@ -196,6 +228,7 @@ def test_ema_is_linear_in_what_it_averages(x64):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("name", "sgd"),
         *(("learning_rate", v) for v in (-1e-3, math.inf, math.nan)),
         *((f, v) for f in ("warmup", "b1", "b2", "ema") for v in (-0.1, 1.0, math.nan)),
         *(("weight_decay", v) for v in (-0.1, math.inf, math.nan)),
@@ -203,7 +236,7 @@ def test_ema_is_linear_in_what_it_averages(x64):
     ],
 )
 def test_check_refuses_a_bad_value_by_its_name(field, value):
-    with pytest.raises(UserError, match=rf"optimizer\.{field}={value}"):
+    with pytest.raises(UserError, match=rf"optimizer\.{field}={value!r}"):
         optim.check(dataclasses.replace(optim.Config(), **{field: value}))
 
 

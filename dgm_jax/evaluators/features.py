@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 
 from dgm_jax.core import Model, Params, UserError
 from dgm_jax.data import dataset as data
-from dgm_jax.evaluators import likelihood
+from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.metrics import Metric
 from dgm_jax.progress import Progress
 
@@ -41,7 +41,7 @@ def encode(
     found = {}
     for split in ("train", "test"):
         fn = likelihood.posterior_means(model)
-        whole = likelihood.compile_pass(fn, dataset, split, batch_size, mesh)
+        whole = passes.compile_pass(fn, dataset, split, batch_size, mesh)
         found[split] = whole(params, seed, f"{split}: features")["codes"]
     return found
 

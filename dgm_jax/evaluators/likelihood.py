@@ -1,13 +1,10 @@
 """How likely a model finds held-out data: one evaluator for every model.
 
-Noise is keyed by (seed, split, example id, draw), and sums are taken once over all examples, so
-the result depends neither on the batch size nor on the number of devices.
+Results depend neither on the batch size nor on the number of devices; see `passes`.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +14,8 @@ from jax.sharding import Mesh
 from dgm_jax import metrics, sharding
 from dgm_jax.core import Batch, Model, Params, UserError
 from dgm_jax.data import dataset as data
-from dgm_jax.progress import Progress
-from dgm_jax.rng import per_example, stream
-
-# (params, batch, keys [B]) -> {name: float32 [B, ...]}
-PerExample = Callable[[Params, Batch, jax.Array], dict[str, jax.Array]]
+from dgm_jax.evaluators import aggregate, passes
+from dgm_jax.evaluators.passes import PerExample, by_example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,17 +71,19 @@ def elbo_terms(model: Model, num_samples: int) -> PerExample:
         return found
 
     def per_example_means(params: Params, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:
-        draws = jax.vmap(lambda s: _by_example(one_draw, params, batch, keys, s))
+        draws = jax.vmap(lambda s: by_example(one_draw, params, batch, keys, s))
         return jax.tree.map(lambda a: jnp.mean(a, axis=0), draws(jnp.arange(num_samples)))
 
     return per_example_means
 
 
 def importance_weighted(model: Model, num_samples: int, chunk: int) -> PerExample:
-    """The importance-weighted bound log 1/K Σ_k p(x, z_k) / q(z_k | x), z_k ~ q(z | x).
+    """The importance-weighted bound log 1/k Σ_j p(x, z_j) / q(z_j | x), z_j ~ q(z | x), as k grows.
 
-    In expectation it rises with K from the ELBO (K = 1) to log p(x). Works through K in chunks
-    with a running log-sum-exp: memory is that of one chunk.
+    In expectation it rises with k from the ELBO (k = 1) to log p(x). One set of K draws serves
+    every k: it holds ⌊K / k⌋ independent repeats of the bound with k, and their mean is returned
+    beside the variance of that mean. The decoder works through K in chunks; of each draw only its
+    weight is kept.
 
     Args:
       model: one that has `log_weight`.
@@ -95,90 +91,48 @@ def importance_weighted(model: Model, num_samples: int, chunk: int) -> PerExampl
       chunk: draws at once.
 
     Returns:
-      `(params, batch, keys [B]) -> {"importance_weighted_bound": float32 [B]}`, nats.
+      `(params, batch, keys [B]) -> {"importance_weighted_bound": float32 [B], ...}`, nats; and for
+      each smaller k of `curve` its bound and `"variance_<k>"`, nats².
 
     Reference: Burda et al. 2016, "Importance Weighted Autoencoders", eq. 8.
     """
     chunk = min(chunk, num_samples)
     num_chunks = -(-num_samples // chunk)
 
-    def bound(params: Params, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:
-        def add(total: jax.Array, draws: jax.Array) -> tuple[jax.Array, None]:
-            one_draw = lambda s: _by_example(model.log_weight, params, batch, keys, s)  # noqa: E731
-            log_w = jnp.where(draws[:, None] < num_samples, jax.vmap(one_draw)(draws), -jnp.inf)
-            return jnp.logaddexp(total, jax.nn.logsumexp(log_w, axis=0)), None
-
+    def bounds(params: Params, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:
+        one_draw = lambda s: by_example(model.log_weight, params, batch, keys, s)  # noqa: E731
         draws = jnp.arange(num_chunks * chunk).reshape(num_chunks, chunk)
-        total, _ = jax.lax.scan(add, jnp.full(keys.shape, -jnp.inf), draws)
-        return {"importance_weighted_bound": total - math.log(num_samples)}
+        log_w = jax.lax.map(jax.vmap(one_draw), draws).reshape(-1, len(keys))[:num_samples]
+        found = {}
+        for k, name in curve(num_samples).items():
+            repeats = num_samples // k
+            each = log_w[: repeats * k].reshape(repeats, k, -1)
+            each = jax.nn.logsumexp(each, axis=1) - math.log(k)
+            found[name] = jnp.mean(each, axis=0)
+            if k < num_samples:
+                found[f"variance_{k}"] = jnp.var(each, axis=0, ddof=1) / repeats
+        return found
 
-    return bound
+    return bounds
+
+
+def curve(num_samples: int) -> dict[int, str]:
+    """The k at which the importance-weighted bound is measured, with their names.
+
+    Powers of ten up to half of K, so that each has repeats, and K itself.
+    """
+    powers = [10**i for i in range(len(str(num_samples))) if 2 * 10**i <= num_samples]
+    names = {k: f"importance_weighted_bound_{k}" for k in powers}
+    return {**names, num_samples: "importance_weighted_bound"}
 
 
 def posterior_means(model: Model) -> PerExample:
     """The model's features: `(params, batch, keys [B]) -> {"codes": float32 [B, F]}`."""
 
     def codes(params: Params, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:
-        return {"codes": _by_example(model.encode, params, batch, keys, 0)}
+        return {"codes": by_example(model.encode, params, batch, keys, 0)}
 
     return codes
-
-
-def compile_pass(
-    fn: PerExample, dataset: data.Dataset, split: str, batch_size: int, mesh: Mesh
-) -> Callable[..., dict[str, np.ndarray]]:
-    """A pass of `fn` over a whole split, compiled once however often it is called.
-
-    Args:
-      fn: what to compute per example.
-      dataset: where the split is.
-      split: its name.
-      batch_size: examples at once; the last batch is padded and its padding dropped.
-      mesh: the devices.
-
-    Returns:
-      `(params, seed, title=None) -> {name: float32 [N, ...]}`, all examples in order; shows
-      progress under `title`.
-    """
-    chosen = dataset.splits[split]
-    arrays = jax.device_put((chosen.images, chosen.labels), sharding.replicated(mesh))
-
-    @jax.jit
-    def one_batch(params: Params, arrays: Any, seed: jax.Array, start: jax.Array) -> dict:
-        ids = start + jnp.arange(batch_size)
-        batch = data.held_out_batch(dataset, split, *arrays, ids)
-        batch = jax.lax.with_sharding_constraint(batch, sharding.split_batch(mesh))
-        return fn(params, batch, per_example(stream(seed, f"eval/{split}"), batch["id"]))
-
-    def run(params: Params, seed: int, title: str | None = None) -> dict[str, np.ndarray]:
-        parts = []
-        with Progress(title, len(chosen)) as progress:
-            for start in range(0, len(chosen), batch_size):
-                parts.append(jax.device_get(one_batch(params, arrays, seed, start)))
-                progress.advance(min(batch_size, len(chosen) - start))
-        return {
-            name: np.concatenate([part[name] for part in parts])[: len(chosen)] for name in parts[0]
-        }
-
-    return run
-
-
-def summarise(per_example: dict[str, np.ndarray], num_samples: int) -> dict[str, metrics.Metric]:
-    """Per-example terms and bounds, each float `[N]` in nats, as metrics.
-
-    Raises:
-      UserError: some example's value is not finite; says which and how many.
-    """
-    found = {}
-    for name, values in per_example.items():
-        bad = np.flatnonzero(~np.isfinite(values))
-        if bad.size:
-            raise UserError(
-                f"{name} is not finite for {bad.size} of {len(values)} examples "
-                f"(first: id {bad[0]}): the parameters are unusable, or the data is"
-            )
-        found[name] = metrics.mean_over_examples(values, "nats", num_samples)
-    return found
 
 
 def active_units(codes: np.ndarray, threshold: float = 0.01) -> metrics.Metric:
@@ -219,35 +173,33 @@ def evaluate(
     """
 
     def run(fn: PerExample, title: str) -> dict[str, np.ndarray]:
-        whole_split = compile_pass(fn, dataset, split, config.batch_size, mesh)
+        whole_split = passes.compile_pass(fn, dataset, split, config.batch_size, mesh)
         return whole_split(params, seed, f"{split}: {title}")
 
     few, many = config.elbo_samples, config.num_samples
-    found = summarise(run(elbo_terms(model, few), "terms"), few)
+    found = passes.summarise(run(elbo_terms(model, few), "terms"), few)
     if model.log_weight is not None:
-        bound = importance_weighted(model, many, config.chunk)
-        found |= summarise(run(bound, f"importance-weighted bound, K = {many:,}"), many)
+        bounds = importance_weighted(model, many, config.chunk)
+        found |= _bounds(run(bounds, f"importance-weighted bound, K = {many:,}"), many)
     for name in ("log_prob", "importance_weighted_bound", *model.log_likelihood_fns):
         if name in found:  # the tightest that there is
             found["bits_per_dim"] = metrics.bits_per_dim(found[name], dataset.spec.num_dims)
             break
+    if model.latents is not None and model.latents.log_posterior is not None:
+        found |= aggregate.evaluate(model, params, dataset, config.batch_size, mesh, seed, split)
     if model.encode is not None:
         codes = run(posterior_means(model), "posterior means")["codes"]
         found["active_units"] = active_units(codes)
     return found
 
 
-def _by_example(
-    fn: Callable, params: Params, batch: Batch, keys: jax.Array, draw: jax.Array | int
-) -> Any:
-    """`fn(params, batch, key)` on each example alone, with its own key folded with `draw`.
-
-    Under vmap this is one large computation again, and what an example draws depends on its key
-    only.
-    """
-
-    def alone(example: Batch, key: jax.Array) -> Any:
-        single = jax.tree.map(lambda a: a[None], example)
-        return jax.tree.map(lambda a: a[0], fn(params, single, jax.random.fold_in(key, draw)))
-
-    return jax.vmap(alone)(batch, keys)
+def _bounds(per_example: dict[str, np.ndarray], num_samples: int) -> dict[str, metrics.Metric]:
+    """The curve of the importance-weighted bound, with errors over examples and over repeats."""
+    found = {}
+    for k, name in curve(num_samples).items():
+        found |= passes.summarise({name: per_example[name]}, k)
+        if k < num_samples:
+            variance = per_example[f"variance_{k}"].astype(np.float64)
+            error = math.sqrt(variance.sum()) / len(variance)
+            found[name] = found[name]._replace(repeat_error=error, num_repeats=num_samples // k)
+    return found

@@ -198,23 +198,26 @@ def build(config: Config, spec: DataSpec) -> Model:
         z = posterior_draw(bound, batch["x"], rng, 1)
         return likelihoods.picture(likelihood, bound.outputs(z[0][0]), spec)
 
-    def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
+    def draw_joint(
+        params: Params, rng: jax.Array, num: int
+    ) -> tuple[tuple[jax.Array, ...], dict[str, jax.Array]]:
         bound = bind(params)
         x_rng, top_rng, *keys = jax.random.split(rng, num_layers + 1)
-        z = jax.random.normal(top_rng, (num, config.latents[-1]))
+        z = [jax.random.normal(top_rng, (num, config.latents[-1]))]
         for conditional, key in zip(reversed(bound.down), keys, strict=True):
-            mu, log_sigma = conditional(z)
-            z = mu + jnp.exp(log_sigma) * jax.random.normal(key, mu.shape)
-        return likelihoods.draw(likelihood, x_rng, bound.outputs(z), spec)
+            mu, log_sigma = conditional(z[-1])
+            z.append(mu + jnp.exp(log_sigma) * jax.random.normal(key, mu.shape))
+        samples = likelihoods.draw(likelihood, x_rng, bound.outputs(z[-1]), spec)
+        return tuple(reversed(z)), samples
 
     return objectives.latent_variable_model(
         "hvae",
         draw,
+        draw_joint,
         config.objective,
         config.num_samples,
         Options(beta=config.beta),
         init=init,
-        sample=sample,
         encode=encode,
         decode=decode,
         reconstruct=reconstruct,

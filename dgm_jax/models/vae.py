@@ -238,23 +238,24 @@ def build(config: Config, spec: DataSpec) -> Model:
         z, _ = vae.posterior.draw(vae.context(batch["x"], label), rng, 1)
         return likelihoods.picture(likelihood, vae.outputs(z[0], label), spec)
 
-    def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
+    def draw_joint(params: Params, rng: jax.Array, num: int) -> tuple[jax.Array, dict]:
         vae = bind(params)
         z_rng, x_rng = jax.random.split(rng)
         # A conditional model draws the classes in turn.
         label = jnp.arange(num) % spec.num_classes if config.conditional else None
-        outputs = vae.outputs(vae.draw_prior(z_rng, num), label)
-        samples = likelihoods.draw(likelihood, x_rng, outputs, spec)
-        return samples | ({} if label is None else {"label": label})
+        z = vae.draw_prior(z_rng, num)
+        samples = likelihoods.draw(likelihood, x_rng, vae.outputs(z, label), spec)
+        return z, samples | ({} if label is None else {"label": label})
 
     return objectives.latent_variable_model(
         "vae",
         draw,
+        draw_joint,
         config.objective,
         config.num_samples,
         config.options,
+        POSTERIORS[config.posterior].evaluable,
         init=init,
-        sample=sample,
         encode=encode,
         decode=None if config.conditional else decode,
         reconstruct=reconstruct,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dgm_jax.core import Latents, Model, UserError
 from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
 from dgm_jax.evaluators import ais
 
@@ -119,3 +120,49 @@ def test_transitions_leave_their_target_alone():
 def test_temperatures_rise_from_zero_to_one():
     betas = np.asarray(ais.temperatures(50))
     assert betas.shape == (51,) and betas[0] == 0 and betas[-1] == 1 and np.all(np.diff(betas) > 0)
+
+
+def _model():
+    """The same model, its latents in two parts, as the evaluators see it."""
+
+    def log_joint(params, batch, z):
+        z = jnp.concatenate(z, axis=-1)
+        log_likelihood = gaussian_log_prob(batch["x"][None], z @ params, jnp.log(SIGMA))
+        log_prior = standard_gaussian_log_prob(z)
+        return jnp.sum(log_likelihood, -1), jnp.sum(log_prior, -1)
+
+    def draw_joint(params, rng, num):
+        z_rng, x_rng = jax.random.split(rng)
+        z = jax.random.normal(z_rng, (num, LATENTS))
+        x = z @ params + SIGMA * jax.random.normal(x_rng, (num, DIMS))
+        return (z[:, :1], z[:, 1:]), {"x": x, "mean": x}
+
+    latents = Latents(draw_joint, draw_posterior=None, log_joint=log_joint)
+    return Model(init=None, players=(), log_likelihood_fns={}, latents=latents)
+
+
+def test_evaluate_finds_the_likelihood_of_each_example_and_a_bracket_of_the_models_own():
+    x, _, exact = _simulated(3)
+    num = 23  # not a multiple of the rows annealed at once
+    batch = {"x": jnp.asarray(x[:num])}
+    found = ais.evaluate(_model(), jnp.asarray(W), batch, 200, 100, seed=0)
+    assert all(metric.num_examples == num for metric in found.values())
+    # What is left between the bounds is smaller than the noise, and that is small.
+    gap = found["simulated_gap"]
+    assert abs(gap.value) < 4 * gap.standard_error and gap.standard_error < 0.03
+    assert abs(found["ais_bound"].value - exact[:num].mean()) < 0.08
+
+
+@pytest.mark.parametrize(("temperatures", "chains"), [(0, 1), (1, 0)])
+def test_evaluate_refuses_no_temperature_and_no_chain(temperatures, chains):
+    with pytest.raises(UserError, match=r"eval\.ais_.*=0: must be at least 1"):
+        ais.evaluate(_model(), W, {"x": jnp.zeros((2, DIMS))}, temperatures, chains, seed=0)
+
+
+def test_evaluate_refuses_a_model_without_continuous_latents():
+    model = _model()
+    without = model._replace(latents=None)
+    codes = model.latents._replace(draw_joint=lambda *_: (jnp.zeros((2, 3), int), {}))
+    for each in (without, model._replace(latents=codes)):
+        with pytest.raises(UserError, match="latent"):
+            ais.evaluate(each, W, {"x": jnp.zeros((2, DIMS))}, 2, 2, seed=0)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from scipy import stats
+from scipy import special, stats
 
 from dgm_jax import sharding
 from dgm_jax.core import Aux, DataSpec, Model, Player, UserError
 from dgm_jax.data import dataset as data
-from dgm_jax.evaluators import likelihood
+from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.rng import per_example, stream
 
 D, LATENTS = 4, 2
@@ -147,7 +147,7 @@ def _mesh(devices=8):
 
 def _run(fn, dataset, batch_size=40, mesh=None, seed=0, split="test", params=PARAMS):
     mesh = mesh or sharding.make_mesh()
-    return likelihood.compile_pass(fn, dataset, split, batch_size, mesh)(params, seed)
+    return passes.compile_pass(fn, dataset, split, batch_size, mesh)(params, seed)
 
 
 def _bound(model, dataset, num_samples, chunk=64, **more):
@@ -274,11 +274,31 @@ def test_every_example_seed_and_split_has_its_own_key():
     assert len(np.unique(np.concatenate(found), axis=0)) == 4 * 37
 
 
+def test_a_curve_of_k_comes_from_repeats_with_the_same_draws():
+    """⌊K / k⌋ bounds with k draws each, averaged; their error is what another seed would change."""
+    draws, dataset = np.log(_expected_weights(3) + 1), _dataset(37)
+    model = _with_weight(lambda *inputs: jnp.log1p(jnp.exp(_weight(*inputs))))
+    bounds = likelihood.importance_weighted(model, 20, chunk=7)
+    run = passes.compile_pass(bounds, dataset, "test", 40, sharding.make_mesh())
+    found = run(PARAMS, 3)
+    for k, repeats in ((1, 20), (10, 2)):
+        each = special.logsumexp(draws.reshape(37, repeats, k), axis=2) - math.log(k)
+        bound, variance = found[f"importance_weighted_bound_{k}"], found[f"variance_{k}"]
+        np.testing.assert_allclose(bound, each.mean(axis=1), rtol=1e-10)
+        np.testing.assert_allclose(variance, each.var(axis=1, ddof=1) / repeats, rtol=1e-9)
+    # The error over repeats is the spread of the whole result over seeds.
+    means = [run(PARAMS, seed)["importance_weighted_bound_1"].mean() for seed in range(40)]
+    error = math.sqrt(found["variance_1"].sum()) / 37
+    # A chi-squared with 39 degrees of freedom.
+    assert 39 * np.var(means, ddof=1) / error**2 < stats.chi2(39).ppf(0.9999)
+    assert 39 * np.var(means, ddof=1) / error**2 > stats.chi2(39).ppf(0.0001)
+
+
 @pytest.mark.parametrize("k", [1, 5, 64, 100])
 def test_equal_weights_have_themselves_as_the_bound(k):
     """Whether or not the chunks divide K, and where exp of the weight over- or underflows."""
     model = _with_weight(lambda params, batch, key: jnp.full(len(batch["x"]), params))
-    run = likelihood.compile_pass(
+    run = passes.compile_pass(
         likelihood.importance_weighted(model, k, 64), _dataset(3), "test", 8, sharding.make_mesh()
     )
     for log_weight in (0.0, -2000.0, 2000.0):
@@ -321,7 +341,7 @@ def test_a_pass_is_compiled_once():
         traces.append(1)
         return {"x": jnp.sum(batch["x"], (1, 2, 3)) * params}
 
-    run = likelihood.compile_pass(fn, _dataset(37), "test", 16, sharding.make_mesh())
+    run = passes.compile_pass(fn, _dataset(37), "test", 16, sharding.make_mesh())
     one, two = run(np.float64(1.0), 0), run(np.float64(2.0), 5)
     np.testing.assert_array_equal(2 * one["x"], two["x"])
     assert len(traces) == 1
@@ -333,13 +353,14 @@ SMALL = likelihood.Config(num_samples=20, elbo_samples=10, batch_size=16, chunk=
 def test_evaluate_reports_what_the_passes_find(reference):
     model, mesh = _linear_gaussian(WRONG), sharding.make_mesh()
     found = likelihood.evaluate(model, PARAMS, _dataset(37), SMALL, mesh, seed=0)
-    assert found.keys() == reference.keys() - {"codes"} | {"bits_per_dim", "active_units"}
-    for name, values in reference.items():
-        if name == "codes":
-            continue
-        metric = found[name]
+    measured = {name for name in reference if name != "codes" and not name.startswith("variance")}
+    assert found.keys() == measured | {"bits_per_dim", "active_units"}
+    curve = {name: k for k, name in likelihood.curve(20).items()}
+    assert sorted(curve.values()) == [1, 10, 20]
+    for name in measured:
+        metric, values = found[name], reference[name]
         assert metric.unit == "nats" and metric.num_examples == 37
-        assert metric.num_samples == (20 if name == "importance_weighted_bound" else 10)
+        assert metric.num_samples == curve.get(name, 10)
         np.testing.assert_allclose(metric.value, values.mean(), rtol=1e-10)
         np.testing.assert_allclose(metric.standard_error, stats.sem(values), rtol=1e-10)
     # The tightest bound that there is, in bits per pixel.
@@ -375,7 +396,7 @@ def test_an_example_that_is_not_finite_stops_the_evaluation(bad):
         return jnp.where((batch["id"] == 5) | (batch["id"] == 30), bad, 0.0)
 
     model = _with_weight(log_weight)
-    with pytest.raises(UserError, match=r"importance_weighted_bound .* 2 of 37 .* id 5\b"):
+    with pytest.raises(UserError, match=r"importance_weighted_bound_1 .* 2 of 37 .* id 5\b"):
         likelihood.evaluate(model, PARAMS, _dataset(37), SMALL, sharding.make_mesh(), seed=0)
 
 

@@ -1,0 +1,108 @@
+"""The aggregate posterior q(z) = 1/N Σ_n q(z | x_n): how much of the rate tells examples apart.
+
+The mean rate is the sum of two terms (Hoffman & Johnson 2016, "ELBO surgery", eq. 2),
+
+    1/N Σ_n KL(q(z | x_n) ‖ p(z)) = I(n; z) + KL(q(z) ‖ p(z)).
+
+I(n; z), the mutual information between the number of an example and its code, is at most log N;
+KL(q(z) ‖ p(z)), the marginal KL, is what a better prior could save.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dgm_jax import sharding
+from dgm_jax.core import Batch, Model, Params
+from dgm_jax.data import dataset as data
+from dgm_jax.evaluators import passes
+from dgm_jax.evaluators.passes import by_example
+from dgm_jax.metrics import Metric
+from dgm_jax.progress import Progress
+
+_CODES = 200  # z compared with all examples at once
+
+
+def evaluate(
+    model: Model,
+    params: Params,
+    dataset: data.Dataset,
+    batch_size: int,
+    mesh: Mesh,
+    seed: int,
+    split: str,
+) -> dict[str, Metric]:
+    """Mutual information and marginal KL of a whole split, by one draw of z for each example.
+
+    log q(z) takes the density of each z under the posterior of every example: N² densities.
+
+    Args:
+      model: one whose `latents` have a `log_posterior`.
+      params: its parameters.
+      dataset: where the split is.
+      batch_size: examples at once; changes speed and memory, not results.
+      mesh: the devices.
+      seed: of the draws.
+      split: its name.
+
+    Returns:
+      `mutual_information` and `marginal_kl`, nats.
+    """
+
+    latents = model.latents
+
+    def own(params: Params, batch: Batch, key: jax.Array) -> dict[str, Any]:
+        z = latents.draw_posterior(params, batch, key)
+        drawn = jax.tree.map(lambda a: a[None], z)
+        log_posterior = latents.log_posterior(params, batch, drawn)[0]
+        log_prior = latents.log_joint(params, batch, drawn)[1][0]
+        return {"z": z, "log_posterior": log_posterior, "log_prior": log_prior}
+
+    def log_sum(params: Params, batch: Batch, z: Any) -> jax.Array:
+        """log Σ_n q(z | x_n) over the rows of a batch, for z `[M, ...]` -> `[M]`."""
+        num = len(batch["x"])
+        pairs = jax.tree.map(lambda a: jnp.broadcast_to(a[:, None], (len(a), num, *a.shape[1:])), z)
+        log_q = latents.log_posterior(params, batch, pairs)
+        return jax.nn.logsumexp(jnp.where(batch["mask"][None], log_q, -jnp.inf), axis=1)
+
+    def one_draw(params: Params, batch: Batch, keys: jax.Array) -> dict[str, Any]:
+        return by_example(own, params, batch, keys, 0)
+
+    drawn = passes.compile_pass(one_draw, dataset, split, batch_size, mesh)(params, seed)
+    chosen = dataset.splits[split]
+    arrays = jax.device_put((chosen.images, chosen.labels), sharding.replicated(mesh))
+    starts = jnp.arange(0, len(chosen), batch_size)
+
+    @jax.jit
+    def log_sum_of_split(params: Params, arrays: Any, z: Any) -> jax.Array:
+        def add(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+            ids = start + jnp.arange(batch_size)
+            batch = data.held_out_batch(dataset, split, *arrays, ids)
+            return jnp.logaddexp(total, log_sum(params, batch, z)), None
+
+        total, _ = jax.lax.scan(add, jnp.full(_CODES, -jnp.inf), starts)
+        return total
+
+    parts = []
+    with Progress(f"{split}: aggregate posterior", len(chosen)) as progress:
+        for start in range(0, len(chosen), _CODES):
+            z = jax.tree.map(lambda a, start=start: _padded(a[start : start + _CODES]), drawn["z"])
+            parts.append(np.asarray(log_sum_of_split(params, arrays, z)))
+            progress.advance(min(_CODES, len(chosen) - start))
+    log_q = np.concatenate(parts)[: len(chosen)] - math.log(len(chosen))
+    return passes.summarise(
+        {
+            "mutual_information": drawn["log_posterior"] - log_q,
+            "marginal_kl": log_q - drawn["log_prior"],
+        },
+        num_samples=1,
+    )
+
+
+def _padded(z: np.ndarray) -> np.ndarray:
+    """`[M, ...]` filled up to `_CODES` rows: one compiled shape."""
+    return np.concatenate([z, np.broadcast_to(z[:1], (_CODES - len(z), *z.shape[1:]))])
