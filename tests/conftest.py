@@ -40,7 +40,7 @@ def prepared_tfds() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_dataset():
-    """64 + 24 + 24 random grey images of 4x4 pixels, dynamically binarised."""
+    """128 + 24 + 24 random grey images of 4x4 pixels, dynamically binarised."""
     rng = np.random.default_rng(0)
     splits = {
         name: Split(
@@ -48,7 +48,7 @@ def tiny_dataset():
             rng.integers(0, 256, (num, 4, 4, 1), np.uint8),
             rng.integers(0, 10, num).astype(np.int32),
         )
-        for name, num in (("train", 64), ("validation", 24), ("test", 24))
+        for name, num in (("train", 128), ("validation", 24), ("test", 24))
     }
     mean = splits["train"].images.mean(axis=0).astype(np.float32) / 255
-    return Dataset(DataConfig(), splits, DataSpec((4, 4, 1), "binary", mean), card={})
+    return Dataset(DataConfig(), splits, DataSpec((4, 4, 1), "binary", mean, 128, 10), card={})

@@ -135,6 +135,17 @@ def posterior_means(model: Model) -> PerExample:
     return codes
 
 
+def correctly_classified(model: Model) -> PerExample:
+    """1 where the most probable class is the label: `-> {"correct": float32 [B]}`."""
+
+    def correct(params: Params, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:
+        del keys
+        found = jnp.argmax(model.classify(params, batch), axis=1) == batch["label"]
+        return {"correct": found.astype(jnp.float32)}
+
+    return correct
+
+
 def active_units(codes: np.ndarray, threshold: float = 0.01) -> metrics.Metric:
     """How many features vary with the data: Cov_x(E[z_u | x]) above `threshold`.
 
@@ -187,6 +198,9 @@ def evaluate(
             break
     if model.latents is not None and model.latents.log_posterior is not None:
         found |= aggregate.evaluate(model, params, dataset, config.batch_size, mesh, seed, split)
+    if model.classify is not None:
+        correct = run(correctly_classified(model), "classes")["correct"]
+        found["accuracy"] = metrics.mean_over_examples(correct, "of 1")
     if model.encode is not None:
         codes = run(posterior_means(model), "posterior means")["codes"]
         found["active_units"] = active_units(codes)

@@ -1,0 +1,20 @@
+"""Semi-supervised M2 on dynamically binarised MNIST: 100 labels, or 1,000 with `:1000`.
+
+Paper: Kingma et al. 2014, "Semi-supervised Learning with Deep Generative Models".
+Run:   python -m dgm_jax.main --config=configs/m2_mnist.py
+Gives: docs/results.md
+"""
+
+from dgm_jax.config import ConfigDict, experiment, variant
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The default; `:labels-1000` for ten times the labels; `:smoke` for a run of seconds."""
+    config = experiment("m2")
+    config.train.duration = "40 epochs"
+    config.train.batch_size = 200
+    config.train.steps_per_dispatch = 100
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.clip_norm = 50.0
+    config.eval.num_samples = 500
+    return variant(config, arg, **{"labels-1000": {"model.labelled": 1000}})

@@ -1,0 +1,224 @@
+"""Semi-supervised learning with a generative model: few labels, many images.
+
+    p(x, y, z) = p(y) p(z) p(x | y, z),   q(y, z | x) = q(y | x) q(z | x, y)
+
+with y one of C classes, uniform a priori, summed over wherever an example has no label.
+
+Reference: Kingma et al. 2014, "Semi-supervised Learning with Deep Generative Models", model M2.
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dgm_jax import likelihoods
+from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
+from dgm_jax.distributions import gaussian_kl_to_standard, standard_gaussian_log_prob
+from dgm_jax.nn import networks
+from dgm_jax.nn.posteriors import Diagonal
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The model's fields. Real numbers may be traced.
+
+    Attributes:
+      labelled: how many training examples the model is told the label of; the same random ones in
+        every run. The labels of the others are never looked at.
+      alpha: weight of the classifier's cost on the labelled examples.
+      latents: L, dimensions of z.
+      network: `mlp` or `conv`.
+      classifier: widths of the hidden layers of q(y | x), or channels of its stages.
+      encoder: the same of q(z | x, y).
+      decoder: the same of p(x | y, z).
+      activation: one of `nn.mlp.ACTIVATIONS`, or for an `mlp` also `gated`.
+      likelihood: one of `likelihoods.LIKELIHOODS`.
+    """
+
+    labelled: int = 100
+    alpha: float = 0.1
+    latents: int = 50
+    network: str = "mlp"
+    classifier: tuple[int, ...] = (500,)
+    encoder: tuple[int, ...] = (500,)
+    decoder: tuple[int, ...] = (500,)
+    activation: str = "silu"
+    likelihood: str = "bernoulli"
+
+
+def check(config: Config, spec: DataSpec) -> None:
+    """Refuse values that make no sense.
+
+    Raises:
+      UserError: names the field, its value and what is allowed.
+    """
+    if spec.num_classes < 2:
+        raise UserError("model.name='m2' needs data with labels of two classes or more")
+    if not 0 <= config.labelled <= spec.num_examples:
+        raise UserError(
+            f"model.labelled={config.labelled}: between 0 and the {spec.num_examples:,} "
+            "training examples"
+        )
+    if config.latents < 1:
+        raise UserError(f"model.latents={config.latents}: at least one")
+    if not config.alpha >= 0:
+        raise UserError(f"model.alpha={config.alpha}: must be at least 0")
+    for field in ("classifier", "encoder", "decoder"):
+        networks.check_widths(field, getattr(config, field))
+    networks.check(config.network, config.activation, spec)
+    likelihoods.check(config.likelihood, spec)
+
+
+class Net(nn.Module):
+    """q(y | x), q(z | x, y) and p(x | y, z)."""
+
+    config: Config
+    spec: DataSpec
+
+    def setup(self) -> None:
+        """The three networks."""
+        config, spec = self.config, self.spec
+        layers = (config.network, config.activation)
+        self.classifier = networks.Encoder(layers[0], config.classifier, layers[1])
+        self.logits = nn.Dense(spec.num_classes)
+        self.encoder = networks.Encoder(layers[0], config.encoder, layers[1])
+        self.posterior = Diagonal(config.latents)
+        self.decoder = networks.Decoder(
+            layers[0], config.decoder, layers[1], config.likelihood, spec
+        )
+
+    def __call__(self, x: jax.Array) -> None:
+        """Touch every parameter, for initialisation."""
+        label = jnp.zeros(len(x), jnp.int32)
+        self.classify(x)
+        self.outputs(self.context(x, label)[0], label)
+
+    def classify(self, x: jax.Array) -> jax.Array:
+        """log q(y | x) `[B, C]` for x as the data hold it."""
+        return nn.log_softmax(self.logits(self.classifier(x / self.spec.scale)))
+
+    def context(self, x: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(mu, log_sigma) of q(z | x, y), each `[B, L]`."""
+        return self.posterior(self.encoder(x / self.spec.scale, self._one_hot(label)))
+
+    def outputs(self, z: jax.Array, label: jax.Array) -> jax.Array:
+        """The likelihood's parameters `[..., B, D, P]` given z `[..., B, L]` and y `[B]`."""
+        return self.decoder(z, self._one_hot(label))
+
+    def _one_hot(self, label: jax.Array) -> jax.Array:
+        return jax.nn.one_hot(label, self.spec.num_classes)
+
+
+def build(config: Config, spec: DataSpec) -> Model:
+    """M2 as pure functions; see `core.Model` for their contracts."""
+    net, num_classes = Net(config, spec), spec.num_classes
+    likelihood = likelihoods.LIKELIHOODS[config.likelihood]()
+    told = np.zeros(spec.num_examples, bool)
+    told[np.random.default_rng(0).permutation(spec.num_examples)[: config.labelled]] = True
+    # Only labelled examples have a classifier's cost: 1 on the average over all examples.
+    classifier_weight = spec.num_examples / max(config.labelled, 1)
+
+    def bind(params: Params) -> Net:
+        return net.bind({"params": params["m2"]})
+
+    def init(rng: jax.Array, batch: Batch) -> Params:
+        likelihoods.refuse_outside_support(batch["x"], spec)
+        return {"m2": net.init(rng, batch["x"][:1])["params"]}
+
+    def terms_given_label(
+        bound: Net, x: jax.Array, label: jax.Array, rng: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Distortion and the rate of z, were `label` `[B]` the class; each `[B]`."""
+        context = bound.context(x, label)
+        z, _ = bound.posterior.draw(context, rng, 1)
+        flat = x.reshape(len(x), -1)
+        distortion = -likelihood.log_prob(bound.outputs(z[0], label), flat)
+        return distortion, jnp.sum(gaussian_kl_to_standard(*context), axis=-1)
+
+    def every_label(
+        bound: Net, x: jax.Array, rng: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """log q(y | x), and distortion and rate of z given each y; each `[B, C]`."""
+
+        def given(label: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return terms_given_label(bound, x, jnp.full(len(x), label), key)
+
+        keys = jax.random.split(rng, num_classes)
+        distortion, rate = jax.vmap(given, out_axes=1)(jnp.arange(num_classes), keys)
+        return bound.classify(x), distortion, rate
+
+    def unlabelled_terms(log_q: jax.Array, distortion: jax.Array, rate: jax.Array) -> dict:
+        """The ELBO's terms with y summed over (eq. 7): KL(q(y | x) ‖ p(y)) is part of the rate."""
+        q = jnp.exp(log_q)
+        return {
+            "distortion": jnp.sum(q * distortion, axis=1),
+            "rate": jnp.sum(q * (rate + log_q + math.log(num_classes)), axis=1),
+        }
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        """Eqs. 6 to 9, per example of the whole training split."""
+        log_q, distortion, rate = every_label(bind(params), batch["x"], rng)
+        terms = unlabelled_terms(log_q, distortion, rate)
+        own = batch["label"][:, None]
+
+        def at_label(values: jax.Array) -> jax.Array:
+            return jnp.take_along_axis(values, own, axis=1)[:, 0]
+
+        classification = -at_label(log_q)
+        labelled = at_label(distortion + rate) + math.log(num_classes)
+        labelled += config.alpha * classifier_weight * classification
+        is_told = jnp.asarray(told)[batch["id"]]
+        cost = jnp.where(is_told, labelled, terms["distortion"] + terms["rate"])
+        return masked_mean(cost, batch), Aux(terms={**terms, "classification": classification})
+
+    def elbo(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        return -sum(unlabelled_terms(*every_label(bind(params), batch["x"], rng)).values())
+
+    def log_weight(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        bound, x = bind(params), batch["x"]
+        label_rng, z_rng = jax.random.split(rng)
+        log_q = bound.classify(x)
+        label = jax.random.categorical(label_rng, log_q)
+        z, log_q_z = bound.posterior.draw(bound.context(x, label), z_rng, 1)
+        log_likelihood = likelihood.log_prob(bound.outputs(z[0], label), x.reshape(len(x), -1))
+        log_prior = jnp.sum(standard_gaussian_log_prob(z[0]), axis=-1) - math.log(num_classes)
+        log_q_y = jnp.take_along_axis(log_q, label[:, None], axis=1)[:, 0]
+        return log_likelihood + log_prior - log_q_z[0] - log_q_y
+
+    def classify(params: Params, batch: Batch) -> jax.Array:
+        return bind(params).classify(batch["x"])
+
+    def encode(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        """q(y | x), and the mean of z under the most probable class."""
+        del rng
+        bound, log_q = bind(params), classify(params, batch)
+        mu, _ = bound.context(batch["x"], jnp.argmax(log_q, axis=1))
+        return jnp.concatenate([jnp.exp(log_q), mu], axis=1)
+
+    def reconstruct(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        bound, label = bind(params), jnp.argmax(classify(params, batch), axis=1)
+        z, _ = bound.posterior.draw(bound.context(batch["x"], label), rng, 1)
+        return likelihoods.picture(likelihood, bound.outputs(z[0], label), spec)
+
+    def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
+        """The classes in turn."""
+        z_rng, x_rng = jax.random.split(rng)
+        label = jnp.arange(num) % num_classes
+        z = jax.random.normal(z_rng, (num, config.latents))
+        outputs = bind(params).outputs(z, label)
+        return likelihoods.draw(likelihood, x_rng, outputs, spec) | {"label": label}
+
+    return Model(
+        init=init,
+        players=(Player("m2", loss_fn),),
+        log_likelihood_fns={"elbo": elbo},
+        log_weight=log_weight,
+        classify=classify,
+        sample=sample,
+        encode=encode,
+        reconstruct=reconstruct,
+    )

@@ -1,0 +1,156 @@
+"""M2 on images of three binary pixels and two classes, where everything can be integrated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from dgm_jax.core import DataSpec, UserError
+from dgm_jax.models import m2
+
+NUM, CLASSES = 10, 2  # training examples
+SPEC = DataSpec((3, 1, 1), "binary", np.full((3, 1, 1), 0.4, np.float32), NUM, CLASSES)
+X = np.array([[i >> j & 1 for j in range(3)] for i in range(8)], float).reshape(8, 3, 1, 1)
+LABEL = np.arange(8) % 2
+BATCH = {"x": jnp.asarray(X), "label": jnp.asarray(LABEL), "id": jnp.arange(8)}
+FIELDS = {"latents": 1, "classifier": (3,), "encoder": (4,), "decoder": (4,), "labelled": 4}
+AXIS = np.linspace(-8, 8, 2001)
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def _build(**fields):
+    return m2.build(m2.Config(**(FIELDS | fields)), SPEC)
+
+
+def _params():
+    shapes = jax.eval_shape(_build().init, jax.random.key(0), BATCH)
+    leaves, structure = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(1)
+    return jax.tree.unflatten(structure, [0.6 * rng.normal(size=leaf.shape) for leaf in leaves])
+
+
+def _told():
+    """Which of the first eight training examples are labelled: those whose label matters."""
+    model, params = _build(alpha=3.0), _params()
+    loss = jax.jit(model.loss_fn)
+    before = loss(params, BATCH, jax.random.key(0))[0]
+    changed = []
+    for i in range(8):
+        other = {**BATCH, "label": BATCH["label"].at[i].set(1 - int(LABEL[i]))}
+        changed.append(loss(params, other, jax.random.key(0))[0] != before)
+    return np.array(changed)
+
+
+def _integrals(params):
+    """By class `[C]`: log p(x, y), and the expected distortion and rate of z, each `[C, 8]`."""
+    net = m2.Net(m2.Config(**FIELDS), SPEC).bind({"params": params["m2"]})
+    log_step, x = np.log(AXIS[1] - AXIS[0]), X.reshape(8, 3)
+    log_joint, distortion, rate = [], [], []
+    for label in range(CLASSES):
+        labels = jnp.full(len(AXIS), label)
+        logits = np.asarray(net.outputs(jnp.asarray(AXIS)[:, None], labels))[..., 0]
+        log_lik = special.log_expit(logits) @ x.T + special.log_expit(-logits) @ (1 - x).T
+        prior = stats.norm.logpdf(AXIS)[:, None]
+        log_joint.append(special.logsumexp(log_lik + prior, axis=0) + log_step - np.log(CLASSES))
+        mu, log_sigma = (np.asarray(a) for a in net.context(X, jnp.full(8, label)))
+        q = stats.norm.logpdf(AXIS[:, None], mu.T, np.exp(log_sigma).T)
+        distortion.append(-np.sum(np.exp(q + log_step) * log_lik, axis=0))
+        rate.append(np.sum(np.exp(q + log_step) * (q - prior), axis=0))
+    return np.array(log_joint), np.array(distortion), np.array(rate)
+
+
+def _draws(fn, num=4000):
+    return np.asarray(jax.jit(jax.vmap(fn))(jax.random.split(jax.random.key(2), num)))
+
+
+def _assert_mean(draws, exact):
+    error = draws.std(axis=0, ddof=1) / np.sqrt(len(draws))
+    assert (np.abs(draws.mean(axis=0) - exact) < 4.5 * error + 1e-9).all()
+
+
+def test_the_elbo_sums_over_the_label_and_is_below_the_likelihood():
+    """-Σ_y q(y) (distortion + rate + log q(y) - log p(y)), by quadrature over z."""
+    params, model = _params(), _build()
+    log_joint, distortion, rate = _integrals(params)
+    log_q = np.asarray(model.classify(params, BATCH)).T
+    np.testing.assert_allclose(np.exp(log_q).sum(axis=0), 1, rtol=1e-12)
+    exact = -np.sum(np.exp(log_q) * (distortion + rate + log_q + np.log(CLASSES)), axis=0)
+    elbo = model.log_likelihood_fns["elbo"]
+    _assert_mean(_draws(lambda key: elbo(params, BATCH, key)), exact)
+    assert (exact < special.logsumexp(log_joint, axis=0)).all()
+
+
+def test_weights_are_unbiased():
+    params, model = _params(), _build()
+    exact = np.exp(special.logsumexp(_integrals(params)[0], axis=0))
+    _assert_mean(np.exp(_draws(lambda key: model.log_weight(params, BATCH, key))), exact)
+
+
+def test_a_labelled_example_costs_its_own_class_and_the_classifier():
+    """distortion + rate + log C, and α N / N_labelled times -log q(y | x); the others the ELBO."""
+    params, told = _params(), _told()
+    assert 2 <= told.sum() <= 4  # of the four labelled ones, those among the first eight
+    _, distortion, rate = _integrals(params)
+    log_q = np.asarray(_build().classify(params, BATCH)).T
+    own = (LABEL, np.arange(8))
+    labelled = distortion[own] + rate[own] + np.log(CLASSES)
+    summed = np.sum(np.exp(log_q) * (distortion + rate + log_q + np.log(CLASSES)), axis=0)
+    for alpha in (0.0, 0.7):
+        model = _build(alpha=alpha)
+        classifier = alpha * NUM / FIELDS["labelled"] * -log_q[own]
+        exact = np.where(told, labelled + classifier, summed).mean()
+        _assert_mean(_draws(lambda key, m=model: m.loss_fn(params, BATCH, key)[0]), exact)
+
+
+@pytest.mark.parametrize("labelled", [0, 10])
+def test_with_all_labels_or_none_every_example_is_treated_alike(labelled):
+    """None: labels are never looked at. All: every single one matters."""
+    model, params = _build(labelled=labelled), _params()
+    loss = jax.jit(model.loss_fn)
+    before = loss(params, BATCH, jax.random.key(0))[0]
+    for i in range(8):
+        other = {**BATCH, "label": BATCH["label"].at[i].set(1 - int(LABEL[i]))}
+        assert (loss(params, other, jax.random.key(0))[0] != before) == (labelled == 10)
+
+
+def test_samples_of_a_class_have_its_mean():
+    params, model = _params(), _build()
+    samples = jax.jit(model.sample, static_argnums=2)(params, jax.random.key(3), 20_000)
+    log_joint, _, _ = _integrals(params)
+    p = np.exp(log_joint)  # [C, 8]
+    for label in range(CLASSES):
+        x = np.asarray(samples["x"])[np.asarray(samples["label"]) == label].reshape(-1, 3)
+        exact = p[label] @ X.reshape(8, 3) / p[label].sum()
+        _assert_mean(x, exact)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("labelled", -1),
+        ("labelled", 11),
+        ("latents", 0),
+        ("alpha", -0.1),
+        ("alpha", float("nan")),
+        ("classifier", ()),
+        ("encoder", (0,)),
+        ("network", "resnet"),
+        ("activation", "sine"),
+        ("likelihood", "categorical"),
+    ],
+)
+def test_check_refuses_a_bad_value_by_its_name(field, value):
+    with pytest.raises(UserError, match=rf"model\.{field}="):
+        m2.check(m2.Config(**(FIELDS | {field: value})), SPEC)
+
+
+def test_check_refuses_data_without_labels():
+    with pytest.raises(UserError, match="labels"):
+        m2.check(m2.Config(), SPEC._replace(num_classes=0))
+    m2.check(m2.Config(**FIELDS), SPEC)
