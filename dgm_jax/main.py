@@ -5,6 +5,7 @@
     python -m dgm_jax.main --mode=evaluate --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=sample --num=1000 --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=features --workdir=runs/vae_mnist
+    python -m dgm_jax.main --mode=ais --num=100 --workdir=runs/vae_mnist
 
 Any field of the config can be set on the command line: --config.model.latents=40.
 """
@@ -29,10 +30,10 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "sample", "features"],
+    ["train", "evaluate", "sample", "features", "ais"],
     "What to do; see the examples above.",
 )
-_NUM = flags.DEFINE_integer("num", 100, "How many samples --mode=sample draws.")
+_NUM = flags.DEFINE_integer("num", 100, "Samples of --mode=sample, images of --mode=ais.")
 _SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of --mode=sample.")
 
 
@@ -45,12 +46,12 @@ def main(argv: list[str]) -> None:
         if _CONFIG.value is None:
             raise UserError("--mode=train needs --config, e.g. --config=configs/vae_mnist.py")
         run.train_mode(_CONFIG.value, workdir)
-    elif _MODE.value == "evaluate":
-        run.evaluate_mode(workdir)
-    elif _MODE.value == "features":
-        run.features_mode(workdir)
-    else:
+    elif _MODE.value == "sample":
         run.sample_mode(workdir, _NUM.value, _SAMPLE_SEED.value)
+    elif _MODE.value == "ais":
+        run.ais_mode(workdir, _NUM.value)
+    else:
+        {"evaluate": run.evaluate_mode, "features": run.features_mode}[_MODE.value](workdir)
 
 
 def _default_workdir() -> str:

@@ -1,4 +1,4 @@
-"""What the command line can do with a work directory: train, evaluate, sample."""
+"""What the command line can do with a work directory: train, evaluate, sample, and more."""
 
 import time
 from pathlib import Path
@@ -13,7 +13,7 @@ from dgm_jax import metrics, models, optim, results, sharding, writers
 from dgm_jax.checkpoint import Checkpoints
 from dgm_jax.core import DataSpec, Model, Params, UserError
 from dgm_jax.data import dataset as data
-from dgm_jax.evaluators import likelihood
+from dgm_jax.evaluators import ais, likelihood
 from dgm_jax.progress import Progress, say
 from dgm_jax.rng import stream
 from dgm_jax.train import Experiment, abstract_state, initial_state, prepare, train
@@ -145,6 +145,39 @@ def sample_mode(workdir: Workdir, num: int, seed: int) -> None:
     np.savez_compressed(workdir.path / "samples.npz", **samples)
     pictures.save_samples(workdir.path / "samples.png", samples, f"step {restored.step:,}")
     say(f"{num:,} samples in {workdir.path / 'samples.npz'} and {workdir.path / 'samples.png'}")
+
+
+def ais_mode(workdir: Workdir, num: int) -> None:
+    """Annealed importance sampling of `num` test images, with a bracket; write `ais.json`."""
+    if num < 1:
+        raise UserError(f"--num={num}: measure at least one image")
+    restored = restore(workdir.path)
+    config = restored.config
+    dataset = _load_data(config)
+    workdir.check_card(dataset.card)
+    began = time.monotonic()
+    batch = data.some(dataset, "test", num)
+    section = configs.section(config, "eval")
+    found = ais.evaluate(
+        restored.model,
+        restored.params,
+        batch,
+        section.ais_temperatures,
+        section.ais_chains,
+        config.seed,
+    )
+    result = results.collect(
+        found,
+        dataset.card,
+        config,
+        split="test",
+        step=restored.step,
+        num_parameters=num_parameters(restored.params),
+        seconds={"evaluation": time.monotonic() - began},
+        files=["ais.json"],
+    )
+    write_json(workdir.path / "ais.json", result)
+    _say_table(found, result, workdir)
 
 
 def features_mode(workdir: Workdir) -> None:

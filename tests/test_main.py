@@ -25,6 +25,7 @@ from PIL import Image
 from dgm_jax import config as configs
 from dgm_jax import run
 from dgm_jax.data import dataset as data
+from dgm_jax.metrics import Metric
 from dgm_jax.workdir import Workdir
 
 REPO = Path(__file__).resolve().parent.parent
@@ -32,6 +33,8 @@ CONFIG = REPO / "configs" / "vae_mnist.py"
 OVERRIDES = (
     "--config.model.encoder=32",
     "--config.model.decoder=32",
+    "--config.eval.ais_temperatures=5",
+    "--config.eval.ais_chains=2",
     "--config.model.latents=4",
     "--config.train.batch_size=100",
     "--config.train.duration=400 steps",
@@ -214,7 +217,7 @@ def test_results_say_what_the_numbers_are_about(finished):
     assert (results["split"], results["step"]) == ("test", 400)
     assert results["num_parameters"] == NUM_PARAMETERS
     for metric in results["metrics"].values():
-        assert set(metric) == {"value", "unit", "standard_error", "num_examples", "num_samples"}
+        assert set(metric) == set(Metric._fields)
         assert metric["num_examples"] == 500
         assert math.isfinite(metric["value"])
     assert results["metrics"]["elbo"]["num_samples"] == 2
@@ -308,6 +311,21 @@ def test_sample_writes_images_and_a_picture(finished, env):
         assert not (other[name] == many[name][:7]).all()
         # The second batch is not the first again.
         assert not (many[name][100:] == many[name][:3]).all()
+
+
+def test_ais_brackets_the_models_own_images(finished):
+    """Five temperatures make a wide bracket."""
+    before = _contents(finished.path)
+    run.ais_mode(Workdir(finished.path), 4)
+    found = json.loads((finished.path / "ais.json").read_text())["metrics"]
+    (finished.path / "ais.json").unlink()
+    assert _contents(finished.path) == before
+    assert {name: m["num_examples"] for name, m in found.items()} == dict.fromkeys(found, 4)
+    value = {name: metric["value"] for name, metric in found.items()}
+    gap = value["simulated_upper_bound"] - value["simulated_lower_bound"]
+    assert value["simulated_gap"] == pytest.approx(gap, abs=1e-3)
+    assert gap > 0
+    assert value["ais_bound"] < finished.results["metrics"]["importance_weighted_bound"]["value"]
 
 
 def test_a_killed_run_ends_as_the_undisturbed_one(finished, env, tmp_path):

@@ -67,13 +67,10 @@ def evaluate(
       says how far the first can be trusted. In nats.
 
     Raises:
-      UserError: the model has no continuous latents, or a number makes no sense.
+      UserError: the model has no continuous latents.
     """
     if model.latents is None:
         raise UserError("this model has no latent variables to anneal")
-    for name, value in (("temperatures", num_temperatures), ("chains", num_chains)):
-        if value < 1:
-            raise UserError(f"eval.ais_{name}={value}: must be at least 1")
     num = len(batch["x"])
     z, simulated = model.latents.draw_joint(params, stream(seed, "ais/simulate"), num)
     if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(z)):

@@ -28,12 +28,16 @@ class Config:
       batch_size: examples evaluated at once; changes speed and memory, not results.
       chunk: draws per example evaluated at once; changes speed and memory, not results. About a
         thousand decoder outputs (batch_size * chunk) at once is fastest on a CPU.
+      ais_temperatures: of annealed importance sampling (`--mode=ais`).
+      ais_chains: of the same, for each example.
     """
 
     num_samples: int = 5000
     elbo_samples: int = 10
     batch_size: int = 40
     chunk: int = 25
+    ais_temperatures: int = 1000
+    ais_chains: int = 16
 
 
 def check(config: Config, mesh: Mesh) -> None:

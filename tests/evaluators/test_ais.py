@@ -153,12 +153,6 @@ def test_evaluate_finds_the_likelihood_of_each_example_and_a_bracket_of_the_mode
     assert abs(found["ais_bound"].value - exact[:num].mean()) < 0.08
 
 
-@pytest.mark.parametrize(("temperatures", "chains"), [(0, 1), (1, 0)])
-def test_evaluate_refuses_no_temperature_and_no_chain(temperatures, chains):
-    with pytest.raises(UserError, match=r"eval\.ais_.*=0: must be at least 1"):
-        ais.evaluate(_model(), W, {"x": jnp.zeros((2, DIMS))}, temperatures, chains, seed=0)
-
-
 def test_evaluate_refuses_a_model_without_continuous_latents():
     model = _model()
     without = model._replace(latents=None)
