@@ -81,6 +81,36 @@ class Draws(NamedTuple):
         return jnp.sum(self.rate, axis=-1)
 
 
+def layered_draws(
+    z: Latents,
+    log_likelihood_at: Callable[[Latents], jax.Array],
+    log_priors_at: Callable[[Latents], list[jax.Array]],
+    log_posteriors_at: Callable[[Latents, bool], list[jax.Array]],
+) -> Draws:
+    """The draws of a hierarchy.
+
+    Args:
+      z: K draws for each of B examples.
+      log_likelihood_at: `z -> log p(x | z) [K, B]`.
+      log_priors_at: `z ->` log p of each layer given those above it, from the data up, `[K, B]`.
+      log_posteriors_at: `(z, detached) ->` log q of each layer given what it was inferred from,
+        likewise; `detached` as in `Draws.log_posterior_at`.
+    """
+    log_q, log_p = log_posteriors_at(z, False), log_priors_at(z)
+    return Draws(
+        z=z,
+        log_likelihood=log_likelihood_at(z),
+        log_prior=sum(log_p),
+        log_posterior=sum(log_q),
+        log_joint_at=lambda z: (log_likelihood_at(z), sum(log_priors_at(z))),
+        log_posterior_at=lambda z, detached: sum(log_posteriors_at(z, detached)),
+        layer_rates={
+            f"rate_{i + 1}": jnp.mean(q - p, axis=0)
+            for i, (q, p) in enumerate(zip(log_q, log_p, strict=True))
+        },
+    )
+
+
 class Options(NamedTuple):
     """Numbers of an objective; each may be traced.
 
@@ -247,6 +277,9 @@ OBJECTIVES: dict[str, Callable[[Draws, Options], jax.Array]] = {
     "infovae": infovae,
 }
 
+# Those that need no closed form of single latents: any hierarchy can be trained on them.
+LAYERED = ("elbo", "stl", "iwae", "dreg")
+
 # Objectives that evaluate log q(z | x) at z of their own, or the rate of each latent.
 NEED_DENSITY = ("stl", "dreg", "vimco")
 NEED_RATE = ("free_bits",)
@@ -277,6 +310,19 @@ def check(name: str, num_samples: int, options: Options) -> None:
         raise UserError(
             f"model.alpha={options.alpha}: give a finite order other than 1, which is the ELBO"
         )
+
+
+def check_layered(name: str, num_samples: int, options: Options) -> None:
+    """As `check`, of a hierarchy.
+
+    Raises:
+      UserError: names the field, its value and what is allowed.
+    """
+    if name not in LAYERED:
+        raise UserError(
+            f"model.objective={name!r}: for a hierarchy choose one of {', '.join(LAYERED)}"
+        )
+    check(name, num_samples, options)
 
 
 def latent_variable_model(

@@ -16,8 +16,7 @@ from dgm_jax import likelihoods, objectives
 from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
 from dgm_jax.nn import networks
-from dgm_jax.nn.mlp import MLP
-from dgm_jax.nn.posteriors import Diagonal
+from dgm_jax.nn.posteriors import Conditional, draw_gaussian
 from dgm_jax.objectives import Draws, Options
 
 
@@ -30,7 +29,7 @@ class Config:
       width: of the two hidden layers between a layer of latents and what lies below it, likewise.
       activation: `gated`, or one of `nn.mlp.ACTIVATIONS`.
       likelihood: one of `likelihoods.LIKELIHOODS`.
-      objective: one of `OBJECTIVES`.
+      objective: one of `objectives.LAYERED`.
       num_samples: K, posterior draws per example in the objective.
       beta: weight of the rate; 1 gives a bound on log p(x).
     """
@@ -42,10 +41,6 @@ class Config:
     objective: str = "elbo"
     num_samples: int = 1
     beta: float = 1.0
-
-
-# Those that need no density or rate of single latents.
-OBJECTIVES = ("elbo", "stl", "iwae", "dreg")
 
 
 def check(config: Config, spec: DataSpec) -> None:
@@ -61,26 +56,8 @@ def check(config: Config, spec: DataSpec) -> None:
             f"model.width={config.width}: give one for each of model.latents={config.latents}"
         )
     networks.check("mlp", config.activation, spec)
-    if config.objective not in OBJECTIVES:
-        raise UserError(
-            f"model.objective={config.objective!r}: for a hierarchy choose one of "
-            + ", ".join(OBJECTIVES)
-        )
     likelihoods.check(config.likelihood, spec)
-    objectives.check(config.objective, config.num_samples, Options(beta=config.beta))
-
-
-class Conditional(nn.Module):
-    """N(mu(h), diag sigma(h)²): `[..., F]` -> (mu, log_sigma), each `[..., latents]`."""
-
-    latents: int
-    width: int
-    activation: str
-
-    @nn.compact
-    def __call__(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Parameters given `h`."""
-        return Diagonal(self.latents)(MLP((self.width, self.width), self.activation)(h))
+    objectives.check_layered(config.objective, config.num_samples, Options(beta=config.beta))
 
 
 class Net(nn.Module):
@@ -93,10 +70,10 @@ class Net(nn.Module):
         """`up[l]` infers z_l from below; `down[l]` generates z_l from above."""
         config = self.config
         layers = list(zip(config.latents, config.width, strict=True))
-        self.up = [Conditional(size, width, config.activation) for size, width in layers]
+        self.up = [Conditional(size, (width, width), config.activation) for size, width in layers]
         # Between z_l and z_{l+1} the widths are those on the way up (Burda et al. 2016).
         self.down = [
-            Conditional(size, width, config.activation)
+            Conditional(size, (width, width), config.activation)
             for size, width in zip(config.latents[:-1], config.width[1:], strict=True)
         ]
         widths = 2 * config.width[:1]
@@ -154,8 +131,7 @@ def build(config: Config, spec: DataSpec) -> Model:
     def posterior_draw(bound: Net, x: jax.Array, rng: jax.Array, k: int) -> tuple[jax.Array, ...]:
         z, h = [], bound.pixels(x)[None]
         for conditional, key in zip(bound.up, jax.random.split(rng, num_layers), strict=True):
-            mu, log_sigma = conditional(h)
-            h = mu + jnp.exp(log_sigma) * jax.random.normal(key, (k, *mu.shape[1:]))
+            h = draw_gaussian(key, conditional(h), k)
             z.append(h)
         return tuple(z)
 
@@ -168,20 +144,11 @@ def build(config: Config, spec: DataSpec) -> Model:
         def log_likelihood_at(z: tuple[jax.Array, ...]) -> jax.Array:
             return likelihood.log_prob(bound.outputs(z[0]), flat)
 
-        log_q, log_p = log_posteriors(bound, x, z), log_priors(bound, z)
-        return Draws(
-            z=z,
-            log_likelihood=log_likelihood_at(z),
-            log_prior=sum(log_p),
-            log_posterior=sum(log_q),
-            log_joint_at=lambda z: (log_likelihood_at(z), sum(log_priors(bound, z))),
-            log_posterior_at=lambda z, detached: sum(
-                log_posteriors(held if detached else bound, x, z)
-            ),
-            layer_rates={
-                f"rate_{i + 1}": jnp.mean(q - p, axis=0)
-                for i, (q, p) in enumerate(zip(log_q, log_p, strict=True))
-            },
+        return objectives.layered_draws(
+            z,
+            log_likelihood_at,
+            lambda z: log_priors(bound, z),
+            lambda z, detached: log_posteriors(held if detached else bound, x, z),
         )
 
     def encode(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
@@ -205,8 +172,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         x_rng, top_rng, *keys = jax.random.split(rng, num_layers + 1)
         z = [jax.random.normal(top_rng, (num, config.latents[-1]))]
         for conditional, key in zip(reversed(bound.down), keys, strict=True):
-            mu, log_sigma = conditional(z[-1])
-            z.append(mu + jnp.exp(log_sigma) * jax.random.normal(key, mu.shape))
+            z.append(draw_gaussian(key, conditional(z[-1][None]), 1)[0])
         samples = likelihoods.draw(likelihood, x_rng, bound.outputs(z[-1]), spec)
         return tuple(reversed(z)), samples
 

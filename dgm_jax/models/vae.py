@@ -81,14 +81,11 @@ def check(config: Config, spec: DataSpec) -> None:
     for field in ("encoder", "decoder"):
         networks.check_widths(field, getattr(config, field))
     networks.check(config.network, config.activation, spec)
-    for field, allowed in (("prior", priors.PRIORS), ("posterior", POSTERIORS)):
-        if getattr(config, field) not in allowed:
-            raise UserError(
-                f"model.{field}={getattr(config, field)!r}: choose one of {', '.join(allowed)}"
-            )
-    for field in ("components", "flow_steps", "flow_width"):
-        if getattr(config, field) < 1:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least 1")
+    if config.posterior not in POSTERIORS:
+        allowed = ", ".join(POSTERIORS)
+        raise UserError(f"model.posterior={config.posterior!r}: choose one of {allowed}")
+    flow = (config.flow_steps, config.flow_width)
+    priors.check(config.prior, config.latents, config.components, *flow)
     likelihoods.check(config.likelihood, spec)
     objectives.check(config.objective, config.num_samples, config.options)
     _check_pairs(config, spec)
@@ -119,8 +116,6 @@ def _check_pairs(config: Config, spec: DataSpec) -> None:
         )
     if prior == "vamp" and config.conditional:
         raise UserError("model.prior='vamp' has pseudo-inputs without labels: not conditional")
-    if prior in ("realnvp", "autoregressive") and config.latents < 2:
-        raise UserError(f"model.prior={prior!r} needs model.latents of at least 2")
     if config.conditional and not spec.num_classes:
         raise UserError("model.conditional=True: these data have no labels")
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
-from dgm_jax.nn.mlp import MaskedMLP
+from dgm_jax.nn.mlp import MLP, MaskedMLP
 
 Context = tuple[jax.Array, ...]
 
@@ -25,6 +25,12 @@ def positive(raw: jax.Array) -> jax.Array:
     spike; the floor keeps log sigma finite however far the input falls.
     """
     return jnp.log(nn.softplus(raw) + 1e-4)
+
+
+def draw_gaussian(rng: jax.Array, parameters: tuple[jax.Array, jax.Array], k: int) -> jax.Array:
+    """K draws `[K, B, L]` from N(mu, diag sigma²), mu and log_sigma each `[1 or K, B, L]`."""
+    mu, log_sigma = parameters
+    return mu + jnp.exp(log_sigma) * jax.random.normal(rng, (k, *mu.shape[1:]))
 
 
 class Diagonal(nn.Module):
@@ -41,8 +47,7 @@ class Diagonal(nn.Module):
 
     def draw(self, context: Context, rng: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         """K draws and their log-densities."""
-        mu, log_sigma = context
-        z = mu[None] + jnp.exp(log_sigma)[None] * jax.random.normal(rng, (k, *mu.shape))
+        z = draw_gaussian(rng, jax.tree.map(lambda a: a[None], context), k)
         return z, self.log_prob(context, z)
 
     def log_prob(self, context: Context, z: jax.Array) -> jax.Array:
@@ -53,6 +58,25 @@ class Diagonal(nn.Module):
     def mean(self, context: Context) -> jax.Array:
         """E[z | x]."""
         return context[0]
+
+
+class Conditional(nn.Module):
+    """N(mu(h), diag sigma(h)²) with hidden layers: `[..., F]` -> (mu, log_sigma) `[..., L]`.
+
+    Attributes:
+      latents: L.
+      hidden: widths of the hidden layers.
+      activation: see `nn.mlp.MLP`.
+    """
+
+    latents: int
+    hidden: tuple[int, ...]
+    activation: str
+
+    @nn.compact
+    def __call__(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Parameters given `h`."""
+        return Diagonal(self.latents)(MLP(self.hidden, self.activation)(h))
 
 
 class FullCovariance(nn.Module):

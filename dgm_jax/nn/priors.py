@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dgm_jax.core import UserError
 from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
 from dgm_jax.nn.mlp import MLP, MaskedMLP
 
@@ -207,6 +208,25 @@ def mixture_log_prob(
 
 
 PRIORS = ("standard", "mixture", "vamp", "realnvp", "autoregressive")
+
+
+def check(name: str, latents: int, components: int, flow_steps: int, flow_width: int) -> None:
+    """Refuse a prior that is none, or that has no parts.
+
+    Raises:
+      UserError: names the field, its value and what is allowed.
+    """
+    if name not in PRIORS:
+        raise UserError(f"model.prior={name!r}: choose one of {', '.join(PRIORS)}")
+    for field, value in (
+        ("components", components),
+        ("flow_steps", flow_steps),
+        ("flow_width", flow_width),
+    ):
+        if value < 1:
+            raise UserError(f"model.{field}={value}: must be at least 1")
+    if name in ("realnvp", "autoregressive") and latents < 2:
+        raise UserError(f"model.prior={name!r} needs model.latents of at least 2")
 
 
 def make(

@@ -1,0 +1,163 @@
+"""Two levels of one latent each and four binary pixels, where everything can be integrated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from dgm_jax import objectives
+from dgm_jax.core import DataSpec, UserError
+from dgm_jax.models import two_level
+from dgm_jax.nn import priors
+
+PIXELS, ROWS = 4, 16
+SPEC = DataSpec((2, 2, 1), "binary", np.full((2, 2, 1), 0.4, np.float32), 100)
+X = np.array([[i >> j & 1 for j in range(PIXELS)] for i in range(ROWS)], float)
+BATCH = {"x": jnp.asarray(X.reshape(ROWS, 2, 2, 1))}
+FIELDS = {"latents": (1, 1), "width": 3, "components": 2}
+AXIS = np.linspace(-9, 9, 241)
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def _build(**fields):
+    return two_level.build(two_level.Config(**(FIELDS | fields)), SPEC)
+
+
+def _params(**fields):
+    shapes = jax.eval_shape(_build(**fields).init, jax.random.key(0), BATCH)
+    leaves, structure = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(1)
+    params = jax.tree.unflatten(structure, [0.7 * rng.normal(size=p.shape) for p in leaves])
+    for name in ("infer_1_head", "infer_2"):  # wide posteriors: their weights have small tails
+        head = params["two_level"][name]["Diagonal_0"]["Dense_0"]
+        head["kernel"], head["bias"] = 0.1 * head["kernel"], np.array([0.0, 1.0])
+    return params
+
+
+def _net(params, **fields):
+    config = two_level.Config(**(FIELDS | fields))
+    return two_level.Net(config, SPEC).bind({"params": params["two_level"]})
+
+
+def _exact(params, **fields):
+    """log p(x) of all 16 images: the sum over a grid of (z_1, z_2)."""
+    net, axis = _net(params, **fields), jnp.asarray(AXIS)[:, None]
+    log_p_2 = np.asarray(net.log_prior_2(axis))
+    np.testing.assert_allclose(np.exp(log_p_2).sum() * (AXIS[1] - AXIS[0]), 1, atol=1e-6)
+    mu, log_sigma = (np.asarray(a)[:, 0] for a in net.generate_1(axis))
+    # [z_2, z_1]
+    log_joint = stats.norm.logpdf(AXIS[None], mu[:, None], np.exp(log_sigma)[:, None])
+    log_joint = log_joint + log_p_2[:, None] + 2 * np.log(AXIS[1] - AXIS[0])
+    pairs = np.broadcast_arrays(AXIS[None, :, None], AXIS[:, None, None])
+    logits = np.asarray(net.outputs(tuple(jnp.asarray(a) for a in pairs)))[..., 0]
+    log_lik = special.log_expit(logits) @ X.T + special.log_expit(-logits) @ (1 - X).T
+    return special.logsumexp(log_lik + log_joint[..., None], axis=(0, 1))
+
+
+def _draws(fn, num):
+    return np.asarray(jax.jit(jax.vmap(fn))(jax.random.split(jax.random.key(2), num)))
+
+
+def _error(draws):
+    return draws.std(axis=0, ddof=1) / np.sqrt(len(draws))
+
+
+@pytest.mark.parametrize("prior", ["standard", "mixture", "vamp"])
+def test_weights_are_unbiased_and_the_elbo_is_a_bound(prior):
+    params, model = _params(prior=prior), _build(prior=prior)
+    exact = _exact(params, prior=prior)
+    log_w = _draws(lambda key: model.log_weight(params, BATCH, key), 20_000)
+    w = np.exp(log_w)
+    assert (np.abs(w.mean(axis=0) - np.exp(exact)) < 4.5 * _error(w)).all()
+    assert (log_w.mean(axis=0) < exact - 4 * _error(log_w)).all()
+
+
+@pytest.mark.parametrize("objective", objectives.LAYERED)
+def test_the_losses_are_bounds_and_the_layers_rates_sum_to_the_rate(objective):
+    params = _params()
+    model = _build(objective=objective, num_samples=3)
+    exact = _exact(params)
+    terms = jax.jit(model.loss_fn)(params, BATCH, jax.random.key(3))[1].terms
+    np.testing.assert_allclose(terms["rate_1"] + terms["rate_2"], terms["rate"], rtol=1e-10)
+    losses = _draws(lambda key: model.loss_fn(params, BATCH, key)[0], 2000)
+    assert losses.mean() > -exact.mean() + 4 * _error(losses)
+
+
+def test_both_levels_feed_the_pixels_and_the_lower_posterior():
+    """p(x | z_1, z_2) and q(z_1 | x, z_2) move with each of their inputs."""
+    net = _net(_params())
+    z = jnp.array([[0.3]]), jnp.array([[-0.4]])
+    moved = jnp.array([[1.3]])
+    for pair in ((moved, z[1]), (z[0], moved)):
+        assert not np.allclose(net.outputs(z), net.outputs(pair))
+    pixels = net.pixels(BATCH["x"][:1])
+    for inputs in ((-pixels, z[1]), (pixels, moved)):
+        assert not np.allclose(net.infer_1(pixels, z[1])[0], net.infer_1(*inputs)[0])
+
+
+def test_a_vampprior_of_one_component_is_the_posterior_there():
+    """p(z_2) = q(z_2 | u) with u the one pseudo-input."""
+    params = _params(components=1)
+    net = _net(params, components=1)
+    u = jax.nn.sigmoid(params["two_level"]["prior"]["pseudo_inputs"])
+    mu, log_sigma = (np.asarray(a) for a in net.infer_2(net.pixels(u)))
+    z = np.linspace(-3, 3, 7)[:, None]
+    expected = stats.norm.logpdf(z, mu, np.exp(log_sigma))[:, 0]
+    np.testing.assert_allclose(net.log_prior_2(jnp.asarray(z)), expected, rtol=1e-9)
+
+
+def test_samples_have_the_models_distribution():
+    params, model = _params(), _build()
+    samples = jax.jit(model.sample, static_argnums=2)(params, jax.random.key(4), 40_000)
+    index = np.asarray(samples["x"]).reshape(-1, PIXELS) @ (1 << np.arange(PIXELS))
+    found = np.bincount(index.astype(int), minlength=ROWS) / 40_000
+    p = np.exp(_exact(params))
+    assert (np.abs(found - p) < 4.5 * np.sqrt(p * (1 - p) / 40_000)).all()
+
+
+def test_codes_are_decoded_where_they_lie():
+    """Features of both levels, in the order of the levels; their picture is E[x | z] there."""
+    params, model = _params(), _build()
+    codes = model.encode(params, BATCH, jax.random.key(0))
+    net = _net(params)
+    pixels = net.pixels(BATCH["x"])
+    z_2 = net.infer_2(pixels)[0]
+    z_1 = net.infer_1(pixels, z_2)[0]
+    np.testing.assert_allclose(codes, jnp.concatenate([z_1, z_2], axis=1), rtol=1e-9)
+    expected = special.expit(np.asarray(net.outputs((z_1, z_2)))[..., 0])
+    np.testing.assert_allclose(
+        np.asarray(model.decode(params, codes)).reshape(ROWS, PIXELS), expected, rtol=1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("latents", (1,)),
+        ("latents", (1, 0)),
+        ("width", 0),
+        ("activation", "sine"),
+        ("likelihood", "gaussian"),
+        ("components", 0),
+        ("flow_steps", 0),
+        ("objective", "vimco"),
+        ("num_samples", 0),
+        ("beta", -1.0),
+        *(("prior", name) for name in ("none", "realnvp")),  # the latter needs two latents
+    ],
+)
+def test_check_refuses_a_bad_value_by_its_name(field, value):
+    with pytest.raises(UserError, match=rf"model\.{field}="):
+        two_level.check(two_level.Config(**(FIELDS | {field: value})), SPEC)
+
+
+@pytest.mark.parametrize("prior", priors.PRIORS)
+def test_check_accepts_every_prior(prior):
+    fields = FIELDS | {"latents": (2, 2), "prior": prior}
+    two_level.check(two_level.Config(**fields), SPEC)
