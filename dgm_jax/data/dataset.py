@@ -147,7 +147,9 @@ def _find(
         unknown = [np.zeros((len(labels), 0), np.int32) for labels in (arrays[1], arrays[3])]
         return arrays, *unknown
     if config.source != "auto":
-        raise UserError(f"data.source={config.source!r}: shapes are generated; leave it 'auto'")
+        raise UserError(
+            f"data.source={config.source!r}: data.dataset='shapes' is generated; choose 'auto'"
+        )
     return shapes.generate(config.seed)
 
 
