@@ -99,6 +99,8 @@ class Model(NamedTuple):
       sample: `(params, rng, num) -> dict` with `x` `[num, *event]` drawn from the model and, where
         the decoder has one, `mean` = E[x | z] for pictures.
       encode: `(params, batch, rng) -> [B, F]` features; posterior means for a VAE.
+      layer_sizes: sizes of the consecutive parts that `encode` concatenates, one for each layer
+        of a hierarchy, from the data up; empty where there is one part.
       decode: `(params, z [B, F]) -> [B, *event]`, the mean E[x | z].
       reconstruct: `(params, batch, rng) -> [B, *event]`, the mean E[x | z] at z ~ q(z | x).
     """
@@ -109,6 +111,7 @@ class Model(NamedTuple):
     log_weight: Callable[[Params, Batch, jax.Array], jax.Array] | None = None
     sample: Callable[[Params, jax.Array, int], dict[str, jax.Array]] | None = None
     encode: Callable[[Params, Batch, jax.Array], jax.Array] | None = None
+    layer_sizes: tuple[int, ...] = ()
     decode: Callable[[Params, jax.Array], jax.Array] | None = None
     reconstruct: Callable[[Params, Batch, jax.Array], jax.Array] | None = None
 

@@ -216,6 +216,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         init=init,
         sample=sample,
         encode=encode,
+        layer_sizes=config.latents,
         decode=decode,
         reconstruct=reconstruct,
     )
