@@ -10,7 +10,7 @@ from dgm_jax import config as configs
 from dgm_jax import run
 from dgm_jax.data import dataset as data
 from dgm_jax.data import shapes
-from dgm_jax.evaluators import disentanglement
+from dgm_jax.evaluators import disentanglement, features
 from dgm_jax.workdir import Workdir
 
 TINY = {
@@ -43,6 +43,7 @@ def judged(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "NUM_TRAIN", 640)
         patch.setattr(shapes, "NUM_TEST", 400)
+        patch.setattr(features, "LABELS_PER_CLASS", (1,))
         patch.setattr(run, "_draw_pictures", lambda *args: None)
         run.train_mode(config, Workdir(path))
         run.features_mode(Workdir(path))
