@@ -119,6 +119,8 @@ class Model(NamedTuple):
       sample: `(params, rng, num) -> dict` with `x` `[num, *event]` drawn from the model, where the
         decoder has one `mean` = E[x | z] for pictures, and `label` where it was told one.
       encode: `(params, batch, rng) -> [B, F]` features; posterior means for a VAE.
+      layer_sizes: sizes of the consecutive parts that `encode` concatenates, one for each layer
+        of a hierarchy, from the data up; empty where there is one part.
       decode: `(params, z [B, F]) -> [B, *event]`, the mean E[x | z].
       reconstruct: `(params, batch, rng) -> [B, *event]`, the mean E[x | z] at z ~ q(z | x).
     """
@@ -131,6 +133,7 @@ class Model(NamedTuple):
     classify: Callable[[Params, Batch], jax.Array] | None = None
     sample: Callable[[Params, jax.Array, int], dict[str, jax.Array]] | None = None
     encode: Callable[[Params, Batch, jax.Array], jax.Array] | None = None
+    layer_sizes: tuple[int, ...] = ()
     decode: Callable[[Params, jax.Array], jax.Array] | None = None
     reconstruct: Callable[[Params, Batch, jax.Array], jax.Array] | None = None
 

@@ -69,6 +69,37 @@ def save_interpolation(
     save_grid(path, rows, "latent interpolation between two test images, left to right")
 
 
+def save_traversals(
+    path: Path,
+    model: Model,
+    params: Params,
+    batch: Batch,
+    rng: jax.Array,
+    columns: int = 11,
+    most: int = 10,
+) -> None:
+    """One latent a row, moved over its mean ± 2 standard deviations over the batch.
+
+    The others stay as they are in the code of the first example. Shown are the `most` latents
+    that change the picture most, the first of them on top: those that a model leaves unused, and
+    those that its decoder does not look at, come last.
+    """
+    codes = model.encode(params, batch, rng)
+    num_latents, decode = codes.shape[1], jax.jit(model.decode)
+    steps = jnp.linspace(-2.0, 2.0, columns)[None]
+    values = jnp.mean(codes, axis=0)[:, None] + jnp.std(codes, axis=0)[:, None] * steps
+    moved = jnp.eye(num_latents, dtype=bool)[:, None]
+    paths = jnp.where(moved, values[..., None], codes[0][None, None])  # [L, columns, L]
+    low, high = decode(params, paths[:, 0]), decode(params, paths[:, -1])
+    change = jnp.sum(jnp.abs(high - low).reshape(num_latents, -1), axis=1)
+    shown = jnp.argsort(-change)[:most]
+    means = np.asarray(decode(params, paths[shown].reshape(-1, num_latents)))
+    rows = means.reshape(len(shown), columns, *means.shape[1:])
+    names = ", ".join(map(str, shown.tolist()))
+    title = f"latents {names} (top to bottom), from -2 to +2 standard deviations"
+    save_grid(path, rows, title)
+
+
 def save_learning_curve(path: Path, rows: list[dict]) -> None:
     """One panel for each logged quantity in nats, training and validation together."""
     curves: dict[str, dict[str, list[tuple[int, float]]]] = {}

@@ -21,8 +21,8 @@ from dgm_jax.train_state import TrainState, num_parameters
 from dgm_jax.workdir import Workdir, write_json
 
 
-class Restored(NamedTuple):
-    """A work directory brought back: ready to evaluate or sample with `params`."""
+class Trained(NamedTuple):
+    """A trained model, of this process or brought back: ready to evaluate or sample."""
 
     config: ConfigDict
     model: Model
@@ -31,7 +31,7 @@ class Restored(NamedTuple):
     step: int
 
 
-def restore(path: str | Path) -> Restored:
+def restore(path: str | Path) -> Trained:
     """The model of a work directory with the parameters of its newest whole checkpoint.
 
     Needs no data: what the model knows of it is in the work directory.
@@ -58,7 +58,7 @@ def restore(path: str | Path) -> Restored:
     checkpoints.close()
     if state is None:
         raise UserError(f"{path} has no checkpoint yet: train first (--mode=train)")
-    return Restored(config, model, state.eval_params, spec, int(state.step))
+    return Trained(config, model, state.eval_params, spec, int(state.step))
 
 
 def train_mode(config: ConfigDict, workdir: Workdir) -> None:
@@ -78,31 +78,18 @@ def train_mode(config: ConfigDict, workdir: Workdir) -> None:
     state, seconds = train(experiment, workdir)
 
     began = time.monotonic()
-    found = likelihood.evaluate(
-        experiment.model,
-        state.eval_params,
-        experiment.dataset,
-        configs.section(config, "eval"),
-        experiment.mesh,
-        config.seed,
+    trained = Trained(
+        config, experiment.model, state.eval_params, experiment.dataset.spec, int(state.step)
     )
+    found = _likelihoods(trained, experiment.dataset)
     seconds["evaluation"] = time.monotonic() - began
     began = time.monotonic()
     _draw_pictures(experiment, state, workdir)
     seconds["pictures"] = time.monotonic() - began
     seconds["this process"] = time.monotonic() - started
     files = sorted(str(p.relative_to(workdir.path)) for p in workdir.path.iterdir())
-    result = results.collect(
-        found,
-        experiment.dataset.card,
-        config,
-        split="test",
-        step=int(state.step),
-        num_parameters=num_parameters(state.params),
-        seconds=seconds,
-        files=[*files, workdir.results.name],
-    )
-    write_json(workdir.results, result)
+    files += [workdir.results.name]
+    result = _write(workdir.results, trained, experiment.dataset, found, seconds, files)
     _say_table(found, result, workdir)
 
 
@@ -112,25 +99,10 @@ def evaluate_mode(workdir: Workdir) -> None:
     dataset = _load_data(restored.config)
     workdir.check_card(dataset.card)
     began = time.monotonic()
-    found = likelihood.evaluate(
-        restored.model,
-        restored.params,
-        dataset,
-        configs.section(restored.config, "eval"),
-        sharding.make_mesh(),
-        restored.config.seed,
-    )
-    result = results.collect(
-        found,
-        dataset.card,
-        restored.config,
-        split="test",
-        step=restored.step,
-        num_parameters=num_parameters(restored.params),
-        seconds={"evaluation": time.monotonic() - began},
-        files=["evaluation.json"],
-    )
-    write_json(workdir.path / "evaluation.json", result)
+    found = _likelihoods(restored, dataset)
+    seconds = {"evaluation": time.monotonic() - began}
+    path = workdir.path / "evaluation.json"
+    result = _write(path, restored, dataset, found, seconds, [path.name])
     _say_table(found, result, workdir)
 
 
@@ -181,12 +153,14 @@ def ais_mode(workdir: Workdir, num: int) -> None:
 
 
 def features_mode(workdir: Workdir) -> None:
-    """Encode the data; write `features.npz`, and what classifiers make of it to `features.json`.
+    """Encode the data; write `features.npz`, and what it is worth to `features.json`.
 
-    Beside the features stand the same classifiers on raw pixels, on as many principal components,
-    and on the features of the untrained model.
+    Beside the features, and those of each layer of a hierarchy, stand raw pixels, as many
+    principal components, and the features of the untrained model. Where the factors that made the
+    images are known, all but pixels are scored for disentanglement.
     """
-    from dgm_jax.evaluators import features  # scikit-learn: only where features are judged
+    # scikit-learn: only where features are judged
+    from dgm_jax.evaluators import disentanglement, features
 
     restored = restore(workdir.path)
     config, model = restored.config, restored.model
@@ -195,36 +169,39 @@ def features_mode(workdir: Workdir) -> None:
     began = time.monotonic()
     where = (dataset, config.eval.batch_size, sharding.make_mesh(), config.seed)
     codes = features.encode(model, restored.params, *where)
+    layers = features.layers(codes, model.layer_sizes)
     labels = {split: dataset.splits[split].labels for split in codes}
+    factors = {split: dataset.splits[split].factors for split in codes}
+    arrays = {"features": codes, **layers, "labels": labels}
+    if dataset.factor_names:
+        arrays["factors"] = factors
     np.savez_compressed(
         workdir.path / "features.npz",
-        **{f"{split}_features": values for split, values in codes.items()},
-        **{f"{split}_labels": values for split, values in labels.items()},
+        **{f"{split}_{name}": of[split] for name, of in arrays.items() for split in of},
     )
     raw = features.pixels(dataset)
-    found = features.evaluate(
-        {
-            config.model.name: codes,
-            "untrained": features.random_features(model, *where),
-            "principal_components": features.principal_components(raw, codes["train"].shape[1]),
-            "pixels": raw,
-        },
-        labels,
-        config.seed,
-    )
-    result = results.collect(
+    judged = {
+        config.model.name: codes,
+        **layers,
+        "untrained": features.random_features(model, *where),
+        "principal_components": features.principal_components(raw, codes["train"].shape[1]),
+    }
+    found = features.evaluate({**judged, "pixels": raw}, labels, config.seed)
+    if dataset.factor_names:
+        with Progress("disentanglement", len(judged)) as progress:
+            for name, of in judged.items():  # forests on hundreds of pixels would take minutes
+                found[name] |= disentanglement.evaluate(of, factors, config.seed)
+                progress.advance(1, name)
+    result = _write(
+        workdir.path / "features.json",
+        restored,
+        dataset,
         {f"{name}/{title}": m for name, of in found.items() for title, m in of.items()},
-        dataset.card,
-        config,
-        split="test",
-        step=restored.step,
-        num_parameters=num_parameters(restored.params),
-        seconds={"features": time.monotonic() - began},
-        files=["features.npz", "features.json"],
+        {"features": time.monotonic() - began},
+        ["features.npz", "features.json"],
     )
-    write_json(workdir.path / "features.json", result)
     for name, metrics_of in found.items():
-        say(f"\n{name}: test accuracy")
+        say(f"\n{name}, test split")
         say(metrics.table(metrics_of))
     say(f"\nin {workdir.path}: {', '.join(result['files'])}")
 
@@ -258,8 +235,44 @@ def _load_data(config: ConfigDict) -> data.Dataset:
     return data.load(configs.section(config, "data"), announce=say)
 
 
+def _likelihoods(trained: Trained, dataset: data.Dataset) -> dict[str, metrics.Metric]:
+    """How likely the model finds the test split."""
+    config = trained.config
+    return likelihood.evaluate(
+        trained.model,
+        trained.params,
+        dataset,
+        configs.section(config, "eval"),
+        sharding.make_mesh(),
+        config.seed,
+    )
+
+
+def _write(
+    path: Path,
+    trained: Trained,
+    dataset: data.Dataset,
+    found: dict[str, metrics.Metric],
+    seconds: dict[str, float],
+    files: list[str],
+) -> dict[str, Any]:
+    """Write what was measured on the test split, with all that says what it is about."""
+    result = results.collect(
+        found,
+        dataset.card,
+        trained.config,
+        split="test",
+        step=trained.step,
+        num_parameters=num_parameters(trained.params),
+        seconds=seconds,
+        files=files,
+    )
+    write_json(path, result)
+    return result
+
+
 def _draw_pictures(experiment: Experiment, state: TrainState, workdir: Workdir) -> None:
-    """Whatever the model can show: samples, reconstructions, interpolations, the curve."""
+    """Whatever the model can show: samples, reconstructions, latents at work, the curve."""
     from dgm_jax import pictures  # matplotlib: only where a picture is drawn
 
     say("drawing pictures")
@@ -274,6 +287,8 @@ def _draw_pictures(experiment: Experiment, state: TrainState, workdir: Workdir) 
     if model.encode is not None and model.decode is not None:
         target = workdir.path / "interpolation.png"
         pictures.save_interpolation(target, model, params, batch, rng)
+        many = data.some(experiment.dataset, "test", 500)
+        pictures.save_traversals(workdir.path / "traversals.png", model, params, many, rng)
     pictures.save_learning_curve(workdir.path / "learning_curve.png", writers.read(workdir.metrics))
 
 

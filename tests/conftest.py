@@ -47,6 +47,7 @@ def tiny_dataset():
             name,
             rng.integers(0, 256, (num, 4, 4, 1), np.uint8),
             rng.integers(0, 10, num).astype(np.int32),
+            np.zeros((num, 0), np.int32),
         )
         for name, num in (("train", 128), ("validation", 24), ("test", 24))
     }

@@ -434,6 +434,8 @@ VALUES = {
     "data.validation=4500": ("4499",),
     "data.validation=-1": ("between 0",),
     "data.seed=-1": (),
+    "data.dataset='mnits'": ("mnist", "shapes", "cifar10"),
+    "data.dataset='shapes'": ("embedded", "'auto'"),
     "data.source='tdfs'": ("auto", "tfds", "download", "embedded"),
 }
 

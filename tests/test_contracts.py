@@ -123,6 +123,7 @@ def test_functions_return_what_they_promise(case, tiny_dataset):
     if model.encode is not None:
         codes = model.encode(params, batch, rng)
         assert codes.ndim == 2 and len(codes) == BATCH
+        assert sum(model.layer_sizes) in (0, codes.shape[1])
         if model.decode is not None:
             assert model.decode(params, codes).shape == (BATCH, *event)
     if model.reconstruct is not None:

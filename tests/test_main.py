@@ -47,7 +47,13 @@ OVERRIDES = (
 ENCODER, DECODER = (784 + 1) * 32 + (32 + 1) * 2 * 4, (4 + 1) * 32 + (32 + 1) * 784
 FLOW = 2 * ((2 + 1) * 8 + (8 + 1) * 8 + (8 + 1) * 2 * 2)
 NUM_PARAMETERS = ENCODER + DECODER + FLOW
-PICTURES = ("prior_samples.png", "reconstructions.png", "interpolation.png", "learning_curve.png")
+PICTURES = (
+    "prior_samples.png",
+    "reconstructions.png",
+    "interpolation.png",
+    "traversals.png",
+    "learning_curve.png",
+)
 FILES = {
     "config.json",
     "data_card.json",

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgm_jax.core import Batch, DataSpec, UserError
-from dgm_jax.data import sources
+from dgm_jax.data import shapes, sources
+from dgm_jax.data.sources import ImageArrays
 from dgm_jax.rng import per_example, stream
 
+DATASETS = (*sources.NAMES, "shapes")
 BINARISATIONS = ("dynamic", "fixed", "none")
 
 
@@ -20,7 +22,8 @@ class Config:
     """The `data` section.
 
     Attributes:
-      source: `auto`, `tfds`, `download` or `embedded`; see `sources.load_mnist`.
+      dataset: `mnist`, `fashion_mnist`, `cifar10`, or `shapes`, which is generated from `seed`.
+      source: `auto`, `tfds`, `download` or `embedded`; see `sources.load`.
       validation: number of training examples held out, drawn with `seed`.
       binarisation: of the training images: `dynamic` (a fresh Bernoulli draw of the grey values at
         every visit), `fixed` (one draw per image) or `none`. Held-out images are drawn once, with
@@ -29,6 +32,7 @@ class Config:
         differ in seed are measured on the same held-out bits.
     """
 
+    dataset: str = "mnist"
     source: str = "auto"
     validation: int = 500
     binarisation: str = "dynamic"
@@ -36,11 +40,23 @@ class Config:
 
 
 class Split(NamedTuple):
-    """One split: `images` uint8 `[N, H, W, C]`, `labels` int32 `[N]`."""
+    """One split.
+
+    Attributes:
+      name: `train`, `validation` or `test`.
+      images: uint8 `[N, H, W, C]`.
+      labels: int32 `[N]`.
+      factors: int32 `[N, G]`, what the images were generated from; G = 0 where nobody knows.
+    """
 
     name: str
     images: np.ndarray
     labels: np.ndarray
+    factors: np.ndarray
+
+    def part(self, name: str, rows: np.ndarray) -> "Split":
+        """The examples of the given row numbers as a split of their own."""
+        return Split(name, self.images[rows], self.labels[rows], self.factors[rows])
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -54,6 +70,11 @@ class Dataset(NamedTuple):
     splits: dict[str, Split]
     spec: DataSpec
     card: dict[str, Any]
+
+    @property
+    def factor_names(self) -> list[str]:
+        """What the columns of a split's `factors` are."""
+        return self.card.get("factors", [])
 
 
 def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
@@ -72,8 +93,9 @@ def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
         )
     if not 0 <= config.seed < 2**31:
         raise UserError(f"data.seed={config.seed}: must be at least 0 and below 2^31")
-    arrays = sources.load_mnist(config.source, announce=announce)
-    num_train = len(arrays.train_images)
+    arrays, train_factors, test_factors = _find(config, announce)
+    train = Split("train", arrays.train_images, arrays.train_labels, train_factors)
+    num_train = len(train)
     if not 0 <= config.validation < num_train:
         raise UserError(
             f"data.validation={config.validation}: hold out between 0 and {num_train - 1} "
@@ -82,11 +104,9 @@ def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
     order = np.random.default_rng(config.seed).permutation(num_train)
     held_out, kept = np.sort(order[: config.validation]), np.sort(order[config.validation :])
     splits = {
-        "train": Split("train", arrays.train_images[kept], arrays.train_labels[kept]),
-        "validation": Split(
-            "validation", arrays.train_images[held_out], arrays.train_labels[held_out]
-        ),
-        "test": Split("test", arrays.test_images, arrays.test_labels),
+        "train": train.part("train", kept),
+        "validation": train.part("validation", held_out),
+        "test": Split("test", arrays.test_images, arrays.test_labels, test_factors),
     }
     binary = config.binarisation != "none"
     mean = splits["train"].images.mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -95,10 +115,10 @@ def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
         support="binary" if binary else "uint8",
         mean=mean / 255 if binary else mean,
         num_examples=len(splits["train"]),
-        num_classes=int(arrays.train_labels.max()) + 1,
+        num_classes=int(train.labels.max()) + 1,
     )
     card = {
-        "dataset": "mnist",
+        "dataset": config.dataset,
         "source": arrays.source,
         "sha256": arrays.sha256,
         "counts": {name: len(split) for name, split in splits.items()},
@@ -111,7 +131,26 @@ def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
         },
         "seed": config.seed,
     }
+    if config.dataset == "shapes":
+        card["factors"] = list(shapes.FACTORS)
     return Dataset(config, splits, spec, card)
+
+
+def _find(
+    config: Config, announce: Callable[[str], None]
+) -> tuple[ImageArrays, np.ndarray, np.ndarray]:
+    """The named data set, and the factors of its training and test images."""
+    if config.dataset not in DATASETS:
+        raise UserError(f"data.dataset={config.dataset!r}: choose one of {', '.join(DATASETS)}")
+    if config.dataset != "shapes":
+        arrays = sources.load(config.dataset, config.source, announce=announce)
+        unknown = [np.zeros((len(labels), 0), np.int32) for labels in (arrays[1], arrays[3])]
+        return arrays, *unknown
+    if config.source != "auto":
+        raise UserError(
+            f"data.source={config.source!r}: data.dataset='shapes' is generated; choose 'auto'"
+        )
+    return shapes.generate(config.seed)
 
 
 def describe(card: dict[str, Any]) -> str:

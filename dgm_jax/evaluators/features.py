@@ -2,6 +2,8 @@
 
 The features are those of `core.Model.encode`, posterior means for a VAE. scikit-learn does the
 classifying; every representation gets the same classifiers, standardised the same way.
+
+`Codes` are one representation of the data: "train" and "test", each float `[N, F]`.
 """
 
 from collections.abc import Callable
@@ -25,13 +27,21 @@ LABELS_PER_CLASS = (1, 5, 10, 100)
 _DRAWS = 5  # of few-label training sets
 _MOST = 10_000  # training examples of the probe and of the neighbours
 
-Codes = dict[str, np.ndarray]  # "train" and "test", each float [N, F]
+Codes = dict[str, np.ndarray]
 
 
 def encode(
     model: Model, params: Params, dataset: data.Dataset, batch_size: int, mesh: Mesh, seed: int
 ) -> Codes:
-    """The features of both splits, in order, `[N, F]`.
+    """The features of both splits, float32 `[N, F]`, rows in the order of the split.
+
+    Args:
+      model: one that can encode.
+      params: its parameters.
+      dataset: where the splits are.
+      batch_size: examples encoded at once; changes speed and memory, not results.
+      mesh: the devices.
+      seed: of what `encode` may draw.
 
     Raises:
       UserError: the model has no features.
@@ -46,8 +56,22 @@ def encode(
     return found
 
 
+def layers(codes: Codes, sizes: tuple[int, ...]) -> dict[str, Codes]:
+    """The parts of a hierarchy's features as `layer_1`, `layer_2`, ..., from the data up.
+
+    Args:
+      codes: of the whole, `[N, F]`.
+      sizes: of the parts, as in `core.Model.layer_sizes`; they sum to F, or there are none.
+    """
+    ends = np.cumsum(sizes)
+    return {
+        f"layer_{i + 1}": {split: of[:, end - size : end] for split, of in codes.items()}
+        for i, (size, end) in enumerate(zip(sizes, ends, strict=True))
+    }
+
+
 def pixels(dataset: data.Dataset) -> Codes:
-    """The grey values themselves, scaled to [0, 1]."""
+    """The grey values themselves, scaled to [0, 1], `[N, D]`."""
     return {
         split: dataset.splits[split].images.reshape(len(dataset.splits[split]), -1) / 255.0
         for split in ("train", "test")
@@ -55,7 +79,10 @@ def pixels(dataset: data.Dataset) -> Codes:
 
 
 def principal_components(codes: Codes, num: int) -> Codes:
-    """The first `num` principal components of other features, fitted on the training split."""
+    """The first `num` principal components of other features, fitted on the training split.
+
+    `[N, F]` -> `[N, num]`, fewer where there are not so many features or examples.
+    """
     pca = PCA(min(num, *codes["train"].shape), random_state=0).fit(codes["train"])
     return {split: pca.transform(values) for split, values in codes.items()}
 
@@ -66,14 +93,14 @@ def evaluate(
     """Accuracies on the test split, by representation and classifier.
 
     Args:
-      representations: name -> features of both splits.
+      representations: name -> features of both splits, each `[N, F]` with an F of its own.
       labels: int `[N]` of both splits.
       seed: which training examples the classifiers see; the same ones for every representation.
 
     Returns:
-      For each representation `linear_probe` and `nearest_neighbours` (10,000 training examples at
-      most, so many neighbours as cross-validation is not needed for: 5), and
-      `linear_probe_<n>_labels` with n labels per class, its standard error over 5 training sets.
+      For each representation `linear_probe` and `nearest_neighbours` (5 neighbours), both with
+      10,000 training examples at most, and `linear_probe_<n>_labels` with n labels per class, the
+      mean over 5 training sets with its standard error.
     """
     rng = np.random.default_rng(seed)
     many = rng.permutation(len(labels["train"]))[:_MOST]
@@ -104,7 +131,7 @@ def evaluate(
 def random_features(
     model: Model, dataset: data.Dataset, batch_size: int, mesh: Mesh, seed: int
 ) -> Codes:
-    """The features of the same model before any training."""
+    """The features of the same model before any training; see `encode`."""
     batch = data.some(dataset, "train", batch_size)
     params = jax.jit(model.init)(jax.random.key(seed), batch)
     return encode(model, params, dataset, batch_size, mesh, seed)

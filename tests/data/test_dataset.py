@@ -11,6 +11,7 @@ import pytest
 
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
+from dgm_jax.data import shapes
 
 GREYS = np.arange(256, dtype=np.uint8)
 
@@ -22,7 +23,7 @@ def embedded():
 
 def _hand_made(images, binarisation="dynamic", seed=0):
     """A data set whose every split holds the same images."""
-    split = data.Split("any", images, np.arange(len(images), dtype=np.int32))
+    split = data.Split("any", images, np.arange(len(images), dtype=np.int32), None)
     config = data.Config(binarisation=binarisation, seed=seed)
     return data.Dataset(config, dict.fromkeys(("train", "validation", "test"), split), None, {})
 
@@ -235,3 +236,48 @@ def test_the_card_says_what_a_number_is_about(embedded):
     line = data.describe(card)
     for part in ("embedded", "4,000 train", "500 test", "dynamic", "seed 0", card["sha256"][:12]):
         assert part in line
+
+
+def test_factors_stay_with_their_images():
+    dataset = data.load(data.Config(dataset="shapes", validation=300))
+    assert {name: len(split) for name, split in dataset.splits.items()} == {
+        "train": 19_700,
+        "validation": 300,
+        "test": 5_000,
+    }
+    for split in dataset.splits.values():
+        rows = np.array([0, len(split) // 2, len(split) - 1])
+        np.testing.assert_array_equal(split.images[rows], shapes.render(split.factors[rows]))
+        np.testing.assert_array_equal(split.labels, split.factors[:, 0])
+    assert dataset.factor_names == ["shape", "scale", "rotation", "x", "y"]
+    assert dataset.spec.num_classes == 3
+    assert dataset.card["dataset"] == "shapes" and dataset.card["source"] == "generator"
+    assert data.describe(dataset.card).startswith("shapes from generator, 19,700 train")
+    again = data.load(data.Config(dataset="shapes", validation=300, seed=1))
+    assert again.card["sha256"] != dataset.card["sha256"]
+
+
+def test_mnist_has_no_factors_and_the_card_it_always_had(embedded):
+    assert embedded.factor_names == []
+    assert all(split.factors.shape == (len(split), 0) for split in embedded.splits.values())
+    assert embedded.card["dataset"] == "mnist"
+    assert list(embedded.card) == [
+        "dataset",
+        "source",
+        "sha256",
+        "counts",
+        "event_shape",
+        "support",
+        "num_classes",
+        "binarisation",
+        "seed",
+    ]
+
+
+def test_a_data_set_that_there_is_not():
+    with pytest.raises(UserError, match=r"data\.dataset='mnits': choose one of mnist, .*shapes"):
+        data.load(data.Config(dataset="mnits"))
+    with pytest.raises(UserError, match=r"data\.source='tfds'.*generated.*'auto'"):
+        data.load(data.Config(dataset="shapes", source="tfds"))
+    with pytest.raises(UserError, match=r"data\.validation=20000.*19999"):
+        data.load(data.Config(dataset="shapes", validation=20_000))

@@ -1,10 +1,11 @@
-"""MNIST from each source: known counts, one order, faults that are named, a cache not trusted."""
+"""Images from each source: known counts, one order, faults that are named, a cache not trusted."""
 
 import contextlib
 import functools
 import gc
 import http.server
 import importlib
+import io
 import json
 import os
 import shutil
@@ -17,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dgm_jax.core import UserError
 from dgm_jax.data import sources
-from dgm_jax.data.sources import load_mnist
 
+load_mnist = functools.partial(sources.load, "mnist")
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 TFDS_DIR = DATA / "tensorflow_datasets"
 RAW_DIR = DATA / "mnist_raw"
@@ -110,11 +112,11 @@ def test_tfds_and_the_original_files_give_the_same_arrays(full, monkeypatch):
 def test_one_changed_pixel_or_label_is_noticed(full, part):
     images, _ = full
     splits = [[images.train_images, images.train_labels], [images.test_images, images.test_labels]]
-    sources._checked_mnist(*splits)
+    sources._checked("mnist", *splits)
     splits[1][part] = splits[1][part].copy()
     splits[1][part].flat[7] ^= 1
-    with pytest.raises(ValueError, match="not MNIST's"):
-        sources._checked_mnist(*splits)
+    with pytest.raises(ValueError, match="not those of mnist"):
+        sources._checked("mnist", *splits)
 
 
 def test_canonical_order_is_that_of_the_bytes_then_of_the_labels():
@@ -153,6 +155,107 @@ def test_embedded_images_are_labelled_mnist_images(full):
     images = load_mnist("embedded")
     for x, y in [*zip(*images[:2], strict=True), *zip(*images[2:4], strict=True)]:
         assert known[x.tobytes()] == y
+
+
+# CIFAR-10, of which a stand-in is prepared here: what TFDS itself would write, but ten images.
+
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """Images and labels of a data set of six and four, prepared under TFDS_DATA_DIR."""
+    facts = sources._DATASETS["cifar10"]._replace(num_train=6, num_test=4)
+    monkeypatch.setitem(sources._DATASETS, "cifar10", facts)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (10, 32, 32, 3), np.uint8)
+    labels = np.arange(10)
+    prepare(tmp_path / "data" / "cifar10" / "3.0.2", images, labels, {"train": 6, "test": 4})
+    return images, labels
+
+
+def prepare(directory, images, labels, counts):
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    directory.mkdir(parents=True)
+    start, splits = 0, []
+    for split, count in counts.items():
+        file = directory / f"cifar10-{split}.array_record-00000-of-00001"
+        writer = ArrayRecordWriter(str(file), "group_size:1")
+        for i in range(start, start + count):
+            encoded = io.BytesIO()
+            Image.fromarray(images[i]).save(encoded, "PNG")
+            example = tf_example_pb2.Example()
+            example.features.feature["image"].bytes_list.value.append(encoded.getvalue())
+            example.features.feature["label"].int64_list.value.append(int(labels[i]))
+            writer.write(example.SerializeToString())
+        writer.close()
+        start += count
+        splits.append({"name": split, "shardLengths": [str(count)], "numBytes": "1"})
+        splits[-1]["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    info = {"name": "cifar10", "version": "3.0.2", "fileFormat": "array_record", "splits": splits}
+    (directory / "dataset_info.json").write_text(json.dumps(info))
+    of, shape = "tensorflow_datasets.core.features.", {"dimensions": ["32", "32", "3"]}
+    image = {
+        "pythonClassName": of + "image_feature.Image",
+        "image": {"dtype": "uint8", "shape": shape},
+    }
+    label = {
+        "pythonClassName": of + "class_label_feature.ClassLabel",
+        "classLabel": {"numClasses": "10"},
+    }
+    whole = {
+        "pythonClassName": of + "features_dict.FeaturesDict",
+        "featuresDict": {"features": {"image": image, "label": label}},
+    }
+    (directory / "features.json").write_text(json.dumps(whole))
+
+
+def test_colour_images_are_read_with_their_labels(cifar10):
+    images, labels = cifar10
+    for source in ("tfds", "auto"):  # the second from the cache
+        found = sources.load("cifar10", source)
+        assert found.train_images.shape == (6, 32, 32, 3) and found.train_images.dtype == np.uint8
+        assert found.test_images.shape == (4, 32, 32, 3) and found.source == "tfds"
+        read = np.concatenate([found.train_images, found.test_images])
+        order = np.concatenate([found.train_labels, found.test_labels])
+        assert sorted(order[:6]) == list(range(6))
+        np.testing.assert_array_equal(labels[order], order)
+        np.testing.assert_array_equal(read, images[order])
+
+
+def test_another_number_or_shape_of_images_is_damage(cifar10, tmp_path, monkeypatch):
+    for changed, word in (({"num_train": 7}, "6 train records"), ({"shape": (28, 28, 1)}, "shape")):
+        facts = sources._DATASETS["cifar10"]
+        with monkeypatch.context() as patch:
+            patch.setitem(sources._DATASETS, "cifar10", facts._replace(**changed))
+            with pytest.raises(UserError, match=f"damaged.*{word}"):
+                sources.load("cifar10", cache_dir=tmp_path / "other")
+
+
+@pytest.mark.parametrize("source", ["auto", "tfds"])
+def test_cifar10_that_nobody_has_prepared(tmp_path, monkeypatch, source):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        sources.load("cifar10", source)
+    text = str(caught.value)
+    for words in (f"cifar10 in {tmp_path}", "tfds build cifar10", "TFDS_DATA_DIR"):
+        assert words in text
+    assert "\n" not in text
+    with pytest.raises(UserError, match=r"data\.source='embedded'.*cifar10.*auto, tfds"):
+        sources.load("cifar10", "embedded")
+
+
+@needs_data
+def test_fashion_mnist_has_the_published_numbers(monkeypatch):
+    """7,000 images of each class; their mean is 0.2860."""
+    if not (TFDS_DIR / "fashion_mnist").is_dir():
+        pytest.skip("no prepared Fashion-MNIST beside this checkout")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(TFDS_DIR))
+    images = sources.load("fashion_mnist")
+    assert np.bincount(images.train_labels).tolist() == [6000] * 10
+    assert np.bincount(images.test_labels).tolist() == [1000] * 10
+    assert images.train_images.mean() / 255 == pytest.approx(0.2860, abs=5e-5)
 
 
 # Which source is taken, and what is said when it is not the first.
@@ -405,7 +508,7 @@ def test_preparation_with_tensorflow(monkeypatch, tmp_path):
         assert "damaged" in fault("tfds")  # it is read now (and is empty)
     (command,) = commands
     assert command[0] == sys.executable
-    assert command[-1] == str(tmp_path)
+    assert command[-2:] == ["mnist", str(tmp_path)]
     compile(command[2], "preparation", "exec")
 
 
@@ -430,7 +533,7 @@ def test_cached_tfds_read_is_equal_fast_and_does_not_import_tfds(full, monkeypat
 def test_cache_notices_another_or_changed_data_set(monkeypatch, tmp_path):
     reads = []
 
-    def read(directory, named):
+    def read(name, directory, named):
         reads.append(directory)
         return tuple(np.full(len(reads), value) for value in range(4))
 
@@ -525,7 +628,7 @@ def test_damaged_cache_is_rebuilt_aloud(tmp_path, damage):
     assert len(lines) == 1
     assert str(path) in lines[0]
     assert "\n" not in lines[0]
-    assert again.sha256 == first.sha256 == sources._fingerprint(again[:4])
+    assert again.sha256 == first.sha256 == sources.fingerprint(again[:4])
     assert load_mnist("embedded", announce=lines.append).sha256 == first.sha256
     assert len(lines) == 1
     assert list(path.parent.iterdir()) == [path]

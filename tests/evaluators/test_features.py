@@ -6,7 +6,9 @@ import pytest
 
 from dgm_jax import models, sharding
 from dgm_jax.core import UserError
+from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import features
+from dgm_jax.models import hvae
 
 CLASSES, PER_CLASS = 10, 120
 
@@ -71,6 +73,30 @@ def test_codes_are_the_models_features_in_order(tiny_dataset):
     assert first["train"].shape == (64, 3) and first["test"].shape == (24, 3)
     for split in first:
         np.testing.assert_allclose(first[split], other[split], atol=1e-6)
+
+
+def test_layers_are_the_consecutive_parts():
+    codes = {"train": np.arange(24).reshape(4, 6), "test": np.arange(12).reshape(2, 6)}
+    found = features.layers(codes, (3, 1, 2))
+    assert list(found) == ["layer_1", "layer_2", "layer_3"]
+    for split, whole in codes.items():
+        parts = [layer[split] for layer in found.values()]
+        assert [part.shape[1] for part in parts] == [3, 1, 2]
+        np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+    assert features.layers(codes, ()) == {}
+
+
+def test_a_hierarchys_layers_are_its_posterior_means_from_the_data_up(tiny_dataset):
+    """The upper layer's means follow from the lower layer's by the network between them."""
+    fields = {"latents": (3, 2), "width": (5, 4)}
+    model = models.build({"name": "hvae", **fields}, tiny_dataset.spec)
+    params = model.init(jax.random.key(0), data.some(tiny_dataset, "train", 8))
+    mesh = sharding.make_mesh()
+    codes = features.encode(model, params, tiny_dataset, 8, mesh, seed=0)
+    lower, upper = features.layers(codes, model.layer_sizes).values()
+    assert lower["test"].shape == (24, 3) and upper["test"].shape == (24, 2)
+    net = hvae.Net(hvae.Config(**fields), tiny_dataset.spec).bind({"params": params["hvae"]})
+    np.testing.assert_allclose(upper["test"], net.up[1](lower["test"])[0], atol=1e-5)
 
 
 def test_a_model_without_features_is_refused(tiny_dataset):

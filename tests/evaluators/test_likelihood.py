@@ -33,7 +33,7 @@ def x64():
 
 def _dataset(num, seed=0):
     images = np.random.default_rng(seed).integers(0, 256, (num, 2, 2, 1), dtype=np.uint8)
-    split = data.Split("any", images, np.zeros(num, np.int32))
+    split = data.Split("any", images, np.zeros(num, np.int32), None)
     spec = DataSpec((2, 2, 1), "uint8", images.mean(0))
     splits = dict.fromkeys(("validation", "test"), split)
     return data.Dataset(data.Config(binarisation="none"), splits, spec, {})

@@ -1,0 +1,27 @@
+"""β-TCVAE on generated shapes whose five factors are known.
+
+Paper: Chen et al. 2018.
+Run:   python -m dgm_jax.main --config=configs/vae_shapes.py
+       python -m dgm_jax.main --mode=features --workdir=runs/vae_shapes
+Gives: MIG 0.312, DCI disentanglement 0.339, FactorVAE score 0.786; `:vae` gives 0.131, 0.233 and
+       0.771 (5,000 test images, seed 0). 3 minutes each on two CPU cores that others used as well.
+"""
+
+from dgm_jax.config import ConfigDict, experiment, variant
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The default; `:vae` for β = 1, a plain VAE; `:smoke` for a run of seconds."""
+    config = experiment("vae")
+    config.data.dataset = "shapes"
+    config.train.duration = "60 epochs"
+    config.train.batch_size = 500
+    config.optimizer.learning_rate = 2e-3
+    config.model.latents = 10
+    config.model.encoder = (300, 300)
+    config.model.decoder = (300, 300)
+    config.model.objective = "tcvae"
+    config.model.beta = 8.0
+    config.eval.num_samples = 100
+    generated = {"data.source": "auto"}  # there is nothing embedded
+    return variant(config, arg, vae={"model.beta": 1.0}, smoke=generated)

@@ -1,0 +1,67 @@
+"""Traversals: the latents that matter are found, and each row moves one of them as promised."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dgm_jax import pictures
+from dgm_jax.core import Model
+
+# Four latents with means 0, 1, 2, 3; a picture shows each as a pixel, the second much enlarged and
+# the fourth, which varies most, not at all.
+CODES = np.array([[-1, 2, 3, -8], [-1, -2, -3, 8], [1, 2, 3, -8], [1, -2, -3, 8]]) + np.arange(4.0)
+GAINS = np.array([1.0, 100.0, 1.0, 0.0])
+MODEL = Model(
+    init=None,
+    players=(),
+    log_likelihood_fns={},
+    encode=lambda params, batch, rng: batch["x"],
+    decode=lambda params, z: (z * jnp.asarray(GAINS)[None]).reshape(-1, 2, 2, 1),
+)
+
+
+@pytest.fixture
+def traverse(monkeypatch):
+    """What `save_traversals` has drawn: the rows and the title."""
+    calls = []
+    monkeypatch.setattr(pictures, "save_grid", lambda *args: calls.append(args))
+
+    def run(**options):
+        batch = {"x": jnp.asarray(CODES, jnp.float32)}
+        pictures.save_traversals("x.png", MODEL, {}, batch, jax.random.key(0), **options)
+        ((path, rows, title),) = calls
+        assert path == "x.png"
+        return rows, title
+
+    return run
+
+
+def test_a_row_moves_one_latent_over_two_deviations_about_its_mean(traverse):
+    rows, title = traverse(columns=5)
+    assert rows.shape == (4, 5, 2, 2, 1)
+    assert title.startswith("latents 1, 2, 0, 3 ")  # by what they change, not by how they vary
+    for latent, row in zip((1, 2, 0, 3), rows.reshape(4, 5, 4), strict=True):
+        for other in range(4):
+            expected = np.full(5, CODES[0, other])
+            if other == latent:
+                expected = latent + np.array([-2, -1, 0, 1, 2]) * (latent + 1)
+            np.testing.assert_allclose(row[:, other], GAINS[other] * expected, atol=1e-3)
+
+
+def test_only_so_many_rows_are_drawn(traverse):
+    rows, title = traverse(most=2)
+    assert rows.shape == (2, 11, 2, 2, 1) and title.startswith("latents 1, 2 ")
+
+
+def test_colour_pictures_keep_their_colours(tmp_path):
+    """Four images side by side, each of one colour; read back from the file."""
+    colours = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 1]], float)
+    rows = np.broadcast_to(colours[None, :, None, None], (1, 4, 8, 8, 3))
+    pictures.save_grid(tmp_path / "x.png", rows, "")
+    with Image.open(tmp_path / "x.png") as image:
+        pixels = np.asarray(image.convert("RGB"))
+    height, width, _ = pixels.shape
+    middle = pixels[2 * height // 3, ((np.arange(4) + 0.5) * width / 4).astype(int)]
+    np.testing.assert_array_equal(middle, 255 * colours)

@@ -1,0 +1,91 @@
+"""The features mode: what it leaves on the disk are the model's features, judged as they say."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dgm_jax import config as configs
+from dgm_jax import run
+from dgm_jax.data import dataset as data
+from dgm_jax.data import shapes
+from dgm_jax.evaluators import disentanglement, features
+from dgm_jax.workdir import Workdir
+
+TINY = {
+    "model.latents": (4, 2),
+    "model.width": (8, 8),
+    "data.validation": 40,
+    "train.batch_size": 40,
+    "train.duration": "20 steps",
+    "train.steps_per_dispatch": 10,
+    "train.checkpoint_every": "20 steps",
+    "train.validate_every": "20 steps",
+    "eval.batch_size": 200,
+    "eval.num_samples": 2,
+    "eval.elbo_samples": 1,
+}
+SCORES = {
+    "mig",
+    "dci_disentanglement",
+    "dci_completeness",
+    "dci_informativeness",
+    "factor_vae_score",
+}
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A hierarchy trained for a moment on a few shapes: its data, `features.npz` and scores."""
+    path = tmp_path_factory.mktemp("judged") / "run"
+    config = configs.override(configs.experiment("hvae"), {"data.dataset": "shapes", **TINY})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "NUM_TRAIN", 640)
+        patch.setattr(shapes, "NUM_TEST", 400)
+        patch.setattr(features, "LABELS_PER_CLASS", (1,))
+        patch.setattr(run, "_draw_pictures", lambda *args: None)
+        run.train_mode(config, Workdir(path))
+        run.features_mode(Workdir(path))
+        dataset = data.load(configs.section(config, "data"))
+    result = json.loads((path / "features.json").read_text())
+    with np.load(path / "features.npz") as arrays:
+        return dataset, dict(arrays), result, run.restore(path)
+
+
+def test_the_file_has_features_by_layer_labels_and_factors(judged):
+    dataset, arrays, _, restored = judged
+    for split, num in (("train", 600), ("test", 400)):
+        whole = arrays[f"{split}_features"]
+        assert whole.shape == (num, 6)
+        np.testing.assert_array_equal(arrays[f"{split}_layer_1"], whole[:, :4])
+        np.testing.assert_array_equal(arrays[f"{split}_layer_2"], whole[:, 4:])
+        np.testing.assert_array_equal(arrays[f"{split}_labels"], dataset.splits[split].labels)
+        np.testing.assert_array_equal(arrays[f"{split}_factors"], dataset.splits[split].factors)
+    batch = data.some(dataset, "test", 400)
+    codes = restored.model.encode(restored.params, batch, jax.random.key(0))
+    np.testing.assert_allclose(arrays["test_features"], codes, atol=1e-5)
+    assert len(arrays) == 10
+
+
+def test_each_representation_is_scored_and_pixels_only_classified(judged):
+    _, arrays, result, _ = judged
+    found = {}
+    for name, metric in result["metrics"].items():
+        of, _, title = name.partition("/")
+        found.setdefault(of, {})[title] = metric["value"]
+    names = {"hvae", "layer_1", "layer_2", "untrained", "principal_components"}
+    assert set(found) == {*names, "pixels"}
+    assert not SCORES & set(found["pixels"])
+    assert all(set(found[name]) == SCORES | set(found["pixels"]) for name in names)
+
+    def both(name):
+        return {split: arrays[f"{split}_{name}"] for split in ("train", "test")}
+
+    for name, key in (("hvae", "features"), ("layer_2", "layer_2")):
+        expected = disentanglement.evaluate(both(key), both("factors"), seed=0)
+        for title, metric in expected.items():
+            assert found[name][title] == metric.value, (name, title)
+    assert (result["split"], result["step"]) == ("test", 20)
+    assert result["files"] == ["features.npz", "features.json"]
+    assert result["data"]["factors"] == list(shapes.FACTORS)
