@@ -45,6 +45,14 @@ def gaussian_kl_to_standard(mu: jax.Array, log_sigma: jax.Array) -> jax.Array:
     return 0.5 * (jnp.expm1(2 * log_sigma) + mu**2) - log_sigma
 
 
+def gaussian_kl(
+    mu_q: jax.Array, log_sigma_q: jax.Array, mu_p: jax.Array, log_sigma_p: jax.Array
+) -> jax.Array:
+    """KL(N(mu_q, sigma_q²) ‖ N(mu_p, sigma_p²)), elementwise, nats, ≥ 0."""
+    # In units of sigma_p, where it is the divergence from a standard Gaussian.
+    return gaussian_kl_to_standard((mu_q - mu_p) * jnp.exp(-log_sigma_p), log_sigma_q - log_sigma_p)
+
+
 def discretised_logistic_log_prob(
     x: jax.Array, location: jax.Array, log_scale: jax.Array
 ) -> jax.Array:

@@ -40,7 +40,12 @@ def test_loss_is_a_float32_scalar_of_finite_per_example_terms(case):
 
 
 def test_every_trained_parameter_gets_a_gradient(case):
+    """Away from the start, where zero weights may hold the gradient of others back."""
     _, model, params, batch = case
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    moved = [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+    params = jax.tree.unflatten(structure, moved)
     for player in model.players:
         grads, _ = jax.grad(player.loss_fn, has_aux=True)(params, batch, jax.random.key(1))
         norms = jax.tree.map(jnp.linalg.norm, grads[player.name])
@@ -143,10 +148,10 @@ def test_a_bound_never_exceeds_the_tighter_one(case, tiny_dataset):
         return np.mean(jax.jit(fn)(params, batch, keys)["importance_weighted_bound"])
 
     assert bound(1) <= bound(100) + 0.5
-    elbo = likelihood.elbo_terms(model, 2000)(params, batch, keys)["elbo"]
+    elbo = likelihood.elbo_terms(model, 500)(params, batch, keys)["elbo"]
     fn = jax.vmap(model.log_weight, in_axes=(None, None, 0))
-    draws = np.asarray(fn(params, batch, jax.random.split(jax.random.key(4), 4000)))
-    error = draws.std(axis=0) * np.sqrt(1 / 4000 + 1 / 2000)
+    draws = np.asarray(fn(params, batch, jax.random.split(jax.random.key(4), 1000)))
+    error = draws.std(axis=0) * np.sqrt(1 / 1000 + 1 / 500)
     assert (np.abs(draws.mean(axis=0) - elbo) < 5 * error + 1e-4).all()
 
 

@@ -11,6 +11,7 @@ from scipy import integrate, special, stats
 from dgm_jax.distributions import (
     bernoulli_log_prob,
     discretised_logistic_log_prob,
+    gaussian_kl,
     gaussian_kl_to_standard,
     gaussian_log_prob,
     standard_gaussian_log_prob,
@@ -256,3 +257,14 @@ def test_the_gradient_of_a_discretised_logistic_is_a_finite_difference(x64):
     )
     for gradient, difference in zip(gradients, numeric, strict=True):
         np.testing.assert_allclose(gradient, difference / (2 * h), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("q", [(0.3, -0.5), (-1.0, 0.4)])
+@pytest.mark.parametrize("p", [(0.0, 0.0), (0.7, 0.6), (0.3, -0.5)])
+def test_kl_between_gaussians_against_quadrature(q, p):
+    z = np.linspace(-12, 12, 100_001)
+    log_q, log_p = (stats.norm.logpdf(z, mu, np.exp(log_sigma)) for mu, log_sigma in (q, p))
+    expected = np.sum(np.exp(log_q) * (log_q - log_p)) * (z[1] - z[0])
+    with jax.enable_x64(True):
+        found = gaussian_kl(*(jnp.float64(v) for v in (*q, *p)))
+    np.testing.assert_allclose(found, expected, atol=1e-9)

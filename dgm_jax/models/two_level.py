@@ -224,6 +224,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         Options(beta=config.beta),
         init=init,
         encode=encode,
+        layer_sizes=config.latents,
         decode=decode,
         reconstruct=reconstruct,
     )

@@ -40,7 +40,7 @@ class ConvEncoder(nn.Module):
     def __call__(self, h: jax.Array) -> jax.Array:
         """Apply the stages."""
         for channels in self.channels:
-            h = downsample(h, channels)
+            h = nn.Conv(channels, (3, 3), strides=2)(h)
             h = ResidualBlock(channels, self.activation)(h)
         return ACTIVATIONS[self.activation](h).reshape(len(h), -1)
 
@@ -66,7 +66,7 @@ class ConvDecoder(nn.Module):
         h = h.reshape(*z.shape[:-1], *coarsest)
         for channels, sides in zip(self.channels, reversed(all_sides[:-1]), strict=True):
             h = ResidualBlock(channels, self.activation)(h)
-            h = upsample(h, channels, sides)
+            h = Upsample(channels)(h, sides)
         return ACTIVATIONS[self.activation](h)
 
 
@@ -78,17 +78,18 @@ def halvings(sides: tuple[int, int], num: int) -> list[tuple[int, int]]:
     return found
 
 
-def downsample(h: jax.Array, channels: int) -> jax.Array:
-    """A strided convolution: `[..., H, W, C]` -> `[..., ⌈H/2⌉, ⌈W/2⌉, channels]`."""
-    return nn.Conv(channels, (3, 3), strides=2)(h)
-
-
-def upsample(h: jax.Array, channels: int, sides: tuple[int, int]) -> jax.Array:
-    """Each pixel becomes 2 x 2, cut to `sides`: `[..., H, W, C]` -> `[..., *sides, channels]`.
+class Upsample(nn.Module):
+    """Each pixel becomes 2 x 2: `[..., H, W, C]` -> `[..., *sides, channels]`, cut where odd.
 
     The four are made by one dense layer at the coarse resolution (Shi et al. 2016).
     """
-    *lead, height, width, _ = h.shape
-    h = nn.Dense(4 * channels)(h).reshape(*lead, height, width, 2, 2, channels)
-    h = jnp.moveaxis(h, -3, -4).reshape(*lead, 2 * height, 2 * width, channels)
-    return h[..., : sides[0], : sides[1], :]
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, h: jax.Array, sides: tuple[int, int]) -> jax.Array:
+        """Apply the layer."""
+        *lead, height, width, _ = h.shape
+        h = nn.Dense(4 * self.channels)(h).reshape(*lead, height, width, 2, 2, self.channels)
+        h = jnp.moveaxis(h, -3, -4).reshape(*lead, 2 * height, 2 * width, self.channels)
+        return h[..., : sides[0], : sides[1], :]

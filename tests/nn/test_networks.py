@@ -106,14 +106,12 @@ def test_halving_rounds_up_and_upsampling_undoes_it():
 def test_upsampling_lays_four_pixels_where_one_was():
     """The layer's outputs are (row, column, channel) of each 2 x 2 square, cut at odd sides."""
 
-    class Up(conv.nn.Module):
-        @conv.nn.compact
-        def __call__(self, h):
-            return conv.upsample(h, 2, (3, 5))
-
     h = jax.random.normal(jax.random.key(6), (2, 2, 3, 4))
-    params = _random(Up(), h)
-    found = np.asarray(Up().apply(params, h))
+    layer = conv.Upsample(2)
+    shapes = jax.eval_shape(lambda h: layer.init(jax.random.key(0), h, (3, 5)), h)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: rng.normal(size=p.shape), shapes)
+    found = np.asarray(layer.apply(params, h, (3, 5)))
     assert found.shape == (2, 3, 5, 2)
     kernel, bias = (np.asarray(params["params"]["Dense_0"][name]) for name in ("kernel", "bias"))
     squares = (np.asarray(h) @ kernel + bias).reshape(2, 2, 3, 2, 2, 2)

@@ -1,0 +1,164 @@
+"""Two layers of one latent each and four binary pixels, where everything can be integrated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from dgm_jax.core import DataSpec, UserError
+from dgm_jax.likelihoods import LIKELIHOODS
+from dgm_jax.models import topdown
+
+PIXELS, ROWS = 4, 16
+SPEC = DataSpec((2, 2, 1), "binary", np.full((2, 2, 1), 0.4, np.float32), 100)
+X = np.array([[i >> j & 1 for j in range(PIXELS)] for i in range(ROWS)], float)
+BATCH = {"x": jnp.asarray(X.reshape(ROWS, 2, 2, 1))}
+# Both layers at the resolution of one pixel.
+FIELDS = {"layers": (0, 2), "latents": 1, "channels": 2, "width": 2}
+AXIS = np.linspace(-9, 9, 181)
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def _build(**fields):
+    return topdown.build(topdown.Config(**(FIELDS | fields)), SPEC)
+
+
+def _params(scale=0.5):
+    shapes = jax.eval_shape(_build().init, jax.random.key(0), BATCH)
+    leaves, structure = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(1)
+    return jax.tree.unflatten(structure, [scale * rng.normal(size=p.shape) for p in leaves])
+
+
+def _pairs():
+    """Every pair on the grid: z_1 `[N², 1]`, z_2 `[N², 1]`."""
+    return [a.reshape(-1, 1) for a in np.meshgrid(AXIS, AXIS, indexing="ij")]
+
+
+def _exact(model, params):
+    """log p(x) of all 16 images, by the joint density on a grid of (z_1, z_2)."""
+    z = tuple(jnp.asarray(a.reshape(-1, 1, 1, 1, 1)) for a in _pairs())
+    cell = 2 * np.log(AXIS[1] - AXIS[0])
+    log_p = []
+    for i in range(ROWS):
+        batch = {"x": BATCH["x"][i : i + 1]}
+        log_lik, log_prior = jax.jit(model.latents.log_joint)(params, batch, z)
+        log_p.append(special.logsumexp(np.asarray(log_lik + log_prior)[:, 0]) + cell)
+    np.testing.assert_allclose(special.logsumexp(log_prior) + cell, 0, atol=1e-5)
+    return np.array(log_p)
+
+
+def _draws(fn, num):
+    return np.asarray(jax.jit(jax.vmap(fn))(jax.random.split(jax.random.key(2), num)))
+
+
+def _error(draws):
+    return draws.std(axis=0, ddof=1) / np.sqrt(len(draws))
+
+
+def test_weights_are_unbiased_and_the_elbo_is_a_bound():
+    params, model = _params(), _build()
+    exact = _exact(model, params)
+    np.testing.assert_allclose(special.logsumexp(exact), 0, atol=1e-5)  # Σ_x p(x) = 1
+    log_w = _draws(lambda key: model.log_weight(params, BATCH, key), 20_000)
+    w = np.exp(log_w)
+    assert (np.abs(w.mean(axis=0) - np.exp(exact)) < 4.5 * _error(w)).all()
+    elbo = model.log_likelihood_fns["elbo"]
+    bounds = _draws(lambda key: elbo(params, BATCH, key), 4000)
+    assert (bounds.mean(axis=0) < exact).all()
+    # The closed-form rates have the mean of the sampled ones, and a smaller spread.
+    error = np.hypot(_error(bounds), _error(log_w))
+    assert (np.abs(bounds.mean(axis=0) - log_w.mean(axis=0)) < 4.5 * error).all()
+
+
+def test_each_layers_rate_is_the_mean_of_its_log_ratio():
+    params, model = _params(), _build(num_samples=4)
+    terms = jax.jit(model.loss_fn)(params, BATCH, jax.random.key(3))[1].terms
+    np.testing.assert_allclose(terms["rate_1"] + terms["rate_2"], terms["rate"], rtol=1e-10)
+    assert (terms["rate_1"] > 0).all() and (terms["rate_2"] > 0).all()
+
+
+def test_at_the_start_every_layer_is_the_standard_gaussian():
+    """q = p = N(0, 1) with zero heads: the rate is exactly 0, and z does not depend on x."""
+    model = _build()
+    params = model.init(jax.random.key(0), BATCH)
+    terms = model.loss_fn(params, BATCH, jax.random.key(1))[1].terms
+    np.testing.assert_allclose(terms["rate"], 0, atol=1e-7)
+    z = jnp.zeros((1, ROWS, 1, 1, 1)), jnp.ones((1, ROWS, 1, 1, 1))
+    _, log_prior = model.latents.log_joint(params, BATCH, z)
+    np.testing.assert_allclose(log_prior, stats.norm.logpdf([0, 1]).sum(), atol=3e-4)
+
+
+@pytest.mark.parametrize("objective", ["elbo", "stl", "iwae", "dreg", "free_bits"])
+def test_every_objective_is_a_bound(objective):
+    """Free bits charge more than the rate; the others have the mean of a bound."""
+    params, model = _params(), _build(objective=objective, num_samples=2)
+    losses = _draws(lambda key: model.loss_fn(params, BATCH, key)[0], 2000)
+    assert losses.mean() > -_exact(model, params).mean() + 4 * _error(losses)
+
+
+def test_samples_have_the_models_distribution():
+    params, model = _params(), _build()
+    samples = jax.jit(model.sample, static_argnums=2)(params, jax.random.key(4), 40_000)
+    index = np.asarray(samples["x"]).reshape(-1, PIXELS) @ (1 << np.arange(PIXELS))
+    found = np.bincount(index.astype(int), minlength=ROWS) / 40_000
+    p = np.exp(_exact(model, params))
+    assert (np.abs(found - p) < 4.5 * np.sqrt(p * (1 - p) / 40_000)).all()
+
+
+def test_codes_are_decoded_in_the_order_in_which_they_lie():
+    """Layers of different sizes: decode(encode(x)) is the picture at the posterior means."""
+    config = topdown.Config(layers=(1, 1), latents=2, channels=3, width=2)
+    model = topdown.build(config, SPEC)
+    assert model.layer_sizes == (2 * 2 * 2, 2)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), BATCH)
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(lambda p: 0.5 * rng.normal(size=p.shape), shapes)
+    codes = model.encode(params, BATCH, jax.random.key(0))
+    assert codes.shape == (ROWS, 10)
+    net = topdown.Net(config, SPEC).bind({"params": params["topdown"]})
+    _, outputs = net.down(net.features(BATCH["x"]), (1, ROWS), lambda layer, q, p: q()[0])
+    expected = special.expit(np.asarray(outputs)[0, ..., 0])
+    found = np.asarray(model.decode(params, codes)).reshape(ROWS, PIXELS)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_every_likelihood_and_odd_sides(likelihood):
+    event = (5, 6, 3)
+    support = LIKELIHOODS[likelihood]().support
+    spec = DataSpec(event, support, np.full(event, 0.4, np.float32), 100)
+    model = topdown.build(topdown.Config(layers=(0, 1, 1), channels=2, width=2), spec)
+    batch = {"x": jnp.ones((2, *event))}
+    params = jax.jit(model.init)(jax.random.key(0), batch)
+    assert np.isfinite(jax.jit(model.log_weight)(params, batch, jax.random.key(1))).all()
+    samples = jax.jit(model.sample, static_argnums=2)(params, jax.random.key(1), 3)
+    assert samples["x"].shape == (3, *event)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("layers", v) for v in ((), (0, 0), (1, -1), (0.5,))),
+        *((f, 0) for f in ("latents", "channels", "width", "num_samples")),
+        *(("activation", v) for v in ("gated", "sine")),
+        *(("objective", v) for v in ("vimco", "tcvae")),
+        ("likelihood", "gaussian"),
+        ("beta", -1.0),
+        ("free_nats", -1.0),
+    ],
+)
+def test_check_refuses_a_bad_value_by_its_name(field, value):
+    fields = FIELDS | ({"objective": "free_bits"} if field == "free_nats" else {})
+    with pytest.raises(UserError, match=rf"model\.{field}="):
+        topdown.check(topdown.Config(**(fields | {field: value})), SPEC)
+
+
+def test_check_accepts_its_defaults():
+    topdown.check(topdown.Config(), SPEC)
