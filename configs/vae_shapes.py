@@ -24,5 +24,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.objective = "tcvae"
     config.model.beta = 8.0
     config.eval.num_samples = 100
-    generated = {"data.source": "auto"}  # there is nothing embedded
-    return variant(config, arg, vae={"model.beta": 1.0}, smoke=generated)
+    smoke = {
+        "data.source": "auto",  # shapes are generated, there is nothing embedded
+        "train.batch_size": 64,
+        "model.encoder": (100, 100),
+        "model.decoder": (100, 100),
+    }
+    return variant(config, arg, vae={"model.beta": 1.0}, smoke=smoke)
