@@ -172,6 +172,27 @@ MUTANTS = {
         "evaluators/ais.py", "accepted = jnp.log(uniform) < energy - proposed",
         "accepted = uniform < 2.0", "evaluators/test_ais.py",
     ),
+    "gap to the least informed code": Mutant(
+        "evaluators/disentanglement.py", "[0.0, *information])[-2:]",
+        "[0.0, *information])[[0, -1]]", "evaluators/test_disentanglement.py",
+    ),
+    "information not divided by entropy": Mutant(
+        "evaluators/disentanglement.py",
+        "(best - second) / mutual_information(factor, factor)", "best - second",
+        "evaluators/test_disentanglement.py",
+    ),
+    "rows of importance not normalised": Mutant(
+        "evaluators/disentanglement.py", "np.log(rows[there] / importance[there])",
+        "np.log(1 / importance[there])", "evaluators/test_disentanglement.py",
+    ),
+    "vote for the liveliest code": Mutant(
+        "evaluators/disentanglement.py", "np.argmin(chosen.var(axis=0))",
+        "np.argmax(chosen.var(axis=0))", "evaluators/test_disentanglement.py",
+    ),
+    "collapsed codes vote": Mutant(
+        "evaluators/disentanglement.py", "variance > _COLLAPSED * variance.max()",
+        "variance > 0", "evaluators/test_disentanglement.py",
+    ),
     "average without its warm-up": Mutant(
         "optim.py", "rate = jnp.maximum(1 - decay, 9 / (10 + step))", "rate = 1 - decay",
         "test_optim.py",
