@@ -49,18 +49,20 @@ class MaskedMLP(nn.Module):
       hidden: widths of the hidden layers.
       outputs: P, numbers given for each variable.
       activation: one of `ACTIVATIONS`.
+      inputs: I, numbers that make up each variable.
     """
 
     num: int
     hidden: tuple[int, ...]
     outputs: int
     activation: str = "silu"
+    inputs: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
-        """Outputs `[..., D, P]` for `x` float `[..., D]`, with a context `[..., F]` seen by all."""
+        """Outputs `[..., D, P]` for `x` float `[..., D·I]`; a context `[..., F]` is seen by all."""
         degrees = np.arange(1, self.num + 1)
-        h, before = x, degrees
+        h, before = x, np.repeat(degrees, self.inputs)
         for i, width in enumerate(self.hidden):
             after = np.arange(width) % max(1, self.num - 1) + 1
             h = self._masked_dense(f"hidden_{i}", h, before[:, None] <= after[None])
