@@ -47,13 +47,11 @@ class AutoregressiveCategorical(nn.Module):
 
     def draw(self, rng: jax.Array, num: int) -> jax.Array:
         """`num` draws, one code after the other: one-hot `[num, N, C]`."""
-        module, variables = self.unbind()  # Flax forbids bound modules inside a scan
 
         def add(codes: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             i, key = step
-            logits = module.apply(variables, codes, method="logits")[:, i]
-            drawn = jax.nn.one_hot(jax.random.categorical(key, logits), self.classes)
-            return codes.at[:, i].set(drawn), None
+            drawn = jax.random.categorical(key, self.logits(codes)[:, i])
+            return codes.at[:, i].set(jax.nn.one_hot(drawn, self.classes)), None
 
         start = jnp.zeros((num, self.num, self.classes))
         steps = jnp.arange(self.num), jax.random.split(rng, self.num)

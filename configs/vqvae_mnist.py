@@ -1,0 +1,26 @@
+"""VQ-VAE with an autoregressive prior over its codes, on dynamically binarised MNIST.
+
+Papers: van den Oord et al. 2017 (its appendix A.1 for the codebook); Germain et al. 2015 (the
+        prior); Mentzer et al. 2023 (`:fsq`).
+Run:   python -m dgm_jax.main --config=configs/vqvae_mnist.py
+Gives: TODO
+"""
+
+from dgm_jax.config import ConfigDict, experiment, variant
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The default; `:gradient` or `:fsq` for other quantisers; `:smoke` for a run of seconds."""
+    config = experiment("vqvae")
+    config.train.duration = "10 epochs"
+    # The posterior is a point mass: all draws are the same.
+    config.eval.num_samples = 1
+    config.eval.elbo_samples = 1
+    smaller = {"model.encoder": (200,), "model.decoder": (200,), "model.prior": (200,)}
+    return variant(
+        config,
+        arg,
+        gradient={"model.quantiser": "gradient"},
+        fsq={"model.quantiser": "fsq"},
+        smoke={**smaller, "eval.num_samples": 1},
+    )
