@@ -13,10 +13,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The default; `:gradient` or `:fsq` for other quantisers; `:smoke` for a run of seconds."""
     config = experiment("vqvae")
     config.train.duration = "10 epochs"
+    config.optimizer.learning_rate = 2e-3
     # The posterior is a point mass: all draws are the same.
     config.eval.num_samples = 1
     config.eval.elbo_samples = 1
-    smaller = {"model.encoder": (200,), "model.decoder": (200,), "model.prior": (200,)}
+    smaller = {"model.encoder": (200,), "model.decoder": (200,), "model.prior_hidden": (200,)}
     return variant(
         config,
         arg,

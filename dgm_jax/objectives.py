@@ -6,8 +6,9 @@ the estimator that bears the name. They know log-densities only, so any prior, p
 decoder goes with any of them that can use it.
 
 References: Kingma & Welling 2014; Burda et al. 2016 (IWAE); Kingma et al. 2016 (free bits); Li &
-Turner 2016 (Rényi); Mnih & Rezende 2016 (VIMCO); Roeder et al. 2017 (sticking the landing); Chen
-et al. 2018 (TCVAE); Tucker et al. 2019 (DReG); Zhao et al. 2019 (InfoVAE).
+Turner 2016 (Rényi); Mnih & Rezende 2016 (VIMCO); Jang et al. 2017, Maddison et al. 2017
+(Gumbel-softmax); Roeder et al. 2017 (sticking the landing); Chen et al. 2018 (TCVAE); Tucker et al.
+2019 (DReG); Zhao et al. 2019 (InfoVAE).
 """
 
 import math
@@ -41,6 +42,8 @@ class Draws(NamedTuple):
       layer_rates: of a hierarchy, each layer's part of the rate by the draws, `[B]` by name.
       log_posterior_pairs: `z [B, L] -> log q(z_i | x_j) [B, B, L]`, i first, or None.
       draw_prior: `() -> [B, L]`, draws from p(z).
+      relaxed: of discrete z, one-hot: the same draws between the corners of the simplex, where
+        they are differentiable in the posterior's parameters, or None.
       weight: float `[B]`, 1 for real rows and 0 for padding.
       num_examples: size of the training split.
     """
@@ -55,6 +58,7 @@ class Draws(NamedTuple):
     layer_rates: Mapping[str, jax.Array] = {}
     log_posterior_pairs: Callable[[jax.Array], jax.Array] | None = None
     draw_prior: Callable[[], jax.Array] | None = None
+    relaxed: jax.Array | None = None
     weight: jax.Array | None = None
     num_examples: int = 0
 
@@ -66,6 +70,16 @@ class Draws(NamedTuple):
         """The same at another z."""
         log_likelihood, log_prior = self.log_joint_at(z)
         return log_likelihood + beta * (log_prior - self.log_posterior_at(z, detached))
+
+    def at(self, z: Latents) -> "Draws":
+        """The same posterior, had it drawn another z."""
+        log_likelihood, log_prior = self.log_joint_at(z)
+        return self._replace(
+            z=z,
+            log_likelihood=log_likelihood,
+            log_prior=log_prior,
+            log_posterior=self.log_posterior_at(z, False),
+        )
 
     @property
     def distortion(self) -> jax.Array:
@@ -158,6 +172,27 @@ def vimco(draws: Draws, options: Options) -> jax.Array:
     return _with_value(-_log_mean_exp(held), -surrogate)
 
 
+def gumbel_softmax(draws: Draws, options: Options) -> jax.Array:
+    """Minus the ELBO of discrete latents, at relaxed draws (Jang et al. 2017, section 2).
+
+    A rate in closed form is exact at any temperature. Everything else is the discrete z's formula,
+    such as Σ_c z_c log π_c, at a z between the corners: neither its value nor its gradient is that
+    of a bound, of the discrete model or of a relaxed one (for that, see Maddison et al. 2017,
+    section 3.3). Both tend to the ELBO's as the temperature falls, and the gradient's variance
+    rises.
+    """
+    return elbo(draws.at(draws.relaxed), options)
+
+
+def straight_through(draws: Draws, options: Options) -> jax.Array:
+    """Minus the ELBO of discrete latents, with the gradient through the relaxed draws.
+
+    The value is that of the discrete draws; the gradient is biased at any temperature (Jang et al.
+    2017, section 2.2).
+    """
+    return elbo(draws.at(_with_value(draws.z, draws.relaxed)), options)
+
+
 def renyi(draws: Draws, options: Options) -> jax.Array:
     """Minus the Rényi bound 1/(1-α) log 1/K Σ_k w_k^(1-α) (Li & Turner 2016, eq. 5), α ≠ 1.
 
@@ -240,15 +275,19 @@ OBJECTIVES: dict[str, Callable[[Draws, Options], jax.Array]] = {
     "iwae": iwae,
     "dreg": dreg,
     "vimco": vimco,
+    "gumbel_softmax": gumbel_softmax,
+    "straight_through": straight_through,
     "renyi": renyi,
     "free_bits": free_bits,
     "tcvae": tcvae,
     "infovae": infovae,
 }
 
-# Objectives that evaluate log q(z | x) at z of their own, or the rate of each latent.
+# Objectives that evaluate log q(z | x) at z of their own, the rate of each latent, or discrete z
+# between its values.
 NEED_DENSITY = ("stl", "dreg", "vimco")
 NEED_RATE = ("free_bits",)
+NEED_RELAXED = ("gumbel_softmax", "straight_through")
 
 
 def check(name: str, num_samples: int, options: Options) -> None:

@@ -44,7 +44,7 @@ class Config:
       levels: of `fsq`: levels of each entry of a vector; K is their product, D their number.
       commitment: β, weight of the vectors' squared distance to a codebook.
       ema_decay: γ of an `ema` codebook.
-      prior: widths of the hidden layers of the prior's masked network.
+      prior_hidden: widths of the hidden layers of the prior's masked network.
     """
 
     network: str = "mlp"
@@ -52,14 +52,14 @@ class Config:
     decoder: tuple[int, ...] = (500, 500)
     activation: str = "silu"
     likelihood: str = "bernoulli"
-    num_codes: int = 16
+    num_codes: int = 8
     quantiser: str = "ema"
     codebook_size: int = 64
     code_dim: int = 8
     levels: tuple[int, ...] = (4, 4, 4)
     commitment: float = 0.25
     ema_decay: float = 0.99
-    prior: tuple[int, ...] = (500, 500)
+    prior_hidden: tuple[int, ...] = (500, 500)
 
     @property
     def code_shape(self) -> tuple[int, int]:
@@ -75,7 +75,7 @@ def check(config: Config, spec: DataSpec) -> None:
     Raises:
       UserError: names the field, its value and what is allowed.
     """
-    for field in ("encoder", "decoder", "prior"):
+    for field in ("encoder", "decoder", "prior_hidden"):
         networks.check_widths(field, getattr(config, field))
     networks.check(config.network, config.activation, spec)
     if config.network == "conv" and len(config.encoder) != len(config.decoder):
@@ -162,7 +162,7 @@ class Codes(NamedTuple):
 def build(config: Config, spec: DataSpec) -> Model:
     """The autoencoder and its prior as pure functions; see `core.Model` for their contracts."""
     net, (size, dim) = Net(config, spec), config.code_shape
-    prior = AutoregressiveCategorical(num_codes(config, spec), size, config.prior)
+    prior = AutoregressiveCategorical(num_codes(config, spec), size, config.prior_hidden)
     likelihood = likelihoods.LIKELIHOODS[config.likelihood]()
 
     def bind(params: Params) -> Net:
