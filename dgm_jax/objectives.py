@@ -6,8 +6,9 @@ the estimator that bears the name. They know log-densities only, so any prior, p
 decoder goes with any of them that can use it.
 
 References: Kingma & Welling 2014; Burda et al. 2016 (IWAE); Kingma et al. 2016 (free bits); Li &
-Turner 2016 (Rényi); Mnih & Rezende 2016 (VIMCO); Roeder et al. 2017 (sticking the landing); Chen
-et al. 2018 (TCVAE); Tucker et al. 2019 (DReG); Zhao et al. 2019 (InfoVAE).
+Turner 2016 (Rényi); Mnih & Rezende 2016 (VIMCO); Jang et al. 2017, Maddison et al. 2017
+(Gumbel-softmax); Roeder et al. 2017 (sticking the landing); Chen et al. 2018 (TCVAE); Tucker et al.
+2019 (DReG); Zhao et al. 2019 (InfoVAE).
 """
 
 import math
@@ -42,6 +43,8 @@ class Draws(NamedTuple):
       layer_rates: of a hierarchy, each layer's part of the rate by the draws, `[B]` by name.
       log_posterior_pairs: `z [B, L] -> log q(z_i | x_j) [B, B, L]`, i first, or None.
       draw_prior: `() -> [B, L]`, draws from p(z).
+      relaxed: of discrete z, one-hot: the same draws between the corners of the simplex, where
+        they are differentiable in the posterior's parameters, or None.
       weight: float `[B]`, 1 for real rows and 0 for padding.
       num_examples: size of the training split.
     """
@@ -56,6 +59,7 @@ class Draws(NamedTuple):
     layer_rates: Mapping[str, jax.Array] = {}
     log_posterior_pairs: Callable[[jax.Array], jax.Array] | None = None
     draw_prior: Callable[[], jax.Array] | None = None
+    relaxed: jax.Array | None = None
     weight: jax.Array | None = None
     num_examples: int = 0
 
@@ -67,6 +71,16 @@ class Draws(NamedTuple):
         """The same at another z."""
         log_likelihood, log_prior = self.log_joint_at(z)
         return log_likelihood + beta * (log_prior - self.log_posterior_at(z, detached))
+
+    def at(self, z: Latents) -> "Draws":
+        """The same posterior, had it drawn another z."""
+        log_likelihood, log_prior = self.log_joint_at(z)
+        return self._replace(
+            z=z,
+            log_likelihood=log_likelihood,
+            log_prior=log_prior,
+            log_posterior=self.log_posterior_at(z, False),
+        )
 
     @property
     def distortion(self) -> jax.Array:
@@ -189,6 +203,27 @@ def vimco(draws: Draws, options: Options) -> jax.Array:
     return _with_value(-_log_mean_exp(held), -surrogate)
 
 
+def gumbel_softmax(draws: Draws, options: Options) -> jax.Array:
+    """Minus the ELBO of discrete latents, at relaxed draws (Jang et al. 2017, section 2).
+
+    A rate in closed form is exact at any temperature. Everything else is the discrete z's formula,
+    such as Σ_c z_c log π_c, at a z between the corners: neither its value nor its gradient is that
+    of a bound, of the discrete model or of a relaxed one (for that, see Maddison et al. 2017,
+    section 3.3). Both tend to the ELBO's as the temperature falls, and the gradient's variance
+    rises.
+    """
+    return elbo(draws.at(draws.relaxed), options)
+
+
+def straight_through(draws: Draws, options: Options) -> jax.Array:
+    """Minus the ELBO of discrete latents, with the gradient through the relaxed draws.
+
+    The value is that of the discrete draws; the gradient is biased at any temperature (Jang et al.
+    2017, section 2.2).
+    """
+    return elbo(draws.at(_with_value(draws.z, draws.relaxed)), options)
+
+
 def renyi(draws: Draws, options: Options) -> jax.Array:
     """Minus the Rényi bound 1/(1-α) log 1/K Σ_k w_k^(1-α) (Li & Turner 2016, eq. 5), α ≠ 1.
 
@@ -271,6 +306,8 @@ OBJECTIVES: dict[str, Callable[[Draws, Options], jax.Array]] = {
     "iwae": iwae,
     "dreg": dreg,
     "vimco": vimco,
+    "gumbel_softmax": gumbel_softmax,
+    "straight_through": straight_through,
     "renyi": renyi,
     "free_bits": free_bits,
     "tcvae": tcvae,
@@ -280,9 +317,11 @@ OBJECTIVES: dict[str, Callable[[Draws, Options], jax.Array]] = {
 # Those that need no closed form of single latents: any hierarchy can be trained on them.
 LAYERED = ("elbo", "stl", "iwae", "dreg")
 
-# Objectives that evaluate log q(z | x) at z of their own, or the rate of each latent.
+# Objectives that evaluate log q(z | x) at z of their own, the rate of each latent, or discrete z
+# between its values.
 NEED_DENSITY = ("stl", "dreg", "vimco")
 NEED_RATE = ("free_bits",)
+NEED_RELAXED = ("gumbel_softmax", "straight_through")
 
 
 def check(name: str, num_samples: int, options: Options) -> None:
@@ -328,7 +367,7 @@ def check_layered(name: str, num_samples: int, options: Options) -> None:
 def latent_variable_model(
     player: str,
     draw: Callable[[Params, Batch, jax.Array, int], Draws],
-    draw_joint: Callable[[Params, jax.Array, int], tuple[Latents, dict[str, jax.Array]]],
+    draw_joint: Callable[[Params, jax.Array, int], tuple[Latents, dict[str, jax.Array]]] | None,
     objective: str,
     num_samples: int,
     options: Options,
@@ -340,7 +379,7 @@ def latent_variable_model(
     Args:
       player: name of its one player.
       draw: `(params, batch, rng, K) -> Draws`.
-      draw_joint: as in `core.Latents`.
+      draw_joint: as in `core.Latents`; None where z is discrete, and then `sample` is given.
       objective: one of `OBJECTIVES`.
       num_samples: K, draws per example in the objective.
       options: the objective's numbers.
@@ -364,7 +403,7 @@ def latent_variable_model(
         """For its functions alone: the draw itself is not used, and so not computed."""
         return draw(params, batch, jax.random.key(0), 1)
 
-    latents = core.Latents(
+    latents = draw_joint and core.Latents(
         draw_joint=draw_joint,
         draw_posterior=lambda params, batch, rng: jax.tree.map(
             lambda a: a[0], draw(params, batch, rng, 1).z
@@ -376,12 +415,13 @@ def latent_variable_model(
             else None
         ),
     )
+    if draw_joint is not None:
+        functions["sample"] = lambda params, rng, num: draw_joint(params, rng, num)[1]
     return Model(
         players=(Player(player, loss_fn),),
         log_likelihood_fns={"elbo": elbo_of},
         log_weight=log_weight,
         latents=latents,
-        sample=lambda params, rng, num: draw_joint(params, rng, num)[1],
         **functions,
     )
 

@@ -1,24 +1,30 @@
-"""A VAE whose latents are N categorical variables of C classes; with C = 2, Bernoulli latents.
+"""Variational autoencoders with categorical latents.
 
-    p(x, c) = p(c) p(x | c),   q(c | x) = Π_n q(c_n | x)
+    p(x, z) = p(z) p(x | z),   q(z | x) = Π_l Categorical(z_l; π_l(x))
 
-Trained on exact draws with VIMCO, or on relaxed ones with the Gumbel-softmax. Whatever it is
-trained on, every bound and term that is reported is of the discrete model.
+with z of L one-hot vectors of C classes; C = 2 are Bernoulli latents. Training may look between the
+corners of the simplex (`objectives.gumbel_softmax`); every density and bound that is reported is of
+the discrete model.
 
-References: Mnih & Rezende 2016 (VIMCO); Jang et al. 2017, Maddison et al. 2017 (the relaxation).
+References: Jang et al. 2017, "Categorical Reparameterization with Gumbel-Softmax"; Maddison et al.
+2017, "The Concrete Distribution"; Mnih & Rezende 2016 (VIMCO).
 """
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from dgm_jax import likelihoods, objectives
-from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
+from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.nn import networks
-from dgm_jax.nn.quantise import PRIORS
+from dgm_jax.nn.autoregressive import AutoregressiveCategorical
 from dgm_jax.objectives import Draws, Options
+
+OBJECTIVES = (*objectives.NEED_RELAXED, "vimco")
+PRIORS = ("uniform", "autoregressive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,35 +32,34 @@ class Config:
     """The model's fields. Real numbers may be traced.
 
     Attributes:
-      latents: N.
+      latents: L.
       classes: C of each.
-      network: `mlp` or `conv`.
+      network: `mlp`, or `conv`: residual stages that halve or double the sides of the image.
       encoder: widths of the encoder's hidden layers, or channels of its stages.
       decoder: the same of the decoder.
       activation: one of `nn.mlp.ACTIVATIONS`, or for an `mlp` also `gated`.
       likelihood: one of `likelihoods.LIKELIHOODS`.
-      prior: `uniform` or `autoregressive`.
-      objective: `gumbel_softmax` or `vimco`.
-      temperature: of the relaxation; towards 0 its draws become discrete and its gradients noisy.
-      num_samples: K, posterior draws per example in the objective.
+      prior: one of `PRIORS`.
+      prior_hidden: widths of the hidden layers of an autoregressive prior's masked network.
+      objective: one of `OBJECTIVES`.
+      num_samples: K, posterior draws per example in the objective; VIMCO needs 2.
+      temperature: τ of the relaxed draws; they are discrete in the limit of 0.
       beta: weight of the rate; 1 gives a bound on log p(x).
     """
 
-    latents: int = 30
+    latents: int = 20
     classes: int = 10
     network: str = "mlp"
-    encoder: tuple[int, ...] = (200, 200)
-    decoder: tuple[int, ...] = (200, 200)
+    encoder: tuple[int, ...] = (500, 500)
+    decoder: tuple[int, ...] = (500, 500)
     activation: str = "silu"
     likelihood: str = "bernoulli"
     prior: str = "autoregressive"
+    prior_hidden: tuple[int, ...] = (500,)
     objective: str = "gumbel_softmax"
-    temperature: float = 0.5
     num_samples: int = 1
+    temperature: float = 0.5
     beta: float = 1.0
-
-
-OBJECTIVES = ("gumbel_softmax", "vimco")
 
 
 def check(config: Config, spec: DataSpec) -> None:
@@ -63,10 +68,10 @@ def check(config: Config, spec: DataSpec) -> None:
     Raises:
       UserError: names the field, its value and what is allowed.
     """
-    for field, least in (("latents", 1), ("classes", 2), ("num_samples", 1)):
-        if getattr(config, field) < least:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least {least}")
-    for field in ("encoder", "decoder"):
+    for field, lowest in (("latents", 1), ("classes", 2)):
+        if getattr(config, field) < lowest:
+            raise UserError(f"model.{field}={getattr(config, field)}: must be at least {lowest}")
+    for field in ("encoder", "decoder", "prior_hidden"):
         networks.check_widths(field, getattr(config, field))
     networks.check(config.network, config.activation, spec)
     likelihoods.check(config.likelihood, spec)
@@ -75,28 +80,29 @@ def check(config: Config, spec: DataSpec) -> None:
             raise UserError(
                 f"model.{field}={getattr(config, field)!r}: choose one of {', '.join(allowed)}"
             )
-    if not config.temperature > 0:
-        raise UserError(f"model.temperature={config.temperature}: must be above 0")
-    # The relaxed objective is an ELBO.
-    name = "vimco" if config.objective == "vimco" else "elbo"
-    objectives.check(name, config.num_samples, Options(beta=config.beta))
+    objectives.check(config.objective, config.num_samples, Options(beta=config.beta))
+    if not 0 < config.temperature < math.inf:
+        raise UserError(f"model.temperature={config.temperature}: must be above 0 and finite")
 
 
 class Net(nn.Module):
-    """q(c | x), p(c) and p(x | c), with codes as one-hots `[..., N, C]`."""
+    """All networks of one model, and the distributions that they parametrise."""
 
     config: Config
     spec: DataSpec
 
     def setup(self) -> None:
         """Encoder, prior, decoder."""
-        config, spec = self.config, self.spec
+        config = self.config
         self.encoder = networks.Encoder(config.network, config.encoder, config.activation)
-        self.logits = nn.Dense(config.latents * config.classes)
-        self.prior = PRIORS[config.prior](config.latents, config.classes)
+        self.head = nn.Dense(config.latents * config.classes)
         self.decoder = networks.Decoder(
-            config.network, config.decoder, config.activation, config.likelihood, spec
+            config.network, config.decoder, config.activation, config.likelihood, self.spec
         )
+        if config.prior == "autoregressive":
+            self.prior = AutoregressiveCategorical(
+                config.latents, config.classes, config.prior_hidden
+            )
 
     def __call__(self, x: jax.Array) -> None:
         """Touch every parameter, for initialisation."""
@@ -105,28 +111,55 @@ class Net(nn.Module):
         self.log_prior(z)
 
     def log_posterior(self, x: jax.Array) -> jax.Array:
-        """log q(c_n = · | x) `[B, N, C]` for x as the data hold it."""
-        logits = self.logits(self.encoder(x / self.spec.scale))
-        return nn.log_softmax(logits.reshape(len(x), self.config.latents, self.config.classes))
-
-    def log_prior(self, z: jax.Array) -> jax.Array:
-        """log p(c) `[...]`."""
-        return self.prior.log_prob(z)
-
-    def draw_prior(self, rng: jax.Array, num: int) -> jax.Array:
-        """`num` draws from p(c)."""
-        return self.prior.draw(rng, num)
+        """log π: log q(z_l = c | x), float `[B, L, C]`, for x `[B, *event]` as the data hold it."""
+        logits = self.head(self.encoder(x / self.spec.scale))
+        return nn.log_softmax(logits.reshape(len(x), self.config.latents, -1))
 
     def outputs(self, z: jax.Array) -> jax.Array:
-        """The likelihood's parameters `[..., D, P]`."""
+        """The likelihood's parameters `[..., D, P]` given z `[..., L, C]`."""
         return self.decoder(z.reshape(*z.shape[:-2], -1))
+
+    def log_prior(self, z: jax.Array) -> jax.Array:
+        """log p(z) `[...]`, nats, for z `[..., L, C]`."""
+        if self.config.prior == "autoregressive":
+            return self.prior.log_prob(z)
+        return jnp.full(z.shape[:-2], -self.config.latents * math.log(self.config.classes))
+
+    def draw_prior(self, rng: jax.Array, num: int) -> jax.Array:
+        """z `[num, L, C]` from p(z)."""
+        if self.config.prior == "autoregressive":
+            return self.prior.draw(rng, num)
+        classes = jax.random.randint(rng, (num, self.config.latents), 0, self.config.classes)
+        return jax.nn.one_hot(classes, self.config.classes)
+
+
+def gumbel_draw(
+    rng: jax.Array, log_probs: jax.Array, k: int, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+    """K draws of one-hot vectors, and the same draws relaxed.
+
+    The class whose log-probability plus Gumbel noise is the largest has its own probability of
+    being so; a softmax of the sums is the maximum in the limit of temperature 0 (Jang et al. 2017,
+    eqs. 1 and 2).
+
+    Args:
+      rng: key.
+      log_probs: float `[B, L, C]`.
+      k: K.
+      temperature: τ.
+
+    Returns:
+      One-hot and relaxed z, each `[K, B, L, C]`.
+    """
+    sums = log_probs[None] + jax.random.gumbel(rng, (k, *log_probs.shape))
+    z = jax.nn.one_hot(jnp.argmax(sums, axis=-1), log_probs.shape[-1])
+    return z, nn.softmax(sums / temperature)
 
 
 def build(config: Config, spec: DataSpec) -> Model:
     """The model as pure functions; see `core.Model` for their contracts."""
     net = Net(config, spec)
     likelihood = likelihoods.LIKELIHOODS[config.likelihood]()
-    options = Options(beta=config.beta)
 
     def bind(params: Params) -> Net:
         return net.bind({"params": params["discrete_vae"]})
@@ -135,25 +168,23 @@ def build(config: Config, spec: DataSpec) -> Model:
         likelihoods.refuse_outside_support(batch["x"], spec)
         return {"discrete_vae": net.init(rng, batch["x"][:1])["params"]}
 
-    def one_hots(rng: jax.Array, log_q: jax.Array, k: int) -> jax.Array:
-        """K exact draws `[K, B, N, C]`."""
-        index = jax.random.categorical(rng, log_q, shape=(k, *log_q.shape[:-1]))
-        return jax.nn.one_hot(index, config.classes)
-
     def draw(params: Params, batch: Batch, rng: jax.Array, k: int) -> Draws:
-        """K exact posterior draws; their gradient is that of their densities alone."""
-        bound, flat = bind(params), batch["x"].reshape(1, len(batch["x"]), -1)
-        log_q = bound.log_posterior(batch["x"])
+        """K posterior draws, one-hot, and all that objectives may ask about them."""
+        bound, x = bind(params), batch["x"]
+        flat = x.reshape(1, len(x), -1)
+        log_q = bound.log_posterior(x)
+        z, relaxed = gumbel_draw(rng, log_q, k, config.temperature)
 
         def log_joint_at(z: jax.Array) -> tuple[jax.Array, jax.Array]:
             return likelihood.log_prob(bound.outputs(z), flat), bound.log_prior(z)
 
         def log_posterior_at(z: jax.Array, detached: bool) -> jax.Array:
-            known = jax.lax.stop_gradient(log_q) if detached else log_q
-            return jnp.sum(z * known[None], axis=(-2, -1))
+            held = jax.lax.stop_gradient(log_q) if detached else log_q
+            return jnp.sum(z * held[None], axis=(-2, -1))
 
-        z = one_hots(rng, log_q, k)
         log_likelihood, log_prior = log_joint_at(z)
+        # KL(q ‖ uniform) = log C - H(q), latent by latent.
+        rate = math.log(config.classes) + jnp.sum(jnp.exp(log_q) * log_q, axis=-1)
         return Draws(
             z=z,
             log_likelihood=log_likelihood,
@@ -161,63 +192,35 @@ def build(config: Config, spec: DataSpec) -> Model:
             log_posterior=log_posterior_at(z, False),
             log_joint_at=log_joint_at,
             log_posterior_at=log_posterior_at,
+            rate=rate if config.prior == "uniform" else None,
+            relaxed=relaxed,
         )
 
-    def relaxed_cost(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
-        """Minus the ELBO at relaxed codes `[B]`: a surrogate, and no bound.
-
-        The entropy of q(c | x) is exact; the decoder and the prior see softmax((log q + g) / τ)
-        with Gumbel noise g (Jang et al. 2017, eq. 2).
-        """
-        bound, flat = bind(params), batch["x"].reshape(1, len(batch["x"]), -1)
-        log_q = bound.log_posterior(batch["x"])
-        noise = jax.random.gumbel(rng, (config.num_samples, *log_q.shape))
-        z = nn.softmax((log_q[None] + noise) / config.temperature)
-        distortion = -likelihood.log_prob(bound.outputs(z), flat)
-        minus_entropy = jnp.sum(jnp.exp(log_q) * log_q, axis=(-2, -1))
-        rate = minus_entropy[None] - bound.log_prior(z)
-        return jnp.mean(distortion + config.beta * rate, axis=0)
-
-    def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
-        draw_rng, relaxed_rng = jax.random.split(rng)
-        draws = draw(params, batch, draw_rng, config.num_samples)
-        if config.objective == "vimco":
-            cost = objectives.vimco(draws, options)
-        else:
-            cost = relaxed_cost(params, batch, relaxed_rng)
-        terms = {"distortion": draws.distortion, "rate": draws.total_rate}
-        return masked_mean(cost, batch), Aux(terms=terms)
-
-    def log_weight(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
-        return draw(params, batch, rng, 1).log_weights()[0]
-
     def encode(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
-        """The posterior probabilities."""
+        """The classes' probabilities, which are the posterior's mean of the one-hot vectors."""
         del rng
         return jnp.exp(bind(params).log_posterior(batch["x"])).reshape(len(batch["x"]), -1)
 
-    def decode(params: Params, codes: jax.Array) -> jax.Array:
-        z = codes.reshape(len(codes), config.latents, config.classes)
-        return likelihoods.picture(likelihood, bind(params).outputs(z), spec)
-
     def reconstruct(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
         bound = bind(params)
-        z = one_hots(rng, bound.log_posterior(batch["x"]), 1)
+        z, _ = gumbel_draw(rng, bound.log_posterior(batch["x"]), 1, config.temperature)
         return likelihoods.picture(likelihood, bound.outputs(z[0]), spec)
 
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
-        bound, (z_rng, x_rng) = bind(params), jax.random.split(rng)
-        return likelihoods.draw(
-            likelihood, x_rng, bound.outputs(bound.draw_prior(z_rng, num)), spec
-        )
+        bound = bind(params)
+        z_rng, x_rng = jax.random.split(rng)
+        outputs = bound.outputs(bound.draw_prior(z_rng, num))
+        return likelihoods.draw(likelihood, x_rng, outputs, spec)
 
-    return Model(
+    return objectives.latent_variable_model(
+        "discrete_vae",
+        draw,
+        None,
+        config.objective,
+        config.num_samples,
+        Options(beta=config.beta),
         init=init,
-        players=(Player("discrete_vae", loss_fn),),
-        log_likelihood_fns={"elbo": log_weight},
-        log_weight=log_weight,
         sample=sample,
         encode=encode,
-        decode=decode,
         reconstruct=reconstruct,
     )

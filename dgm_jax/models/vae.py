@@ -94,6 +94,10 @@ def check(config: Config, spec: DataSpec) -> None:
 def _check_pairs(config: Config, spec: DataSpec) -> None:
     """Refuse choices that do not go together, with the reason."""
     objective, prior, posterior = config.objective, config.prior, config.posterior
+    if objective in objectives.NEED_RELAXED:
+        raise UserError(
+            f"model.objective={objective!r} is for discrete latents: model.name='discrete_vae'"
+        )
     if objective in objectives.NEED_DENSITY and not POSTERIORS[posterior].evaluable:
         raise UserError(
             f"model.objective={objective!r} needs log q(z | x) at given z, and "

@@ -1,16 +1,17 @@
-"""Autoencoders with quantised codes, and an autoregressive prior over the codes.
+"""Vector-quantised autoencoders: an image is N codes out of K, and a prior learns which.
 
-The encoder's output is N vectors, each moved to one of C codes: the nearest entry of a codebook
-learned by gradient or as a moving average (van den Oord et al. 2017), or a point of a fixed grid
-(Mentzer et al. 2023). q(c | x) is certain of one code, so
+    p(x, c) = p(c) p(x | e_c),   q(c | x) a point mass on the codes of the encoder's vectors
 
-    log p(x) ≥ log p(x | c(x)) + log p(c(x)),
+so that log p(x) ≥ log p(x | e_c) + log p(c), for the one code c of x. Encoder, codebook and decoder
+are one player; the prior is another, which sees their codes and cannot change them.
 
-with p(c) learned beside the autoencoder, by a player of its own that cannot move the codes.
+References: van den Oord et al. 2017, "Neural Discrete Representation Learning"; Mentzer et al.
+2023, "Finite Scalar Quantization: VQ-VAE Made Simple".
 """
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,6 +20,8 @@ import jax.numpy as jnp
 from dgm_jax import likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.nn import networks, quantise
+from dgm_jax.nn.autoregressive import AutoregressiveCategorical
+from dgm_jax.nn.conv import halvings
 
 QUANTISERS = ("gradient", "ema", "fsq")
 
@@ -28,42 +31,42 @@ class Config:
     """The model's fields. Real numbers may be traced.
 
     Attributes:
-      quantiser: `gradient`, `ema` or `fsq`.
-      positions: N, codes of one example.
-      codebook: C, entries of a learned codebook.
-      code_size: numbers of one entry.
-      levels: of each number of a code of `fsq`; their product is C.
-      commitment: β, weight of the encoder's distance from its codes (eq. 3).
-      decay: of the moving average of `ema`.
-      network: `mlp` or `conv`.
+      network: `mlp`, or `conv`: residual stages that halve or double the sides of the image.
       encoder: widths of the encoder's hidden layers, or channels of its stages.
       decoder: the same of the decoder.
       activation: one of `nn.mlp.ACTIVATIONS`, or for an `mlp` also `gated`.
       likelihood: one of `likelihoods.LIKELIHOODS`.
+      num_codes: N of an `mlp`; a `conv` has one for each position of its coarsest stage.
+      quantiser: `gradient`, a codebook trained on the distance to its vectors; `ema`, one that is
+        their moving average; or `fsq`, rounding.
+      codebook_size: K of a codebook.
+      code_dim: D, length of a vector of a codebook.
+      levels: of `fsq`: levels of each entry of a vector; K is their product, D their number.
+      commitment: β, weight of the vectors' squared distance to a codebook.
+      ema_decay: γ of an `ema` codebook.
+      prior_hidden: widths of the hidden layers of the prior's masked network.
     """
 
-    quantiser: str = "gradient"
-    positions: int = 16
-    codebook: int = 64
-    code_size: int = 8
-    levels: tuple[int, ...] = (5, 4, 4)
-    commitment: float = 0.25
-    decay: float = 0.99
     network: str = "mlp"
-    encoder: tuple[int, ...] = (200, 200)
-    decoder: tuple[int, ...] = (200, 200)
+    encoder: tuple[int, ...] = (500, 500)
+    decoder: tuple[int, ...] = (500, 500)
     activation: str = "silu"
     likelihood: str = "bernoulli"
+    num_codes: int = 8
+    quantiser: str = "ema"
+    codebook_size: int = 64
+    code_dim: int = 8
+    levels: tuple[int, ...] = (4, 4, 4)
+    commitment: float = 0.25
+    ema_decay: float = 0.99
+    prior_hidden: tuple[int, ...] = (500, 500)
 
     @property
-    def num_codes(self) -> int:
-        """C."""
-        return math.prod(self.levels) if self.quantiser == "fsq" else self.codebook
-
-    @property
-    def size(self) -> int:
-        """Numbers of one code."""
-        return len(self.levels) if self.quantiser == "fsq" else self.code_size
+    def code_shape(self) -> tuple[int, int]:
+        """(K, D)."""
+        if self.quantiser == "fsq":
+            return math.prod(self.levels), len(self.levels)
+        return self.codebook_size, self.code_dim
 
 
 def check(config: Config, spec: DataSpec) -> None:
@@ -72,174 +75,199 @@ def check(config: Config, spec: DataSpec) -> None:
     Raises:
       UserError: names the field, its value and what is allowed.
     """
+    for field in ("encoder", "decoder", "prior_hidden"):
+        networks.check_widths(field, getattr(config, field))
+    networks.check(config.network, config.activation, spec)
+    if config.network == "conv" and len(config.encoder) != len(config.decoder):
+        raise UserError(
+            f"model.decoder={config.decoder}: a grid of codes needs as many stages as "
+            f"model.encoder={config.encoder}"
+        )
+    likelihoods.check(config.likelihood, spec)
     if config.quantiser not in QUANTISERS:
         raise UserError(
             f"model.quantiser={config.quantiser!r}: choose one of {', '.join(QUANTISERS)}"
         )
-    for field, least in (("positions", 1), ("codebook", 2), ("code_size", 1)):
-        if getattr(config, field) < least:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least {least}")
-    if not config.levels or not all(isinstance(n, int) and n > 1 for n in config.levels):
-        raise UserError(f"model.levels={config.levels}: whole numbers, each at least 2")
-    if not config.commitment >= 0:
-        raise UserError(f"model.commitment={config.commitment}: must be at least 0")
-    if not 0 <= config.decay < 1:
-        raise UserError(f"model.decay={config.decay}: must be at least 0 and below 1")
-    for field in ("encoder", "decoder"):
-        networks.check_widths(field, getattr(config, field))
-    networks.check(config.network, config.activation, spec)
-    likelihoods.check(config.likelihood, spec)
+    for field, lowest in (("num_codes", 1), ("codebook_size", 2), ("code_dim", 1)):
+        if getattr(config, field) < lowest:
+            raise UserError(f"model.{field}={getattr(config, field)}: must be at least {lowest}")
+    if not config.levels or not all(isinstance(n, int) and n >= 2 for n in config.levels):
+        raise UserError(
+            f"model.levels={config.levels}: give one or more whole numbers, each at least 2"
+        )
+    if not 0 <= config.commitment < math.inf:
+        raise UserError(f"model.commitment={config.commitment}: must be at least 0 and finite")
+    if not 0 <= config.ema_decay < 1:
+        raise UserError(f"model.ema_decay={config.ema_decay}: must be at least 0 and below 1")
+
+
+def num_codes(config: Config, spec: DataSpec) -> int:
+    """N: codes of one example."""
+    if config.network == "mlp":
+        return config.num_codes
+    return math.prod(halvings(spec.event_shape[:2], len(config.encoder))[-1])
 
 
 class Net(nn.Module):
-    """Encoder, decoder and, learned by gradient, the codebook."""
+    """Encoder and decoder."""
 
     config: Config
     spec: DataSpec
 
     def setup(self) -> None:
-        """The networks."""
-        config, spec = self.config, self.spec
+        """A `conv` makes each vector at its position; an `mlp` all of them from all features."""
+        config = self.config
+        self.grid, self.num = config.network == "conv", num_codes(config, self.spec)
         self.encoder = networks.Encoder(config.network, config.encoder, config.activation)
-        self.vectors = nn.Dense(config.positions * config.size)
+        self.head = nn.Dense(config.code_shape[1] * (1 if self.grid else self.num))
         self.decoder = networks.Decoder(
-            config.network, config.decoder, config.activation, config.likelihood, spec
+            config.network,
+            config.decoder,
+            config.activation,
+            config.likelihood,
+            self.spec,
+            grid=self.grid,
         )
-        if config.quantiser == "gradient":
-            shape = (config.codebook, config.size)
-            self.codebook = self.param("codebook", nn.initializers.normal(1.0), shape)
 
     def __call__(self, x: jax.Array) -> None:
         """Touch every parameter, for initialisation."""
-        self.outputs(self.encode(x))
+        self.outputs(self.vectors(x))
 
-    def encode(self, x: jax.Array) -> jax.Array:
-        """`[B, N, E]` before quantisation, for x as the data hold it."""
-        z = self.vectors(self.encoder(x / self.spec.scale))
-        return z.reshape(len(x), self.config.positions, self.config.size)
+    def vectors(self, x: jax.Array) -> jax.Array:
+        """What is to be quantised, float `[B, N, D]`, for x `[B, *event]` as the data hold it."""
+        h = self.encoder(x / self.spec.scale)
+        v = self.head(h.reshape(len(h), self.num, -1) if self.grid else h)
+        v = v.reshape(len(h), self.num, -1)
+        return jnp.tanh(v) if self.config.quantiser == "fsq" else v
 
     def outputs(self, z: jax.Array) -> jax.Array:
-        """The likelihood's parameters `[B, D, P]` of codes `[B, N, E]`."""
+        """The likelihood's parameters `[B, D, P]` given the codes' vectors `[B, N, D]`."""
         return self.decoder(z.reshape(len(z), -1))
 
 
+class Codes(NamedTuple):
+    """What the encoder and the quantiser make of a batch.
+
+    Attributes:
+      v: float `[B, N, D]`, the encoder's vectors.
+      index: int32 `[B, N]`, their codes.
+      z: float `[B, N, D]`, the codes' vectors, with the gradient of the codebook.
+    """
+
+    v: jax.Array
+    index: jax.Array
+    z: jax.Array
+
+
 def build(config: Config, spec: DataSpec) -> Model:
-    """The model as pure functions; see `core.Model` for their contracts."""
-    net = Net(config, spec)
-    prior_net = quantise.AutoregressiveCodes(config.positions, config.num_codes)
+    """The autoencoder and its prior as pure functions; see `core.Model` for their contracts."""
+    net, (size, dim) = Net(config, spec), config.code_shape
+    prior = AutoregressiveCategorical(num_codes(config, spec), size, config.prior_hidden)
     likelihood = likelihoods.LIKELIHOODS[config.likelihood]()
 
     def bind(params: Params) -> Net:
-        return net.bind({"params": params["vqvae"]})
-
-    def bind_prior(params: Params) -> quantise.AutoregressiveCodes:
-        return prior_net.bind({"params": params["prior"]})
+        return net.bind({"params": params["vqvae"]["net"]})
 
     def init(rng: jax.Array, batch: Batch) -> Params:
+        """A codebook starts as vectors of the batch: an entry far from all would stay unused."""
         likelihoods.refuse_outside_support(batch["x"], spec)
-        net_rng, prior_rng, codebook_rng = jax.random.split(rng, 3)
-        one_hot = jnp.zeros((1, config.positions, config.num_codes))
-        params = {
-            "vqvae": net.init(net_rng, batch["x"][:1])["params"],
-            "prior": prior_net.init(prior_rng, one_hot, method="log_prob")["params"],
-        }
+        net_rng, prior_rng, code_rng = jax.random.split(rng, 3)
+        params = {"vqvae": {"net": net.init(net_rng, batch["x"][:1])["params"]}}
+        one_hot = jnp.zeros((1, prior.num, size))
+        params["prior"] = prior.init(prior_rng, one_hot, method="log_prob")["params"]
+        v = bind(params).vectors(batch["x"]).reshape(-1, dim)
+        start = jax.random.choice(code_rng, v, (size,))
+        if config.quantiser == "gradient":
+            params["vqvae"]["codebook"] = start
         if config.quantiser == "ema":
-            total = jax.random.normal(codebook_rng, (config.codebook, config.size))
-            params["state"] = quantise.Usage(jnp.ones(config.codebook), total)
+            params["state"] = quantise.ema_state(start)
         return params
 
     def codebook(params: Params) -> jax.Array:
+        """The vector of every code, float `[K, D]`."""
+        if config.quantiser == "gradient":
+            return params["vqvae"]["codebook"]
         if config.quantiser == "ema":
-            return params["state"].codebook
-        return bind(params).codebook
+            return params["state"]["codebook"]
+        return quantise.fsq_codebook(config.levels)
 
-    def quantised(params: Params, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Codes `[B, N, E]` of the encoder's vectors, and their indices `[B, N]`.
-
-        The gradient goes straight through to z; a codebook entry gets its own, `fsq` has none.
-        """
+    def codes_of(params: Params, batch: Batch) -> Codes:
+        v = bind(params).vectors(batch["x"])
         if config.quantiser == "fsq":
-            codes = quantise.finite_scalars(z, config.levels)
-            return codes, quantise.scalars_to_index(codes, config.levels)
-        entries = codebook(params)
-        index = quantise.nearest(z, entries)
-        return entries[index], index
+            index = quantise.fsq_index(v, config.levels)
+        else:
+            index = quantise.nearest(v, codebook(params))
+        return Codes(v, index, codebook(params)[index])
 
-    def codes_of(params: Params, index: jax.Array) -> jax.Array:
-        if config.quantiser == "fsq":
-            return quantise.index_to_scalars(index, config.levels).astype(jnp.float32)
-        return codebook(params)[index]
+    def log_likelihood(params: Params, batch: Batch, z: jax.Array) -> jax.Array:
+        """log p(x | z) `[B]`."""
+        x = batch["x"].reshape(len(z), -1)
+        return likelihood.log_prob(bind(params).outputs(z), x)
 
     def log_prior(params: Params, index: jax.Array) -> jax.Array:
-        """log p(c) `[B]`."""
-        return bind_prior(params).log_prob(jax.nn.one_hot(index, config.num_codes))
+        """log p(c) `[B]` of the codes with indices `[B, N]`."""
+        one_hot = jax.nn.one_hot(index, size)
+        return prior.apply({"params": params["prior"]}, one_hot, method="log_prob")
 
-    def distortion(params: Params, z: jax.Array, x: jax.Array) -> jax.Array:
-        return -likelihood.log_prob(bind(params).outputs(z), x.reshape(len(x), -1))
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        """-log p(x | z) + |sg(v) - e|² + β |v - sg(e)|² (van den Oord et al. 2017, eq. 3).
 
-    def autoencoder_loss(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
-        """van den Oord et al. 2017, eq. 3; `ema` replaces its second term, `fsq` needs neither."""
+        The squares are summed over the codes as the likelihood is over the dimensions of x. An
+        `ema` codebook has no gradient and does without the first; rounding needs neither.
+        """
         del rng
-        z = bind(params).encode(batch["x"])
-        codes, index = quantised(params, z)
-        terms, scalars, state = {}, {}, None
-        rows = jnp.where(batch["mask"], 1.0, 0.0) if "mask" in batch else jnp.ones(len(z))
-        weight = jnp.repeat(rows, config.positions)
-        scalars["perplexity"] = quantise.perplexity(index.reshape(-1), config.num_codes, weight)
-        if config.quantiser == "fsq":
-            terms["distortion"] = distortion(params, codes, batch["x"])
-            return masked_mean(terms["distortion"], batch), Aux(terms, scalars)
-        terms["distortion"] = distortion(params, quantise.straight_through(z, codes), batch["x"])
-        held = jax.lax.stop_gradient
-        terms["commitment"] = jnp.sum((z - held(codes)) ** 2, axis=(1, 2))
-        cost = terms["distortion"] + config.commitment * terms["commitment"]
+        v, index, z = codes_of(params, batch)
+        hold = jax.lax.stop_gradient
+        distortion = -log_likelihood(params, batch, quantise.straight_through(v, z))
+        cost = distortion
+        if config.quantiser != "fsq":
+            cost += config.commitment * jnp.sum((v - hold(z)) ** 2, axis=(1, 2))
         if config.quantiser == "gradient":
-            cost += jnp.sum((codes - held(z)) ** 2, axis=(1, 2))
-        else:
-            state = quantise.updated_usage(
-                params["state"],
-                held(z).reshape(-1, config.size),
-                index.reshape(-1),
-                weight,
-                config.decay,
-            )
-        return masked_mean(cost, batch), Aux(terms, scalars, state)
+            cost += jnp.sum((hold(v) - z) ** 2, axis=(1, 2))
+        weight = jnp.where(batch["mask"], 1.0, 0.0) if "mask" in batch else jnp.ones(len(v))
+        state = None
+        if config.quantiser == "ema":
+            state = quantise.ema_update(params["state"], v, index, weight, config.ema_decay)
+        scalars = {"perplexity": quantise.perplexity(index, size, weight)}
+        return masked_mean(cost, batch), Aux({"distortion": distortion}, scalars, state)
 
-    def prior_loss(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+    def prior_loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        """-log p(c), which is the rate: KL(q ‖ p) where q is a point mass."""
         del rng
-        _, index = quantised(params, bind(params).encode(batch["x"]))
-        rate = -log_prior(params, index)
-        return masked_mean(rate, batch), Aux({"rate": rate})
+        rate = -log_prior(params, codes_of(params, batch).index)
+        return masked_mean(rate, batch), Aux(terms={"rate": rate})
 
     def elbo(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        """log p(x | c) + log p(c), one term of the sum over codes that is p(x).
+
+        There is one code to draw, with probability 1: this is also its importance weight.
+        """
         del rng
-        codes, index = quantised(params, bind(params).encode(batch["x"]))
-        return log_prior(params, index) - distortion(params, codes, batch["x"])
+        codes = codes_of(params, batch)
+        return log_likelihood(params, batch, codes.z) + log_prior(params, codes.index)
 
     def encode(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
-        """The codes' own numbers, `[B, N · E]`."""
+        """The codes' vectors, one after the other."""
         del rng
-        codes, _ = quantised(params, bind(params).encode(batch["x"]))
-        return codes.reshape(len(codes), -1)
-
-    def decode(params: Params, codes: jax.Array) -> jax.Array:
-        return likelihoods.picture(likelihood, bind(params).outputs(codes), spec)
+        return codes_of(params, batch).z.reshape(len(batch["x"]), -1)
 
     def reconstruct(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
-        return decode(params, encode(params, batch, rng))
+        del rng
+        outputs = bind(params).outputs(codes_of(params, batch).z)
+        return likelihoods.picture(likelihood, outputs, spec)
 
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
         code_rng, x_rng = jax.random.split(rng)
-        index = jnp.argmax(bind_prior(params).draw(code_rng, num), axis=-1)
-        outputs = bind(params).outputs(codes_of(params, index))
+        codes = prior.apply({"params": params["prior"]}, code_rng, num, method="draw")
+        outputs = bind(params).outputs(codes @ codebook(params))
         return likelihoods.draw(likelihood, x_rng, outputs, spec)
 
     return Model(
         init=init,
-        players=(Player("vqvae", autoencoder_loss), Player("prior", prior_loss)),
+        players=(Player("vqvae", loss_fn), Player("prior", prior_loss_fn)),
         log_likelihood_fns={"elbo": elbo},
+        log_weight=elbo,
         sample=sample,
         encode=encode,
-        decode=decode,
         reconstruct=reconstruct,
     )

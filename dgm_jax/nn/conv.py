@@ -4,6 +4,8 @@ Reference: He et al. 2016, "Identity mappings in deep residual networks" (the or
 Child 2021, "Very deep VAEs" (no normalisation, a small start instead).
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -51,19 +53,25 @@ class ConvDecoder(nn.Module):
     Attributes:
       channels: of each stage, the coarsest first.
       sides: (H, W) of the result.
+      grid: z holds a vector for each position of the coarsest stage, row by row, which alone
+        decides what stands there; else all of z decides all of it.
     """
 
     channels: tuple[int, ...]
     sides: tuple[int, int]
     activation: str = "silu"
+    grid: bool = False
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
         """Apply the stages."""
         all_sides = halvings(self.sides, len(self.channels))
-        coarsest = (*all_sides[-1], self.channels[0])
-        h = nn.Dense(coarsest[0] * coarsest[1] * coarsest[2])(z)
-        h = h.reshape(*z.shape[:-1], *coarsest)
+        lead, positions = z.shape[:-1], math.prod(all_sides[-1])
+        if self.grid:
+            h = nn.Dense(self.channels[0])(z.reshape(*lead, positions, -1))
+        else:
+            h = nn.Dense(positions * self.channels[0])(z)
+        h = h.reshape(*lead, *all_sides[-1], self.channels[0])
         for channels, sides in zip(self.channels, reversed(all_sides[:-1]), strict=True):
             h = ResidualBlock(channels, self.activation)(h)
             h = Upsample(channels)(h, sides)

@@ -49,7 +49,7 @@ class MaskedMLP(nn.Module):
       hidden: widths of the hidden layers.
       outputs: P, numbers given for each variable.
       activation: one of `ACTIVATIONS`.
-      inputs: E, numbers that say the value of one variable.
+      inputs: I, numbers that make up each variable.
     """
 
     num: int
@@ -60,7 +60,7 @@ class MaskedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
-        """Outputs `[..., D, P]` for `x` float `[..., D · E]`; all see a context `[..., F]`."""
+        """Outputs `[..., D, P]` for `x` float `[..., D·I]`; a context `[..., F]` is seen by all."""
         degrees = np.arange(1, self.num + 1)
         h, before = x, np.repeat(degrees, self.inputs)
         for i, width in enumerate(self.hidden):

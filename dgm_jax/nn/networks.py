@@ -83,6 +83,7 @@ class Decoder(nn.Module):
       activation: see `check`.
       likelihood: one of `likelihoods.LIKELIHOODS`.
       spec: of the data.
+      grid: of `conv`: the latents are a vector for each position, as in `ConvDecoder`.
     """
 
     kind: str
@@ -90,6 +91,7 @@ class Decoder(nn.Module):
     activation: str
     likelihood: str
     spec: DataSpec
+    grid: bool = False
 
     @nn.compact
     def __call__(self, z: jax.Array, side: jax.Array | None = None) -> jax.Array:
@@ -101,7 +103,7 @@ class Decoder(nn.Module):
         if self.kind == "mlp":
             h = MLP(self.widths, self.activation)(z)
             return Head(self.likelihood, self.spec)(h)
-        h = ConvDecoder(self.widths, self.spec.event_shape[:2], self.activation)(z)
+        h = ConvDecoder(self.widths, self.spec.event_shape[:2], self.activation, self.grid)(z)
         h = h.reshape(*z.shape[:-1], -1, h.shape[-1])
         return Head(self.likelihood, self.spec, per_pixel=True)(h)
 

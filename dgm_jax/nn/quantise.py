@@ -1,162 +1,113 @@
-"""Discrete codes: vector quantisation, finite scalar quantisation, and densities of codes.
+"""Quantisation: a vector becomes one of K codes, and gradients pass as if it had not.
 
-References: van den Oord et al. 2017, "Neural Discrete Representation Learning" (VQ); Mentzer et al.
-2023, "Finite Scalar Quantization" (FSQ); Germain et al. 2015 (the autoregressive density).
+Vector quantisation takes the nearest entry of a learned codebook (van den Oord et al. 2017, "Neural
+Discrete Representation Learning"); finite scalar quantisation rounds each entry of a vector to one
+of a few levels (Mentzer et al. 2023, "Finite Scalar Quantization").
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax.nn.mlp import MaskedMLP
 
-_EMBEDDING = 8  # numbers that a code is to the autoregressive network
-
-
-def straight_through(z: jax.Array, quantised: jax.Array) -> jax.Array:
-    """`quantised`, with the gradient of `z`; the same shape."""
-    return z + jax.lax.stop_gradient(quantised - z)
+def straight_through(v: jax.Array, code: jax.Array) -> jax.Array:
+    """`code`, to the bit, with the gradient of `v`; both float of one shape."""
+    return jax.lax.stop_gradient(code) + (v - jax.lax.stop_gradient(v))  # the bracket is 0
 
 
-def nearest(z: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Index of the nearest entry of `codebook` `[C, E]` for each vector `[..., E]` -> `[...]`."""
-    products = z.reshape(-1, z.shape[-1]) @ codebook.T
-    distance = jnp.sum(codebook**2, axis=-1)[None] - 2 * products  # but for |z|², the same for all
-    return jnp.argmin(distance, axis=-1).reshape(z.shape[:-1])
-
-
-class Usage(NamedTuple):
-    """What an EMA codebook remembers: each entry is the mean of the vectors sent to it.
-
-    Attributes:
-      count: `[C]`, decayed number of vectors of each entry.
-      total: `[C, E]`, their decayed sum.
-    """
-
-    count: jax.Array
-    total: jax.Array
-
-    @property
-    def codebook(self) -> jax.Array:
-        """`[C, E]`; counts are smoothed so that an unused entry stays finite."""
-        num = jnp.sum(self.count)
-        smoothed = (self.count + 1e-5) / (num + len(self.count) * 1e-5) * num
-        return self.total / smoothed[:, None]
-
-
-def updated_usage(
-    usage: Usage, z: jax.Array, index: jax.Array, weight: jax.Array, decay: float
-) -> Usage:
-    """The usage after one batch (van den Oord et al. 2017, appendix A.1).
+def nearest(v: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Index of the entry nearest to each vector (van den Oord et al. 2017, eq. 1).
 
     Args:
-      usage: before it.
-      z: float `[M, E]`.
-      index: int `[M]`, the entry of each.
-      weight: float `[M]`, 0 for what does not count.
+      v: float `[..., D]`.
+      codebook: float `[K, D]`.
+
+    Returns:
+      int32 `[...]`, in {0, ..., K - 1}.
+    """
+    # |v - e|² without its |v|², which is the same for all entries: one matrix product.
+    squares = jnp.expand_dims(jnp.sum(codebook**2, axis=-1), range(v.ndim - 1))
+    return jnp.argmin(squares - 2 * v @ codebook.T, axis=-1).astype(jnp.int32)
+
+
+def ema_state(codebook: jax.Array) -> dict[str, jax.Array]:
+    """The variables of a codebook that follows its vectors, before the first update."""
+    return {"codebook": codebook, "count": jnp.zeros(len(codebook))}
+
+
+def ema_update(
+    state: Mapping[str, jax.Array],
+    v: jax.Array,
+    index: jax.Array,
+    weight: jax.Array,
+    decay: float,
+) -> dict[str, jax.Array]:
+    """Each entry becomes the moving average of the vectors that were nearest to it.
+
+    N_k ← γ N_k + (1 - γ) n_k, m_k ← γ m_k + (1 - γ) Σ v, e_k = m_k / N_k (van den Oord et al. 2017,
+    appendix A.1), with n_k the number of vectors of entry k in the batch and Σ v their sum. N and m
+    start from 0, so that their quotient is the weighted mean of the vectors seen, without bias
+    towards the start.
+
+    Args:
+      state: `codebook` e `[K, D]` and `count` N `[K]`.
+      v: float `[B, N, D]`, the encoder's vectors.
+      index: int32 `[B, N]`, the entry of each.
+      weight: float `[B]`, 1 for real rows and 0 for padding.
       decay: γ.
     """
-    one_hot = jax.nn.one_hot(index, len(usage.count)) * weight[:, None]
-    count = decay * usage.count + (1 - decay) * jnp.sum(one_hot, axis=0)
-    return Usage(count, decay * usage.total + (1 - decay) * one_hot.T @ z)
+    v, codebook = jax.lax.stop_gradient(v), state["codebook"]
+    member = weight[:, None, None] * jax.nn.one_hot(index, len(codebook))
+    num, total = jnp.sum(member, axis=(0, 1)), jnp.einsum("bnk,bnd->kd", member, v)
+    count = decay * state["count"] + (1 - decay) * num
+    # m / N as a step from e: an entry that nothing is near to stays where it is, where the quotient
+    # would end as 0 / 0. One that something is near to has a count of at least 1 - γ.
+    rate = (1 - decay) / jnp.where(num > 0, count, 1.0)
+    step = rate[:, None] * (total - num[:, None] * codebook)
+    return {"codebook": codebook + step, "count": count}
 
 
 def perplexity(index: jax.Array, num: int, weight: jax.Array) -> jax.Array:
-    """exp of the entropy of the usage of `num` codes by `index` `[M]`; `num` if uniform, `[]`."""
-    share = weight @ jax.nn.one_hot(index, num) / jnp.sum(weight)
-    return jnp.exp(-jnp.sum(share * jnp.log(jnp.where(share > 0, share, 1.0))))
-
-
-def finite_scalars(z: jax.Array, levels: tuple[int, ...]) -> jax.Array:
-    """Each number to one of its few values in [-1, 1] (Mentzer et al. 2023, section 3.1).
+    """exp of the entropy of the codes' frequencies: K where all are used alike, 1 for one alone.
 
     Args:
-      z: float `[..., E]`.
-      levels: of each of the E numbers, at least 2.
+      index: int32 `[B, N]`.
+      num: K.
+      weight: float `[B]`, 1 for real rows and 0 for padding.
+    """
+    count = weight @ jnp.sum(jax.nn.one_hot(index, num), axis=1)
+    return jnp.exp(jnp.sum(jax.scipy.special.entr(count / jnp.sum(count))))
+
+
+def fsq_index(u: jax.Array, levels: tuple[int, ...]) -> jax.Array:
+    """Index of the code that each vector is rounded to, entry by entry.
+
+    Levels 0, ..., L - 1 of an entry lie evenly spread over [-1, 1]. With L even none is 0: this is
+    the half-offset of Mentzer et al. (2023, section 3.1), without their shift of the input, which
+    is infinite at L = 2.
+
+    Args:
+      u: float `[..., d]` in [-1, 1]: a hyperbolic tangent bounds what an encoder gives.
+      levels: L of each entry.
 
     Returns:
-      Float `[..., E]`, with the gradient of the bounding function, straight through the rounding.
+      int32 `[...]`, in {0, ..., Π L - 1}, the first entry counting fastest.
     """
-    most = np.asarray(levels)
-    half, offset = (most - 1) * (1 + 1e-3) / 2, np.where(most % 2 == 0, 0.5, 0.0)
-    shift, lead = np.arctanh(offset / half), (1,) * (z.ndim - 1)
-
-    def row(values: np.ndarray) -> jax.Array:
-        return jnp.asarray(values, z.dtype).reshape(*lead, -1)
-
-    bounded = jnp.tanh(z + row(shift)) * row(half) - row(offset)
-    return straight_through(bounded, jnp.round(bounded)) / row(most // 2)
+    highest = jnp.expand_dims(jnp.array(levels) - 1, range(u.ndim - 1))
+    digits = jnp.round((u + 1) / 2 * highest).astype(jnp.int32)
+    return jnp.sum(digits * jnp.expand_dims(_places(levels), range(u.ndim - 1)), axis=-1)
 
 
-def scalars_to_index(values: jax.Array, levels: tuple[int, ...]) -> jax.Array:
-    """The number of a code of `finite_scalars`, from 0 to Π levels - 1: `[..., E]` -> `[...]`."""
-    most = jnp.asarray(levels)
-    basis = jnp.asarray(np.cumprod([1, *levels[:-1]]))
-    lead = (1,) * (values.ndim - 1)
-    digits = jnp.round((values + 1) * (most // 2).reshape(*lead, -1)).astype(jnp.int32)
-    return jnp.sum(digits * basis.reshape(*lead, -1), axis=-1)
+def fsq_codebook(levels: tuple[int, ...]) -> jax.Array:
+    """The code of every index, float `[Π L, d]` in [-1, 1]: the inverse of `fsq_index`."""
+    index = np.arange(math.prod(levels))[:, None]
+    digits = index // _places(levels) % np.array(levels)
+    return jnp.asarray(2 * digits / (np.array(levels) - 1) - 1)
 
 
-def index_to_scalars(index: jax.Array, levels: tuple[int, ...]) -> jax.Array:
-    """The inverse of `scalars_to_index`: `[...]` -> `[..., E]`."""
-    most, basis = np.asarray(levels), np.cumprod([1, *levels[:-1]])
-    parts = [index // b % m / (m // 2) - 1 for m, b in zip(most, basis, strict=True)]
-    return jnp.stack(parts, axis=-1)
-
-
-class UniformCodes(nn.Module):
-    """p(c) = C^-N over N codes of C classes, as one-hots `[..., N, C]`."""
-
-    num: int
-    classes: int
-
-    def log_prob(self, z: jax.Array) -> jax.Array:
-        """log p(c) `[...]`, nats."""
-        return jnp.full(z.shape[:-2], -self.num * math.log(self.classes))
-
-    def draw(self, rng: jax.Array, num: int) -> jax.Array:
-        """`num` draws, one-hots `[num, N, C]`."""
-        index = jax.random.randint(rng, (num, self.num), 0, self.classes)
-        return jax.nn.one_hot(index, self.classes)
-
-
-class AutoregressiveCodes(nn.Module):
-    """p(c) = Π_n p(c_n | c_<n) by a masked network, for one-hots `[..., N, C]`.
-
-    A relaxed code, a row of C weights that sum to 1, is taken for the mean of its classes.
-    """
-
-    num: int
-    classes: int
-    width: int = 128
-
-    def setup(self) -> None:
-        """An embedding shared by all codes, and the masked network."""
-        self.embedding = nn.Dense(_EMBEDDING, use_bias=False)
-        self.net = MaskedMLP(self.num, (self.width, self.width), self.classes, inputs=_EMBEDDING)
-
-    def log_prob(self, z: jax.Array) -> jax.Array:
-        """log p(c) `[...]`, nats."""
-        return jnp.sum(z * self.log_probs(z), axis=(-2, -1))
-
-    def log_probs(self, z: jax.Array) -> jax.Array:
-        """log p(c_n = · | c_<n) `[..., N, C]`."""
-        h = self.embedding(z)
-        return nn.log_softmax(self.net(h.reshape(*h.shape[:-2], -1)))
-
-    def draw(self, rng: jax.Array, num: int) -> jax.Array:
-        """`num` draws, one code after the other, one-hots `[num, N, C]`."""
-
-        def next_code(n: jax.Array, z: jax.Array) -> jax.Array:
-            index = jax.random.categorical(jax.random.fold_in(rng, n), self.log_probs(z)[:, n])
-            return z.at[:, n].set(jax.nn.one_hot(index, self.classes, dtype=z.dtype))
-
-        start = jnp.zeros((num, self.num, self.classes))
-        return jax.lax.fori_loop(0, self.num, next_code, start)
-
-
-PRIORS = {"uniform": UniformCodes, "autoregressive": AutoregressiveCodes}
+def _places(levels: tuple[int, ...]) -> np.ndarray:
+    """What a step of each entry's level adds to the index, int32 `[d]`."""
+    return np.cumprod((1, *levels[:-1]), dtype=np.int32)

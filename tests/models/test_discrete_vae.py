@@ -1,22 +1,35 @@
-"""Three codes of two classes and four binary pixels: every sum over codes is taken whole."""
+"""A discrete VAE with few enough codes to enumerate: bounds, weights, gradients, draws."""
 
+import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import special
+from scipy import integrate, special, stats
 
 from dgm_jax.core import DataSpec, UserError
 from dgm_jax.models import discrete_vae
 
-PIXELS, ROWS, NUM, CLASSES = 4, 16, 3, 2
-SPEC = DataSpec((2, 2, 1), "binary", np.full((2, 2, 1), 0.4, np.float32), 100)
-X = np.array([[i >> j & 1 for j in range(PIXELS)] for i in range(ROWS)], float)
-BATCH = {"x": jnp.asarray(X.reshape(ROWS, 2, 2, 1))}
-FIELDS = {"latents": NUM, "classes": CLASSES, "encoder": (4,), "decoder": (4,)}
-CODES = jnp.asarray(np.eye(CLASSES)[list(itertools.product(range(CLASSES), repeat=NUM))])
+PIXELS, ROWS = 4, 16
+SPEC = DataSpec((2, 2, 1), "binary", np.linspace(0.2, 0.8, PIXELS).reshape(2, 2, 1))
+FIELDS = {
+    "latents": 2,
+    "classes": 3,
+    "encoder": (4,),
+    "decoder": (4,),
+    "prior_hidden": (5,),
+    "temperature": 0.7,
+}
+X = np.array(list(itertools.product((0.0, 1.0), repeat=PIXELS))).reshape(ROWS, 2, 2, 1)
+BATCH, RNG = {"x": jnp.asarray(X)}, jax.random.key(0)
+CASES = [
+    {"prior": "uniform"},
+    {"prior": "autoregressive"},
+    {"prior": "autoregressive", "latents": 3, "classes": 2},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -29,110 +42,231 @@ def _build(**fields):
     return discrete_vae.build(discrete_vae.Config(**(FIELDS | fields)), SPEC)
 
 
-def _params(**fields):
-    shapes = jax.eval_shape(_build(**fields).init, jax.random.key(0), BATCH)
-    leaves, structure = jax.tree.flatten(shapes)
+def _params(model):
+    leaves, structure = jax.tree.flatten(jax.eval_shape(model.init, RNG, BATCH))
     rng = np.random.default_rng(1)
-    return jax.tree.unflatten(structure, [0.7 * rng.normal(size=p.shape) for p in leaves])
+    drawn = [jnp.asarray(0.8 * rng.normal(size=leaf.shape)) for leaf in leaves]
+    return jax.tree.unflatten(structure, drawn)
 
 
-def _densities(params, **fields):
-    """log p(x, c) and log q(c | x), each `[codes, images]`; differentiable."""
+def _enumerate(params, x=X, **fields):
+    """log p(x | z), log p(z) and log q(z | x) of all z: `[C^L, B]`, `[C^L, 1]`, `[C^L, B]`."""
     config = discrete_vae.Config(**(FIELDS | fields))
-    net = discrete_vae.Net(config, SPEC).bind({"params": params["discrete_vae"]})
-    logits = net.outputs(CODES)[:, None, :, 0]
-    x = jnp.asarray(X)[None]
-    log_lik = jnp.sum(x * jax.nn.log_sigmoid(logits) + (1 - x) * jax.nn.log_sigmoid(-logits), -1)
-    log_q = jnp.einsum("mnc,bnc->mb", CODES, net.log_posterior(BATCH["x"]))
-    return log_lik + net.log_prior(CODES)[:, None], log_q
+    every = np.array(list(itertools.product(range(config.classes), repeat=config.latents)))
+
+    @jax.jit
+    def enumerated(params):
+        net = discrete_vae.Net(config, SPEC).bind({"params": params["discrete_vae"]})
+        z, log_q = jnp.asarray(np.eye(config.classes)[every]), net.log_posterior(jnp.asarray(x))
+        log_q = sum(log_q[:, i, every[:, i]] for i in range(config.latents)).T
+        logits, pixels = net.outputs(z)[..., 0], x.reshape(len(x), -1)
+        log_on, log_off = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+        return log_on @ pixels.T + log_off @ (1 - pixels).T, net.log_prior(z)[:, None], log_q
+
+    return enumerated(params)
 
 
-def _draws(fn, num):
-    return jax.jit(jax.vmap(fn))(jax.random.split(jax.random.key(2), num))
+def _bound(parts, k):
+    """E[log 1/K Σ_k w_k] `[B]` by enumeration of all sets of K codes, in their order."""
+    log_lik, log_prior, log_q = parts
+    log_w, num = log_lik + log_prior - log_q, len(log_q)
+    sets = np.array(list(itertools.product(range(num), repeat=k))).T
+    bounds = jax.nn.logsumexp(log_w[sets], axis=0) - math.log(k)
+    return jnp.sum(jnp.exp(jnp.sum(log_q[sets], axis=0)) * bounds, axis=0)
 
 
-def _assert_mean(draws, exact, scale=4.5):
-    draws = np.asarray(draws)
-    error = draws.std(axis=0, ddof=1) / np.sqrt(len(draws))
-    assert (np.abs(draws.mean(axis=0) - exact) < scale * error + 1e-9).all()
+@pytest.mark.parametrize("fields", CASES)
+def test_bounds_rise_to_log_p_of_x(fields):
+    """The 16 images' probabilities sum to 1; more draws come nearer; q weighs each w to p(x)."""
+    parts = _enumerate(_params(_build(**fields)), **fields)
+    log_lik, log_prior, log_q = map(np.asarray, parts)
+    log_p_x = special.logsumexp(log_lik + log_prior, axis=0)
+    for log_probs in (log_p_x, log_prior, log_q):
+        np.testing.assert_allclose(special.logsumexp(log_probs, axis=0), 0, atol=1e-10)
+    bounds = jax.jit(lambda parts: jnp.stack([_bound(parts, k) for k in (1, 2, 3)]))(parts)
+    assert np.all(np.diff([*np.asarray(bounds), log_p_x], axis=0) > 0)
 
 
-@pytest.mark.parametrize("prior", ["uniform", "autoregressive"])
-def test_weights_are_unbiased_and_their_mean_logarithm_is_the_elbo(prior):
-    params, model = _params(prior=prior), _build(prior=prior)
-    log_joint, log_q = (np.asarray(a) for a in _densities(params, prior=prior))
-    exact = special.logsumexp(log_joint, axis=0)
-    np.testing.assert_allclose(special.logsumexp(exact), 0, atol=1e-9)  # Σ_x p(x) = 1
-    log_w = _draws(lambda key: model.log_weight(params, BATCH, key), 10_000)
-    _assert_mean(np.exp(log_w), np.exp(exact))
-    elbo = np.sum(np.exp(log_q) * (log_joint - log_q), axis=0)
-    _assert_mean(log_w, elbo)
-    assert (elbo < exact).all()
+@functools.cache
+def _log_weights(**fields):
+    """4,000 of the model's own, with the ELBO at other keys, each `[4000, B]`."""
+    with jax.enable_x64(True):
+        model = _build(**fields)
+        params = _params(model)
+
+        def one(key):
+            first, second = jax.random.split(key)
+            elbo = model.log_likelihood_fns["elbo"](params, BATCH, second)
+            return model.log_weight(params, BATCH, first), elbo
+
+        keys = jax.random.split(jax.random.key(1), 4000)
+        return jax.device_get(jax.jit(jax.vmap(one))(keys))
 
 
-@pytest.mark.parametrize("objective", discrete_vae.OBJECTIVES)
-def test_terms_are_those_of_the_discrete_model_whatever_it_is_trained_on(objective):
-    params, model = _params(), _build(objective=objective, num_samples=2)
-    log_joint, log_q = (np.asarray(a) for a in _densities(params))
-    terms = _draws(lambda key: model.loss_fn(params, BATCH, key)[1].terms, 5000)
-    elbo = np.sum(np.exp(log_q) * (log_joint - log_q), axis=0)
-    _assert_mean(terms["distortion"] + terms["rate"], -elbo)
+@pytest.mark.parametrize("fields", CASES)
+def test_weights_are_those_of_codes_drawn_from_q(fields):
+    """Each is one of the enumerated ones, and comes as often as q says: chi-square."""
+    log_lik, log_prior, log_q = map(np.asarray, _enumerate(_params(_build(**fields)), **fields))
+    found, _ = _log_weights(**fields)
+    gaps = np.abs(found[:, None] - (log_lik + log_prior - log_q))  # [draws, codes, B]
+    assert gaps.min(axis=1).max() < 1e-9
+    for b in range(ROWS):
+        counts = np.bincount(gaps[:, :, b].argmin(axis=1), minlength=len(log_q))
+        expected = len(found) * np.exp(log_q[:, b])
+        often = expected > 5
+        pooled = [np.append(c[often], c[~often].sum() + 1e-9) for c in (counts, expected)]
+        assert stats.chisquare(*pooled, sum_check=False).pvalue > 1e-5
 
 
-def test_vimco_has_the_gradient_of_its_bound():
-    """The expected bound with two draws, over all 64 pairs of codes, differentiated."""
-    params, model = _params(), _build(objective="vimco", num_samples=2)
-
-    def expected_cost(params):
-        log_joint, log_q = _densities(params)
-        log_w = log_joint - log_q
-        bound = jnp.logaddexp(log_w[:, None], log_w[None]) - jnp.log(2)
-        return -jnp.mean(jnp.sum(jnp.exp(log_q[:, None] + log_q[None]) * bound, axis=(0, 1)))
-
-    def cost(params, key):
-        return model.loss_fn(params, BATCH, key)[0]
-
-    _assert_mean(_draws(lambda key: cost(params, key), 4000), expected_cost(params))
-    exact = jax.jit(jax.grad(expected_cost))(params)
-    draws = _draws(lambda key: jax.grad(cost)(params, key), 4000)
-    jax.tree.map(_assert_mean, draws, exact)
+@pytest.mark.parametrize("fields", CASES)
+def test_the_elbo_is_that_of_the_discrete_model(fields):
+    """Its mean is the enumerated one, by a rate in closed form or by draws."""
+    expected = _bound(_enumerate(_params(_build(**fields)), **fields), 1)
+    for draws in _log_weights(**fields):
+        error = draws.std(axis=0, ddof=1) / math.sqrt(len(draws))
+        assert np.all(np.abs(draws.mean(axis=0) - expected) < 4.5 * error)
 
 
-def test_the_relaxation_becomes_the_elbo_as_the_temperature_falls():
-    """Its value near temperature 0, where relaxed codes are the discrete ones."""
-    params, model = _params(), _build(temperature=1e-3)
-    log_joint, log_q = (np.asarray(a) for a in _densities(params))
-    elbo = np.sum(np.exp(log_q) * (log_joint - log_q), axis=0).mean()
-    losses = _draws(lambda key: model.loss_fn(params, BATCH, key)[0], 4000)
-    _assert_mean(losses, -elbo)
+def test_the_rate_to_a_uniform_prior_is_the_enumerated_divergence():
+    params = _params(_build(prior="uniform"))
+    _, log_prior, log_q = _enumerate(params, prior="uniform")
+    expected = jnp.sum(jnp.exp(log_q) * (log_q - log_prior), axis=0)
+    for objective in discrete_vae.OBJECTIVES:
+        model = _build(prior="uniform", objective=objective, num_samples=2)
+        _, aux = jax.jit(model.loss_fn)(params, BATCH, RNG)
+        np.testing.assert_allclose(aux.terms["rate"], expected, rtol=1e-10)
 
 
-def test_the_relaxed_gradient_is_that_of_what_is_computed():
-    """Finite differences of the surrogate at fixed noise, in one direction."""
-    params, model = _params(), _build(temperature=0.7)
-    cost = jax.jit(lambda params: model.loss_fn(params, BATCH, jax.random.key(0))[0])
-    rng = np.random.default_rng(3)
-    direction = jax.tree.map(lambda p: rng.normal(size=p.shape), params)
-    slope = sum(
-        jax.tree.leaves(
-            jax.tree.map(lambda g, d: jnp.sum(g * d), jax.grad(cost)(params), direction)
-        )
-    )
-    ends = [
-        cost(jax.tree.map(lambda p, d, s=sign: p + s * 1e-5 * d, params, direction))
-        for sign in (1, -1)
-    ]
-    np.testing.assert_allclose((ends[0] - ends[1]) / 2e-5, slope, rtol=1e-6)
+@pytest.mark.parametrize("prior", discrete_vae.PRIORS)
+def test_terms_are_of_discrete_draws_whatever_the_objective(prior):
+    """The same key, the same draws; straight-through has their cost, Gumbel-softmax another."""
+    params, costs, terms = _params(_build(prior=prior)), {}, {}
+    for objective in discrete_vae.OBJECTIVES:
+        model = _build(prior=prior, objective=objective, num_samples=2)
+        costs[objective], aux = jax.jit(model.loss_fn)(params, BATCH, RNG)
+        terms[objective] = np.stack([aux.terms["distortion"], aux.terms["rate"]])
+    for found in terms.values():
+        np.testing.assert_allclose(found, terms["vimco"], rtol=1e-12)
+    total = np.mean(np.sum(terms["vimco"], axis=0))
+    np.testing.assert_allclose(costs["straight_through"], total, rtol=1e-12)
+    assert abs(costs["gumbel_softmax"] - total) > 1e-3
 
 
-@pytest.mark.parametrize("prior", ["uniform", "autoregressive"])
+def _mean_gradients(model, params, batch, num):
+    """Mean over `num` keys of the loss's gradient, and its standard error, by player's part."""
+    keys = jax.random.split(jax.random.key(2), num)
+    grad = jax.grad(lambda p, key: model.loss_fn(p, batch, key)[0])
+    found = jax.jit(jax.vmap(grad, (None, 0)))(params, keys)["discrete_vae"]
+    mean = jax.tree.map(lambda g: np.mean(g, axis=0), found)
+    error = jax.tree.map(lambda g: np.std(g, axis=0, ddof=1) / math.sqrt(num), found)
+    return mean, error
+
+
+def _exact_gradients(params, x, k, **fields):
+    """Of minus the enumerated bound."""
+    cost = lambda params: -jnp.mean(_bound(_enumerate(params, x, **fields), k))  # noqa: E731
+    return jax.jit(jax.grad(cost))(params)["discrete_vae"]
+
+
+FEW = X[[1, 6, 13]]
+
+
+@pytest.mark.parametrize("fields", CASES[:2])
+def test_the_mean_of_vimco_is_the_gradient_of_the_enumerated_bound(fields):
+    model = _build(objective="vimco", num_samples=2, **fields)
+    params = _params(model)
+    mean, error = _mean_gradients(model, params, {"x": jnp.asarray(FEW)}, 10_000)
+    exact = _exact_gradients(params, FEW, 2, **fields)
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(exact)) > 0.05
+
+    def close(m, e, g):
+        assert np.all(np.abs(m - g) < 4.5 * e + 1e-12)
+
+    jax.tree.map(close, mean, error, exact)
+
+
+@pytest.mark.parametrize("fields", CASES[:2])
+def test_straight_through_has_the_elbos_gradient_in_decoder_and_prior(fields):
+    """Their part sees the discrete draws: unbiased. The encoder's is not, and differs."""
+    model = _build(objective="straight_through", **fields)
+    params = _params(model)
+    mean, error = _mean_gradients(model, params, {"x": jnp.asarray(FEW)}, 10_000)
+    exact = _exact_gradients(params, FEW, 1, **fields)
+    distance = jax.tree.map(lambda m, e, g: np.max(np.abs(m - g) / (e + 1e-9)), mean, error, exact)
+    for name in set(distance) & {"decoder", "prior"}:
+        assert max(jax.tree.leaves(distance[name])) < 4.5
+    assert max(jax.tree.leaves(distance["head"])) > 8
+
+
+@pytest.mark.parametrize("fields", CASES[:2])
+def test_the_gradient_of_gumbel_softmax_tends_to_the_elbos(fields):
+    """At temperature 2 the encoder's is off; at 0.1 hardly."""
+    model = _build(**fields)
+    params = _params(model)
+    exact = _exact_gradients(params, FEW, 1, **fields)["head"]["kernel"]
+
+    def miss(temperature):
+        model = _build(temperature=temperature, **fields)
+        mean, error = _mean_gradients(model, params, {"x": jnp.asarray(FEW)}, 20_000)
+        gap = np.linalg.norm(mean["head"]["kernel"] - exact) / np.linalg.norm(exact)
+        return gap, np.linalg.norm(error["head"]["kernel"]) / np.linalg.norm(exact)
+
+    (warm, _), (cold, error) = miss(2.0), miss(0.1)
+    assert error < 0.05
+    assert cold < 0.05 + 3 * error
+    assert warm > 3 * cold
+
+
+def test_draws_have_the_classes_probabilities_and_relax_to_themselves():
+    """Frequencies by chi-square; relaxed draws lie on the simplex, and at low τ at the corners."""
+    log_probs = jnp.log(jnp.array([[[0.5, 0.3, 0.15, 0.05]]]))
+    draw = lambda temperature: discrete_vae.gumbel_draw(RNG, log_probs, 40_000, temperature)  # noqa: E731
+    z, relaxed = map(np.asarray, draw(0.5))
+    assert z.shape == relaxed.shape == (40_000, 1, 1, 4)
+    expected = 40_000 * np.exp(log_probs)[0, 0]
+    assert stats.chisquare(z.sum(axis=(0, 1, 2)), expected).pvalue > 1e-4
+    np.testing.assert_allclose(relaxed.sum(axis=-1), 1, rtol=1e-12)
+    np.testing.assert_array_equal(relaxed.argmax(axis=-1), z.argmax(axis=-1))
+    assert np.abs(relaxed - z).mean() > 0.1
+    cold, corners = map(np.asarray, draw(1e-5)[::-1])
+    np.testing.assert_array_equal(corners, z)
+    assert np.abs(cold - z).mean() < 1e-4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_relaxed_bernoulli_draws_have_the_gradient_of_their_integral(temperature):
+    """z_1 = sigmoid((l + e) / τ) with e logistic: d E[z_1] / d l by quadrature.
+
+    It tends to that of the probability sigmoid(l) itself.
+    """
+    logit = 0.8
+
+    def slope(temperature):
+        inner = lambda u: stats.logistic.pdf(u) * stats.logistic.pdf(temperature * u - logit)  # noqa: E731
+        return integrate.quad(inner, -60, 60)[0]
+
+    def total(logit):
+        log_probs = jax.nn.log_softmax(jnp.stack([0.0 * logit, logit]))[None, None]
+        return discrete_vae.gumbel_draw(RNG, log_probs, 100_000, temperature)[1][:, 0, 0, 1]
+
+    slopes = np.asarray(jax.jvp(total, (logit,), (1.0,))[1])
+    error = slopes.std(ddof=1) / math.sqrt(len(slopes))
+    assert abs(slopes.mean() - slope(temperature)) < 4 * error
+    exact = special.expit(logit) * special.expit(-logit)
+    assert abs(slope(temperature) - exact) > 5e-3
+    np.testing.assert_allclose(slope(1e-3), exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prior", discrete_vae.PRIORS)
 def test_samples_have_the_models_distribution(prior):
-    params, model = _params(prior=prior), _build(prior=prior)
-    samples = jax.jit(model.sample, static_argnums=2)(params, jax.random.key(4), 30_000)
-    index = np.asarray(samples["x"]).reshape(-1, PIXELS) @ (1 << np.arange(PIXELS))
-    found = np.bincount(index.astype(int), minlength=ROWS) / 30_000
-    p = np.exp(special.logsumexp(np.asarray(_densities(params, prior=prior)[0]), axis=0))
-    assert (np.abs(found - p) < 4.5 * np.sqrt(p * (1 - p) / 30_000)).all()
+    model = _build(prior=prior)
+    params = _params(model)
+    pairs = jax.jit(jax.vmap(lambda p, key: model.sample(p, key, 2)["x"], (None, 0)))
+    x = np.asarray(pairs(params, jax.random.split(jax.random.key(3), 10_000)))
+    index = x.reshape(-1, PIXELS).astype(int) @ 2 ** np.arange(PIXELS)[::-1]
+    log_lik, log_prior, _ = _enumerate(params, prior=prior)
+    expected = 20_000 * np.exp(special.logsumexp(log_lik + log_prior, axis=0))
+    assert stats.chisquare(np.bincount(index, minlength=ROWS), expected).pvalue > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -140,22 +274,28 @@ def test_samples_have_the_models_distribution(prior):
     [
         ("latents", 0),
         ("classes", 1),
-        ("num_samples", 0),
+        ("network", "transformer"),
         ("encoder", ()),
-        ("network", "resnet"),
-        ("likelihood", "gaussian"),
-        ("prior", "vamp"),
-        ("objective", "stl"),
+        ("decoder", (3, 0)),
+        ("prior_hidden", (-1,)),
+        ("activation", "swisch"),
+        ("likelihood", "poisson"),
+        ("prior", "standard"),
+        ("objective", "elbo"),
+        ("objective", "dreg"),
+        ("num_samples", 0),
         ("temperature", 0.0),
-        ("temperature", float("nan")),
+        ("temperature", -1.0),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
         ("beta", -1.0),
     ],
 )
-def test_check_refuses_a_bad_value_by_its_name(field, value):
+def test_check_refuses_a_bad_field_by_its_name(field, value):
     with pytest.raises(UserError, match=rf"model\.{field}="):
         discrete_vae.check(discrete_vae.Config(**(FIELDS | {field: value})), SPEC)
 
 
-def test_vimco_needs_two_draws():
-    with pytest.raises(UserError, match=r"model\.num_samples=1"):
+def test_check_refuses_vimco_with_one_draw():
+    with pytest.raises(UserError, match=r"model\.num_samples=1: VIMCO"):
         discrete_vae.check(discrete_vae.Config(**FIELDS, objective="vimco"), SPEC)

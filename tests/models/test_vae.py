@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
+from dgm_jax import objectives
 from dgm_jax.core import DataSpec, UserError
 from dgm_jax.models import vae
 
@@ -304,6 +305,7 @@ def test_init_refuses_x_that_is_not_binary(value):
         *(("latents", v) for v in (0, -1)),
         *((f, v) for f in ("encoder", "decoder") for v in ((), (0,), (10, -1))),
         ("activation", "swisch"),
+        *(("objective", v) for v in objectives.NEED_RELAXED),
         *(("beta", v) for v in (-0.1, math.nan)),
     ],
 )
