@@ -12,7 +12,9 @@ from dgm_jax.config import ConfigDict, experiment, variant
 def get_config(arg: str | None = None) -> ConfigDict:
     """The default; `:straight_through` or `:vimco` for other gradients; `:smoke` for seconds."""
     config = experiment("discrete_vae")
-    config.train.duration = "10 epochs"
+    config.train.duration = "20 epochs"
+    config.train.batch_size = 200
+    config.train.ramp = "model.beta over 4 epochs"
     config.optimizer.learning_rate = 2e-3
     config.eval.num_samples = 500
     smaller = {"model.encoder": (200,), "model.decoder": (200,), "model.prior_hidden": (200,)}

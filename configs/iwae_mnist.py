@@ -24,6 +24,7 @@ _SCHEDULES = {
 def get_config(arg: str | None = None) -> ConfigDict:
     """`:l1-vae-k1` (the default) to `:l2-dreg-k50`; `:smoke` for a run of seconds."""
     config = experiment("hvae")
+    config.train.batch_size = 200
     config.optimizer.name = "muon"
     config.train.steps_per_dispatch = 100
     config.eval.chunk = 50

@@ -12,7 +12,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The default; `:smoke` for a run of seconds."""
     config = experiment("topdown")
     config.train.duration = "30 epochs"
-    config.train.batch_size = 100
+    config.train.batch_size = 128
     config.train.steps_per_dispatch = 100
     config.train.checkpoint_every = "1 epochs"
     config.optimizer.learning_rate = 2e-3

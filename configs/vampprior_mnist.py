@@ -12,7 +12,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The default; `:standard` with a Gaussian prior; `:smoke` for a run of seconds."""
     config = experiment("vae")
     config.train.duration = "150 epochs"
-    config.train.batch_size = 250
+    config.train.batch_size = 256
     config.train.steps_per_dispatch = 100
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 4e-3

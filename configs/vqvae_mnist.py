@@ -12,7 +12,8 @@ from dgm_jax.config import ConfigDict, experiment, variant
 def get_config(arg: str | None = None) -> ConfigDict:
     """The default; `:gradient` or `:fsq` for other quantisers; `:smoke` for a run of seconds."""
     config = experiment("vqvae")
-    config.train.duration = "10 epochs"
+    config.train.duration = "20 epochs"
+    config.train.batch_size = 200
     config.optimizer.learning_rate = 2e-3
     # The posterior is a point mass: all draws are the same.
     config.eval.num_samples = 1

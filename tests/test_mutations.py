@@ -95,6 +95,14 @@ MUTANTS = {
     "MMD cross term once": Mutant(
         OBJECTIVES, "- 2 * between", "- between", "test_objectives.py"
     ),
+    "relaxed draws that are not": Mutant(
+        OBJECTIVES, "elbo(draws.at(draws.relaxed), options)", "elbo(draws.at(draws.z), options)",
+        "models/test_discrete_vae.py",
+    ),
+    "straight through the wrong value": Mutant(
+        OBJECTIVES, "_with_value(draws.z, draws.relaxed)", "_with_value(draws.relaxed, draws.z)",
+        "models/test_discrete_vae.py",
+    ),
     # Densities.
     "Bernoulli's sign": Mutant(
         DISTRIBUTIONS, "return x * logits - softplus", "return x * logits + softplus",
@@ -157,16 +165,85 @@ MUTANTS = {
         "likelihoods.py", "jnp.sum(bernoulli_log_prob(outputs[..., 0], x), axis=-1)",
         "jnp.mean(bernoulli_log_prob(outputs[..., 0], x), axis=-1)", "test_likelihoods.py",
     ),
+    # Hierarchies, discrete latents, labels.
+    "KL in the units of q": Mutant(
+        DISTRIBUTIONS, "(mu_q - mu_p) * jnp.exp(-log_sigma_p)",
+        "(mu_q - mu_p) * jnp.exp(-log_sigma_q)", "test_distributions.py",
+    ),
+    "layers' log-ratios reversed": Mutant(
+        OBJECTIVES, "jnp.mean(q - p, axis=0)", "jnp.mean(p - q, axis=0)",
+        "models/test_two_level.py",
+    ),
+    "posterior blind to the upper level": Mutant(
+        "models/two_level.py", "*known.infer_1(h, z[1])), axis=-1)",
+        "*known.infer_1(h, 0 * z[1])), axis=-1)", "models/test_two_level.py",
+    ),
+    "top-down rate of the prior from the posterior": Mutant(
+        "models/topdown.py", "gaussian_kl(*posterior, *p)", "gaussian_kl(*p, *posterior)",
+        "models/test_topdown.py",
+    ),
+    "no entropy of the label": Mutant(
+        "models/m2.py", "rate + log_q + math.log(num_classes)", "rate + math.log(num_classes)",
+        "models/test_m2.py",
+    ),
+    "label's density left out of the weight": Mutant(
+        "models/m2.py", "- log_q_z[0] - log_q_y", "- log_q_z[0]", "models/test_m2.py",
+    ),
+    # Discrete latents.
+    "no gradient past the quantiser": Mutant(
+        "nn/quantise.py", "(v - jax.lax.stop_gradient(v))  # the bracket is 0",
+        "0 * jax.lax.stop_gradient(v)", "nn/test_quantise.py",
+    ),
+    "codebook without its own share": Mutant(
+        "nn/quantise.py", "total - num[:, None] * codebook", "total - codebook",
+        "nn/test_quantise.py",
+    ),
+    "padding in the codebook": Mutant(
+        "nn/quantise.py", "member = weight[:, None, None] * ", "member = ", "nn/test_quantise.py"
+    ),
+    "one level too many": Mutant(
+        "nn/quantise.py", "jnp.array(levels) - 1, range", "jnp.array(levels), range",
+        "nn/test_quantise.py",
+    ),
+    "codebook that pulls the encoder": Mutant(
+        "models/vqvae.py", "(hold(v) - z) ** 2", "(v - z) ** 2", "models/test_vqvae.py"
+    ),
+    "commitment that pulls the codebook": Mutant(
+        "models/vqvae.py", "(v - hold(z)) ** 2", "(v - z) ** 2", "models/test_vqvae.py"
+    ),
+    "embeddings of the wrong position": Mutant(
+        "nn/mlp.py", "np.repeat(degrees, self.inputs)", "np.tile(degrees, self.inputs)",
+        "nn/test_autoregressive.py",
+    ),
+    "uniform rate without log C": Mutant(
+        "models/discrete_vae.py", "rate = math.log(config.classes) + jnp.sum", "rate = jnp.sum",
+        "models/test_discrete_vae.py",
+    ),
     # Evaluation.
     "importance-weighted bound without log K": Mutant(
-        "evaluators/likelihood.py", "total - math.log(num_samples)", "total",
+        "evaluators/likelihood.py",
+        "jax.nn.logsumexp(each, axis=1) - math.log(k)", "jax.nn.logsumexp(each, axis=1)",
         "evaluators/test_likelihood.py",
     ),
     "annealing's sign": Mutant(
-        "evaluators/ais.py",
-        "        before, beta, step_size, key = inputs\n        log_w += (beta - before)",
-        "        before, beta, step_size, key = inputs\n        log_w -= (beta - before)",
+        "evaluators/ais.py", "total += (beta - before)", "total -= (beta - before)",
         "evaluators/test_ais.py",
+    ),
+    "annealing that forgets its direction": Mutant(
+        "evaluators/ais.py", "log_likelihood(moved if reverse else z)", "log_likelihood(moved)",
+        "evaluators/test_ais.py",
+    ),
+    "repeats not averaged in the error": Mutant(
+        "evaluators/likelihood.py", "ddof=1) / repeats", "ddof=1)",
+        "evaluators/test_likelihood.py",
+    ),
+    "aggregate posterior without log N": Mutant(
+        "evaluators/aggregate.py", " - math.log(len(chosen))", "",
+        "evaluators/test_aggregate.py",
+    ),
+    "marginal KL's sign": Mutant(
+        "evaluators/aggregate.py", 'log_q - drawn["log_prior"]', 'drawn["log_prior"] - log_q',
+        "evaluators/test_aggregate.py",
     ),
     "every proposal accepted": Mutant(
         "evaluators/ais.py", "accepted = jnp.log(uniform) < energy - proposed",

@@ -58,7 +58,7 @@ class Config:
     prior_hidden: tuple[int, ...] = (500,)
     objective: str = "gumbel_softmax"
     num_samples: int = 1
-    temperature: float = 0.5
+    temperature: float = 1.0
     beta: float = 1.0
 
 

@@ -250,21 +250,24 @@ def build(config: Config, spec: DataSpec) -> Model:
     def draw(params: Params, batch: Batch, rng: jax.Array, k: int) -> Draws:
         """K posterior draws and all that objectives may ask about them."""
         bound, held, x = bind(params), bind(jax.lax.stop_gradient(params)), batch["x"]
-        keys, rates = jax.random.split(rng, num_layers), []
+        keys = jax.random.split(rng, num_layers)
+        rates, log_p, log_q = [], [], []
 
         def choose(layer: int, q: Callable[[], Gaussian], p: Gaussian) -> jax.Array:
             posterior = q()
+            z = draw_gaussian(keys[layer], posterior, k)
             rates.append(jnp.mean(_total(gaussian_kl(*posterior, *p)), axis=0))
-            return draw_gaussian(keys[layer], posterior, k)
+            log_p.append(_total(gaussian_log_prob(z, *p)))
+            log_q.append(_total(gaussian_log_prob(z, *posterior)))
+            return z
 
-        z, _ = bound.down(bound.features(x), (k, len(x)), choose)
-        log_likelihood, log_prior, log_posterior = given(bound, x, z)
+        z, outputs = bound.down(bound.features(x), (k, len(x)), choose)
         rate = jnp.stack(rates[::-1], axis=-1)
         return Draws(
             z=z,
-            log_likelihood=log_likelihood,
-            log_prior=log_prior,
-            log_posterior=log_posterior,
+            log_likelihood=likelihood.log_prob(outputs, x.reshape(1, len(x), -1)),
+            log_prior=sum(log_p),
+            log_posterior=sum(log_q),
             log_joint_at=lambda z: given(bound, x, z)[:2],
             log_posterior_at=lambda z, detached: given(held if detached else bound, x, z)[2],
             rate=rate,  # of each layer, given the draws above it

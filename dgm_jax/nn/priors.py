@@ -201,9 +201,16 @@ def mixture_log_prob(
     Returns:
       Nats, `[...]`.
     """
-    # Not expanded into matrix products: in 32 bits the squares cancel where a sigma is small.
-    each = gaussian_log_prob(z.reshape(-1, 1, z.shape[-1]), mu[None], log_sigma[None])
-    log_probs = jnp.sum(each, axis=-1) + log_weights[None]
+    # Not expanded into matrix products: in 32 bits the squares cancel where a sigma is small. One
+    # latent after the other: an array [N, C, L] is memory that a CPU waits for.
+    flat = z.reshape(-1, z.shape[-1])
+
+    def add(total: jax.Array, latent: tuple) -> tuple[jax.Array, None]:
+        z, mu, log_sigma = latent
+        return total + gaussian_log_prob(z[:, None], mu[None], log_sigma[None]), None
+
+    start = jnp.broadcast_to(log_weights[None], (len(flat), len(mu)))
+    log_probs, _ = jax.lax.scan(add, start, (flat.T, mu.T, log_sigma.T))
     return jax.nn.logsumexp(log_probs, axis=-1).reshape(z.shape[:-1])
 
 

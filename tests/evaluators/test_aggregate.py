@@ -23,8 +23,8 @@ def x64():
 
 def _dataset(values):
     """One-pixel images of the given grey values."""
-    images = np.asarray(values, np.uint8).reshape(-1, 1, 1, 1)
-    split = data.Split("test", images, np.zeros(len(images), np.int32))
+    images, num = np.asarray(values, np.uint8).reshape(-1, 1, 1, 1), len(values)
+    split = data.Split("test", images, np.zeros(num, np.int32), np.zeros((num, 0), np.int32))
     spec = DataSpec((1, 1, 1), "uint8", np.zeros((1, 1, 1), np.float32))
     return data.Dataset(data.Config(binarisation="none"), {"test": split}, spec, {})
 

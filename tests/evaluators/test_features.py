@@ -70,7 +70,7 @@ def test_codes_are_the_models_features_in_order(tiny_dataset):
     mesh = sharding.make_mesh()
     first = features.random_features(model, tiny_dataset, 8, mesh, seed=0)
     other = features.random_features(model, tiny_dataset, 64, mesh, seed=0)
-    assert first["train"].shape == (64, 3) and first["test"].shape == (24, 3)
+    assert first["train"].shape == (128, 3) and first["test"].shape == (24, 3)
     for split in first:
         np.testing.assert_allclose(first[split], other[split], atol=1e-6)
 
