@@ -17,4 +17,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 4e-3
     config.optimizer.weight_decay = 0.02
-    return variant(config, arg, standard={"model.prior": "standard"}, smoke={"model.width": 100})
+    smoke = {"model.width": 64, "model.components": 50}
+    return variant(config, arg, standard={"model.prior": "standard"}, smoke=smoke)

@@ -41,4 +41,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
         for name, objective in _OBJECTIVES.items()
         for k, (duration, batch_size, learning_rate) in _SCHEDULES.items()
     }
-    return variant(config, arg or "l1-vae-k1", **cells)
+    smoke = {"model.latents": (10,), "model.width": (50,)}
+    return variant(config, arg or "l1-vae-k1", **cells, smoke=smoke)

@@ -23,4 +23,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.activation = "gated"
     config.model.prior = "vamp"
     config.model.objective = "stl"
-    return variant(config, arg, standard={"model.prior": "standard"})
+    smoke = {"model.components": 50, "model.encoder": (64,), "model.decoder": (64,)}
+    return variant(config, arg, standard={"model.prior": "standard"}, smoke=smoke)

@@ -60,7 +60,7 @@ def save_interpolation(
     path: Path, model: Model, params: Params, batch: Batch, rng: jax.Array, columns: int = 10
 ) -> None:
     """Straight lines in latent space between the codes of successive pairs of images."""
-    codes = model.encode(params, batch, rng)
+    codes = jax.jit(model.encode)(params, batch, rng)
     start, end = codes[0::2, None], codes[1::2, None]
     weight = jnp.linspace(0.0, 1.0, columns)[None, :, None]
     path_codes = (1 - weight) * start + weight * end
@@ -82,20 +82,23 @@ def save_traversals(
 
     The others stay as they are in the code of the first example. Shown are the `most` latents
     that change the picture most, the first of them on top: those that a model leaves unused, and
-    those that its decoder does not look at, come last.
+    those that its decoder does not look at, come last. Of many latents the hundred that vary most
+    are tried.
     """
-    codes = model.encode(params, batch, rng)
+    codes = jax.jit(model.encode)(params, batch, rng)
     num_latents, decode = codes.shape[1], jax.jit(model.decode)
+    mean, deviation = jnp.mean(codes, axis=0), jnp.std(codes, axis=0)
+    tried = jnp.argsort(-deviation)[:100]
     steps = jnp.linspace(-2.0, 2.0, columns)[None]
-    values = jnp.mean(codes, axis=0)[:, None] + jnp.std(codes, axis=0)[:, None] * steps
-    moved = jnp.eye(num_latents, dtype=bool)[:, None]
-    paths = jnp.where(moved, values[..., None], codes[0][None, None])  # [L, columns, L]
+    values = mean[tried, None] + deviation[tried, None] * steps
+    moved = (tried[:, None] == jnp.arange(num_latents)[None])[:, None]
+    paths = jnp.where(moved, values[..., None], codes[0][None, None])  # [tried, columns, L]
     low, high = decode(params, paths[:, 0]), decode(params, paths[:, -1])
-    change = jnp.sum(jnp.abs(high - low).reshape(num_latents, -1), axis=1)
+    change = jnp.sum(jnp.abs(high - low).reshape(len(tried), -1), axis=1)
     shown = jnp.argsort(-change)[:most]
     means = np.asarray(decode(params, paths[shown].reshape(-1, num_latents)))
     rows = means.reshape(len(shown), columns, *means.shape[1:])
-    names = ", ".join(map(str, shown.tolist()))
+    names = ", ".join(map(str, tried[shown].tolist()))
     title = f"latents {names} (top to bottom), from -2 to +2 standard deviations"
     save_grid(path, rows, title)
 

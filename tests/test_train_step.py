@@ -171,7 +171,7 @@ def test_a_ramp_rises_from_nothing_to_the_value(tiny_dataset):
         "eval.batch_size": 8,
     }
     experiment = prepare(configs.override(configs.experiment("vae"), values), tiny_dataset)
-    assert experiment.ramps == {"beta": 4}  # 64 examples in batches of 16
+    assert experiment.ramps == {"beta": 128 // BATCH}
     steps = compile_train_steps(
         experiment.model_at, experiment.optimizer, 0.0, tiny_dataset, BATCH, 10, experiment.mesh
     )

@@ -234,11 +234,19 @@ def held_out_batch(
 
 
 def some(dataset: Dataset, split: str, num: int) -> Batch:
-    """`num` examples spread evenly over a split, as a batch to look at or to try things on.
-
-    Spread, because images are kept in the order of their bytes: neighbours look alike.
-    """
+    """`num` examples spread evenly over a split, as a batch to look at or to try things on."""
     chosen = dataset.splits[split]
-    ids = jnp.asarray(np.linspace(0, len(chosen) - 1, min(num, len(chosen))).astype(np.int32))
     images, labels = jnp.asarray(chosen.images), jnp.asarray(chosen.labels)
-    return held_out_batch(dataset, split, images, labels, ids)
+    return held_out_batch(dataset, split, images, labels, jnp.asarray(_spread(len(chosen), num)))
+
+
+def spread(dataset: Dataset, split: str, num: int) -> Dataset:
+    """The data set with `num` examples of a split in place of it, spread evenly over it."""
+    chosen = dataset.splits[split]
+    part = chosen.part(split, _spread(len(chosen), num))
+    return dataset._replace(splits={**dataset.splits, split: part})
+
+
+def _spread(size: int, num: int) -> np.ndarray:
+    """Row numbers. Images are kept in the order of their bytes: neighbours look alike."""
+    return np.linspace(0, size - 1, min(num, size)).astype(np.int32)

@@ -28,6 +28,8 @@ class Config:
       batch_size: examples evaluated at once; changes speed and memory, not results.
       chunk: draws per example evaluated at once; changes speed and memory, not results. About a
         thousand decoder outputs (batch_size * chunk) at once is fastest on a CPU.
+      aggregate_examples: examples, spread over the split, whose aggregate posterior is measured; the
+        square of it in densities is what that costs, and 0 leaves it out.
       ais_temperatures: of annealed importance sampling (`--mode=ais`).
       ais_chains: of the same, for each example.
     """
@@ -36,6 +38,7 @@ class Config:
     elbo_samples: int = 10
     batch_size: int = 40
     chunk: int = 25
+    aggregate_examples: int = 2000
     ais_temperatures: int = 1000
     ais_chains: int = 16
 
@@ -47,9 +50,9 @@ def check(config: Config, mesh: Mesh) -> None:
       UserError: names the field and its value.
     """
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value < 1:
-            raise UserError(f"eval.{field.name}={value}: must be at least 1")
+        value, least = getattr(config, field.name), int(field.name != "aggregate_examples")
+        if value < least:
+            raise UserError(f"eval.{field.name}={value}: must be at least {least}")
     sharding.check_batch("eval.batch_size", config.batch_size, mesh)
 
 
@@ -200,8 +203,10 @@ def evaluate(
         if name in found:  # the tightest that there is
             found["bits_per_dim"] = metrics.bits_per_dim(found[name], dataset.spec.num_dims)
             break
-    if model.latents is not None and model.latents.log_posterior is not None:
-        found |= aggregate.evaluate(model, params, dataset, config.batch_size, mesh, seed, split)
+    has_density = model.latents is not None and model.latents.log_posterior is not None
+    if has_density and config.aggregate_examples:
+        part = data.spread(dataset, split, config.aggregate_examples)
+        found |= aggregate.evaluate(model, params, part, config.batch_size, mesh, seed, split)
     if model.classify is not None:
         correct = run(correctly_classified(model), "classes")["correct"]
         found["accuracy"] = metrics.mean_over_examples(correct, "of 1")

@@ -23,7 +23,7 @@ from dgm_jax import likelihoods, objectives
 from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.distributions import gaussian_kl, gaussian_log_prob
 from dgm_jax.nn import networks
-from dgm_jax.nn.conv import ResidualBlock, Upsample, halvings
+from dgm_jax.nn.conv import Conv, ResidualBlock, Upsample, halvings
 from dgm_jax.nn.mlp import ACTIVATIONS
 from dgm_jax.nn.posteriors import draw_gaussian, positive
 from dgm_jax.objectives import Draws, Options
@@ -98,11 +98,11 @@ class Layer(nn.Module):
     def setup(self) -> None:
         """The heads start at zero: p is a standard Gaussian, and q is p."""
         config = self.config
-        self.prior_hidden = nn.Conv(config.width, (3, 3))
+        self.prior_hidden = Conv(config.width)
         self.prior_head = nn.Dense(
             2 * config.latents + config.channels, kernel_init=nn.initializers.zeros
         )
-        self.posterior_hidden = nn.Conv(config.width, (3, 3))
+        self.posterior_hidden = Conv(config.width)
         self.posterior_head = nn.Dense(2 * config.latents, kernel_init=nn.initializers.zeros)
         # Each layer adds its part: together they start at the size of one (Child 2021, section 3).
         depth = 1 / math.sqrt(sum(config.layers))
@@ -154,12 +154,12 @@ class Net(nn.Module):
     def setup(self) -> None:
         """Blocks by resolution, the image's own first."""
         config, num = self.config, len(self.config.layers)
-        self.stem = nn.Conv(config.channels, (3, 3))
+        self.stem = Conv(config.channels)
         self.up_blocks = [
             [ResidualBlock(config.width, config.activation) for _ in range(layers)]
             for layers in config.layers
         ]
-        self.down_sampling = [nn.Conv(config.channels, (3, 3), strides=2) for _ in range(num - 1)]
+        self.down_sampling = [Conv(config.channels, stride=2) for _ in range(num - 1)]
         coarsest = halvings(self.spec.event_shape[:2], num - 1)[-1]
         shape = (*coarsest, config.channels)
         self.constant = self.param("constant", nn.initializers.normal(1.0), shape)

@@ -13,6 +13,70 @@ import jax.numpy as jnp
 from dgm_jax.nn.mlp import ACTIVATIONS
 
 
+class Conv(nn.Module):
+    """A 3 x 3 convolution, `[..., H, W, C]` -> `[..., ceil(H / stride), ceil(W / stride), features]`.
+
+    Zeros stand outside the image, as for `padding="SAME"`; parameters are those of `flax.linen.Conv`.
+
+    Attributes:
+      features: channels of the result.
+      stride: step between the positions of the result.
+      kernel_init: of the kernel `[3, 3, C, features]`; the bias starts at 0.
+    """
+
+    features: int
+    stride: int = 1
+    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init
+
+    @nn.compact
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """Apply the convolution."""
+        *lead, height, width, channels = h.shape
+        shape = (3, 3, channels, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        out = jax.lax.platform_dependent(
+            h.reshape(-1, height, width, channels),
+            kernel,
+            cpu=lambda x, w: convolve_patches(x, w, self.stride),
+            default=lambda x, w: convolve(x, w, self.stride),
+        )
+        out = out + bias.reshape(1, 1, 1, -1)
+        return out.reshape(*lead, *out.shape[1:])
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """XLA's own convolution of `[B, H, W, C]` by `[k, k, C, F]`, zeros around the image."""
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def convolve_patches(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """The same, as one matrix product of the patches.
+
+    On the CPU, XLA's convolution falls to a plain loop wherever it stands in a scan, as the train
+    step does: tens of times slower than this (docs/performance.md).
+    """
+    side, (batch, height, width, _) = kernel.shape[0], x.shape
+    pads, positions = zip(*(_window(size, side, stride) for size in (height, width)), strict=True)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    patches = [
+        x[:, i : i + stride * positions[0] : stride, j : j + stride * positions[1] : stride]
+        for i in range(side)
+        for j in range(side)
+    ]
+    flat = jnp.concatenate(patches, axis=-1).reshape(batch * math.prod(positions), -1)
+    return (flat @ kernel.reshape(flat.shape[1], -1)).reshape(batch, *positions, -1)
+
+
+def _window(size: int, side: int, stride: int) -> tuple[tuple[int, int], int]:
+    """Zeros before and after `size` pixels, and the number of positions."""
+    positions = -(-size // stride)
+    total = max((positions - 1) * stride + side - size, 0)
+    return (total // 2, total - total // 2), positions
+
+
 class ResidualBlock(nn.Module):
     """h + conv(act(conv(act(h)))): `[..., H, W, C]` -> the same shape; starts as the identity.
 
@@ -28,8 +92,8 @@ class ResidualBlock(nn.Module):
     def __call__(self, h: jax.Array) -> jax.Array:
         """Apply the block."""
         act = ACTIVATIONS[self.activation]
-        inner = nn.Conv(self.width, (3, 3))(act(h))
-        return h + nn.Conv(h.shape[-1], (3, 3), kernel_init=nn.initializers.zeros)(act(inner))
+        inner = Conv(self.width)(act(h))
+        return h + Conv(h.shape[-1], kernel_init=nn.initializers.zeros)(act(inner))
 
 
 class ConvEncoder(nn.Module):
@@ -42,7 +106,7 @@ class ConvEncoder(nn.Module):
     def __call__(self, h: jax.Array) -> jax.Array:
         """Apply the stages."""
         for channels in self.channels:
-            h = nn.Conv(channels, (3, 3), strides=2)(h)
+            h = Conv(channels, stride=2)(h)
             h = ResidualBlock(channels, self.activation)(h)
         return ACTIVATIONS[self.activation](h).reshape(len(h), -1)
 

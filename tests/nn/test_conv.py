@@ -1,0 +1,31 @@
+"""Convolutions as matrix products of patches, against XLA's own."""
+
+import jax
+import numpy as np
+import pytest
+
+from dgm_jax.nn.conv import Conv, convolve, convolve_patches
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("sides", [(6, 5), (7, 8), (1, 2)], ids=str)
+def test_patches_are_the_convolution(sides, stride):
+    """Values and both gradients, for even and odd sides."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, *sides, 3))
+    kernel = jax.random.normal(keys[1], (3, 3, 3, 4))
+    expected, pull = jax.vjp(lambda x, w: convolve(x, w, stride), x, kernel)
+    found, pull_found = jax.vjp(lambda x, w: convolve_patches(x, w, stride), x, kernel)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    cotangent = jax.random.normal(keys[2], expected.shape)
+    for a, b in zip(pull_found(cotangent), pull(cotangent), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_leading_axes_are_images_of_their_own():
+    module, x = Conv(4, stride=2), jax.random.normal(jax.random.key(0), (3, 2, 5, 6, 3))
+    params = module.init(jax.random.key(1), x)
+    together = module.apply(params, x)
+    assert together.shape == (3, 2, 3, 3, 4)
+    np.testing.assert_allclose(together[1], module.apply(params, x[1]), atol=1e-6)
