@@ -54,6 +54,7 @@ _SMOKE = {
     "train.validate_every": "100 steps",
     "train.checkpoint_every": "100 steps",
     "eval.num_samples": 50,
+    "eval.aggregate_examples": 100,
 }
 
 

@@ -28,8 +28,8 @@ class Config:
       batch_size: examples evaluated at once; changes speed and memory, not results.
       chunk: draws per example evaluated at once; changes speed and memory, not results. About a
         thousand decoder outputs (batch_size * chunk) at once is fastest on a CPU.
-      aggregate_examples: examples, spread over the split, whose aggregate posterior is measured; the
-        square of it in densities is what that costs, and 0 leaves it out.
+      aggregate_examples: N images, spread over the split, of which the aggregate posterior is
+        measured, at the cost of N² densities; 0 leaves it out.
       ais_temperatures: of annealed importance sampling (`--mode=ais`).
       ais_chains: of the same, for each example.
     """

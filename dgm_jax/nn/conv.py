@@ -14,9 +14,9 @@ from dgm_jax.nn.mlp import ACTIVATIONS
 
 
 class Conv(nn.Module):
-    """A 3 x 3 convolution, `[..., H, W, C]` -> `[..., ceil(H / stride), ceil(W / stride), features]`.
+    """A 3 x 3 convolution: `[..., H, W, C]` -> `[..., ⌈H / stride⌉, ⌈W / stride⌉, features]`.
 
-    Zeros stand outside the image, as for `padding="SAME"`; parameters are those of `flax.linen.Conv`.
+    Zeros stand outside the image (`padding="SAME"`); parameters as in `flax.linen.Conv`.
 
     Attributes:
       features: channels of the result.
