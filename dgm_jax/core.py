@@ -115,6 +115,7 @@ class Model(NamedTuple):
       log_weight: `(params, batch, rng) -> [B]`, one draw of log p(x, z) - log q(z | x); its
         log-mean-exp over draws is the importance-weighted bound.
       latents: what may be asked of z.
+      latent_rates: `(params, batch) -> [B, L]`, the rate of each latent in closed form, nats.
       classify: `(params, batch) -> [B, num_classes]`, log q(label | x), nats.
       sample: `(params, rng, num) -> dict` with `x` `[num, *event]` drawn from the model, where the
         decoder has one `mean` = E[x | z] for pictures, and `label` where it was told one.
@@ -130,6 +131,7 @@ class Model(NamedTuple):
     log_likelihood_fns: Mapping[str, Callable[[Params, Batch, jax.Array], jax.Array]]
     log_weight: Callable[[Params, Batch, jax.Array], jax.Array] | None = None
     latents: Latents | None = None
+    latent_rates: Callable[[Params, Batch], jax.Array] | None = None
     classify: Callable[[Params, Batch], jax.Array] | None = None
     sample: Callable[[Params, jax.Array, int], dict[str, jax.Array]] | None = None
     encode: Callable[[Params, Batch, jax.Array], jax.Array] | None = None

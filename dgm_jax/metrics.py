@@ -18,6 +18,7 @@ class Metric(NamedTuple):
       repeat_error: the standard error that is left, on the same examples, by the draws: that of the
         mean over `num_repeats` independent repeats; None without repeats.
       num_repeats: how often the K draws were repeated.
+      parts: of a sum, its terms: the rate of each latent, in their order; None where not known.
     """
 
     value: float
@@ -27,6 +28,7 @@ class Metric(NamedTuple):
     num_samples: int | None = None
     repeat_error: float | None = None
     num_repeats: int | None = None
+    parts: list[float] | None = None
 
 
 def mean_over_examples(values: np.ndarray, unit: str, num_samples: int | None = None) -> Metric:
@@ -60,6 +62,8 @@ def table(metrics: dict[str, Metric]) -> str:
         details += [f"K = {metric.num_samples:,}"] if metric.num_samples else []
         if metric.repeat_error is not None:
             details += [f"± {metric.repeat_error:.3f} over {metric.num_repeats:,} repeats"]
+        if metric.parts is not None:
+            details += [f"{min(metric.parts):.2f} to {max(metric.parts):.2f} of each latent"]
         value = f"{metric.value:.4f}" if metric.unit == "bits/dim" else f"{metric.value:.3f}"
         rows.append((name, value, error, metric.unit, ", ".join(details)))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]

@@ -372,6 +372,7 @@ def latent_variable_model(
     num_samples: int,
     options: Options,
     evaluable: bool = True,
+    closed: bool = False,
     **functions: Any,
 ) -> Model:
     """The model whose loss and bounds follow from its posterior draws.
@@ -384,6 +385,7 @@ def latent_variable_model(
       num_samples: K, draws per example in the objective.
       options: the objective's numbers.
       evaluable: whether the posterior's density is known at any z, as `Draws.log_posterior_at`.
+      closed: whether `Draws.rate` has a column for each latent.
       **functions: the other fields of `core.Model`.
     """
 
@@ -422,6 +424,7 @@ def latent_variable_model(
         log_likelihood_fns={"elbo": elbo_of},
         log_weight=log_weight,
         latents=latents,
+        latent_rates=(lambda params, batch: densities(params, batch).rate) if closed else None,
         **functions,
     )
 

@@ -120,6 +120,10 @@ def test_functions_return_what_they_promise(case, tiny_dataset):
     for fn in (*model.log_likelihood_fns.values(), model.log_weight):
         if fn is not None:
             assert fn(params, batch, rng).shape == (BATCH,)
+    if model.latent_rates is not None:
+        rates = model.latent_rates(params, batch)
+        _, aux = model.loss_fn(params, batch, rng)
+        np.testing.assert_allclose(jnp.sum(rates, axis=1), aux.terms["rate"], rtol=1e-5, atol=1e-6)
     if model.sample is not None:
         samples = model.sample(params, rng, 5)
         assert samples["x"].shape == (5, *event)

@@ -133,6 +133,16 @@ def curve(num_samples: int) -> dict[int, str]:
     return {**names, num_samples: "importance_weighted_bound"}
 
 
+def latent_rates(model: Model) -> PerExample:
+    """KL(q(z_l | x) ‖ p(z_l)) of each latent: `-> {"rates": float32 [B, L]}`, nats."""
+
+    def rates(params: Params, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:
+        del keys
+        return {"rates": model.latent_rates(params, batch)}
+
+    return rates
+
+
 def posterior_means(model: Model) -> PerExample:
     """The model's features: `(params, batch, keys [B]) -> {"codes": float32 [B, F]}`."""
 
@@ -196,6 +206,10 @@ def evaluate(
 
     few, many = config.elbo_samples, config.num_samples
     found = passes.summarise(run(elbo_terms(model, few), "terms"), few)
+    if model.latent_rates is not None:
+        rates = run(latent_rates(model), "rate of each latent")["rates"]
+        parts = np.mean(rates, axis=0, dtype=np.float64).tolist()
+        found["rate"] = found["rate"]._replace(parts=parts)
     if model.log_weight is not None:
         bounds = importance_weighted(model, many, config.chunk)
         found |= _bounds(run(bounds, f"importance-weighted bound, K = {many:,}"), many)

@@ -219,6 +219,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         config.objective,
         config.num_samples,
         Options(beta=config.beta),
+        closed=config.prior == "uniform",
         init=init,
         sample=sample,
         encode=encode,

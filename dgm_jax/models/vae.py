@@ -180,6 +180,7 @@ def build(config: Config, spec: DataSpec) -> Model:
     """The VAE as pure functions; see `core.Model` for their contracts."""
     net = Net(config, spec)
     likelihood = likelihoods.LIKELIHOODS[config.likelihood]()
+    closed = config.posterior == "diagonal" and config.prior == "standard"
 
     def bind(params: Params) -> Net:
         return net.bind({"params": params["vae"]})
@@ -209,7 +210,6 @@ def build(config: Config, spec: DataSpec) -> Model:
             return gaussian_log_prob(z[:, None], mu[None], log_sigma[None])
 
         log_likelihood, log_prior = log_joint_at(z)
-        closed = config.posterior == "diagonal" and config.prior == "standard"
         return Draws(
             z=z,
             log_likelihood=log_likelihood,
@@ -254,6 +254,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         config.num_samples,
         config.options,
         POSTERIORS[config.posterior].evaluable,
+        closed,
         init=init,
         encode=encode,
         decode=None if config.conditional else decode,

@@ -35,6 +35,7 @@ class Conv(nn.Module):
         shape = (3, 3, channels, self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        h, kernel, bias = nn.dtypes.promote_dtype(h, kernel, bias)
         out = jax.lax.platform_dependent(
             h.reshape(-1, height, width, channels),
             kernel,

@@ -369,6 +369,18 @@ def test_evaluate_reports_what_the_passes_find(reference):
     assert found["active_units"].value == LATENTS  # the latents' variances are of order 1
 
 
+def test_the_rate_has_those_of_the_latents_as_its_parts():
+    """Example n gives latent l a rate of n l."""
+
+    def latent_rates(params, batch):
+        return batch["id"][:, None] * jnp.arange(3.0)[None]
+
+    model = _linear_gaussian(WRONG)._replace(latent_rates=latent_rates)
+    found = likelihood.evaluate(model, PARAMS, _dataset(37), SMALL, sharding.make_mesh(), seed=0)
+    assert found["rate"].parts == [0.0, 18.0, 36.0]  # the mean of 0, ..., 36 is 18
+    assert found["distortion"].parts is None
+
+
 def test_evaluate_of_a_model_with_an_exact_likelihood():
     """`log_prob` alone: it is averaged exactly, and bits/dim come from it."""
     covariance = W @ W.T + NOISE**2 * np.eye(D)
