@@ -25,7 +25,7 @@ from dgm_jax.distributions import gaussian_kl, gaussian_log_prob
 from dgm_jax.nn import networks
 from dgm_jax.nn.conv import Conv, ResidualBlock, Upsample, halvings
 from dgm_jax.nn.mlp import ACTIVATIONS
-from dgm_jax.nn.posteriors import draw_gaussian, positive
+from dgm_jax.nn.posteriors import UNIT_RAW, draw_gaussian, positive
 from dgm_jax.objectives import Draws, Options
 
 Gaussian = tuple[jax.Array, jax.Array]  # mu and log_sigma, each [K, B, H, W, latents]
@@ -142,7 +142,7 @@ class Layer(nn.Module):
 
 def _log_scale(raw: jax.Array) -> jax.Array:
     """log sigma from a network's output, 0 where that is 0."""
-    return positive(raw + math.log(math.e - 1))
+    return positive(raw + UNIT_RAW)
 
 
 class Net(nn.Module):

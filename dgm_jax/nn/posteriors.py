@@ -8,6 +8,8 @@ Each is a module with
 * `mean(context) -> [B, L]`, its mean or the nearest to it, as features.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,13 +20,18 @@ from dgm_jax.nn.mlp import MLP, MaskedMLP
 Context = tuple[jax.Array, ...]
 
 
+_FLOOR = 1e-4  # of sigma
+# The output at which `positive` is exactly 0, sigma 1.
+UNIT_RAW = math.log(math.expm1(1 - _FLOOR))
+
+
 def positive(raw: jax.Array) -> jax.Array:
     """log sigma from a network's output.
 
     sigma = softplus grows linearly in its input where exp would explode and end training in a
     spike; the floor keeps log sigma finite however far the input falls.
     """
-    return jnp.log(nn.softplus(raw) + 1e-4)
+    return jnp.log(nn.softplus(raw) + _FLOOR)
 
 
 def draw_gaussian(rng: jax.Array, parameters: tuple[jax.Array, jax.Array], k: int) -> jax.Array:
