@@ -25,6 +25,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval.num_samples = 100
     config.eval.aggregate_examples = 0
     smaller = {"model.layers": (0, 1, 1), "model.channels": 8, "model.width": 8}
-    smaller |= {"train.batch_size": 32}
+    smaller |= {"train.batch_size": 32, "eval.aggregate_examples": 0}
     mnist = {"data.dataset": "mnist", "data.validation": 500, "eval.num_samples": 10}
     return variant(config, arg, smoke={**smaller, **mnist})

@@ -23,5 +23,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval.num_samples = 500
     config.eval.aggregate_examples = 0
     smaller = {"model.layers": (0, 1, 1), "model.channels": 8, "model.width": 8}
-    smaller |= {"train.batch_size": 32}
+    smaller |= {"train.batch_size": 32, "eval.aggregate_examples": 0}
     return variant(config, arg, smoke={**smaller, "eval.num_samples": 10})

@@ -24,14 +24,13 @@ from dgm_jax.evaluators.passes import by_example
 from dgm_jax.metrics import Metric
 from dgm_jax.progress import Progress
 
-_CODES = 200  # z compared with all examples at once
-
 
 def evaluate(
     model: Model,
     params: Params,
     dataset: data.Dataset,
     batch_size: int,
+    chunk: int,
     mesh: Mesh,
     seed: int,
     split: str,
@@ -45,6 +44,7 @@ def evaluate(
       params: its parameters.
       dataset: where the split is.
       batch_size: examples at once; changes speed and memory, not results.
+      chunk: codes compared with a batch of examples at once; the same.
       mesh: the devices.
       seed: of the draws.
       split: its name.
@@ -84,15 +84,17 @@ def evaluate(
             batch = data.held_out_batch(dataset, split, *arrays, ids)
             return jnp.logaddexp(total, log_sum(params, batch, z)), None
 
-        total, _ = jax.lax.scan(add, jnp.full(_CODES, -jnp.inf), starts)
+        total, _ = jax.lax.scan(add, jnp.full(chunk, -jnp.inf), starts)
         return total
 
     parts = []
     with Progress(f"{split}: aggregate posterior", len(chosen)) as progress:
-        for start in range(0, len(chosen), _CODES):
-            z = jax.tree.map(lambda a, start=start: _padded(a[start : start + _CODES]), drawn["z"])
+        for start in range(0, len(chosen), chunk):
+            z = jax.tree.map(
+                lambda a, start=start: _padded(a[start : start + chunk], chunk), drawn["z"]
+            )
             parts.append(np.asarray(log_sum_of_split(params, arrays, z)))
-            progress.advance(min(_CODES, len(chosen) - start))
+            progress.advance(min(chunk, len(chosen) - start))
     log_q = np.concatenate(parts)[: len(chosen)] - math.log(len(chosen))
     return passes.summarise(
         {
@@ -103,6 +105,6 @@ def evaluate(
     )
 
 
-def _padded(z: np.ndarray) -> np.ndarray:
-    """`[M, ...]` filled up to `_CODES` rows: one compiled shape."""
-    return np.concatenate([z, np.broadcast_to(z[:1], (_CODES - len(z), *z.shape[1:]))])
+def _padded(z: np.ndarray, num: int) -> np.ndarray:
+    """`[M, ...]` filled up to `num` rows: one compiled shape."""
+    return np.concatenate([z, np.broadcast_to(z[:1], (num - len(z), *z.shape[1:]))])

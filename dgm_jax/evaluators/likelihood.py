@@ -26,7 +26,7 @@ class Config:
       num_samples: K of the importance-weighted bound, per example.
       elbo_samples: draws that the ELBO and its terms are averaged over, per example.
       batch_size: examples evaluated at once; changes speed and memory, not results.
-      chunk: draws per example evaluated at once; changes speed and memory, not results. About a
+      chunk: draws per example, or codes of the aggregate posterior, evaluated at once; changes speed and memory, not results. About a
         thousand decoder outputs (batch_size * chunk) at once is fastest on a CPU.
       aggregate_examples: N images, spread over the split, of which the aggregate posterior is
         measured, at the cost of N² densities; 0 leaves it out.
@@ -220,7 +220,8 @@ def evaluate(
     has_density = model.latents is not None and model.latents.log_posterior is not None
     if has_density and config.aggregate_examples:
         part = data.spread(dataset, split, config.aggregate_examples)
-        found |= aggregate.evaluate(model, params, part, config.batch_size, mesh, seed, split)
+        sizes = (config.batch_size, config.chunk)
+        found |= aggregate.evaluate(model, params, part, *sizes, mesh, seed, split)
     if model.classify is not None:
         correct = run(correctly_classified(model), "classes")["correct"]
         found["accuracy"] = metrics.mean_over_examples(correct, "of 1")

@@ -48,12 +48,13 @@ def _model(means, sigma):
     return Model(init=None, players=(), log_likelihood_fns={}, latents=latents)
 
 
-def _evaluate(means, sigma, values, batch_size=64):
+def _evaluate(means, sigma, values, batch_size=64, chunk=200):
     return aggregate.evaluate(
         _model(jnp.asarray(means), sigma),
         None,
         _dataset(values),
         batch_size,
+        chunk,
         sharding.make_mesh(),
         seed=0,
         split="test",
@@ -90,3 +91,12 @@ def test_the_batch_size_does_not_change_the_result():
     one, other = (_evaluate(0.01 * np.arange(256), 0.5, np.arange(50), size) for size in (16, 64))
     for name, metric in one.items():
         np.testing.assert_allclose(metric.value, other[name].value, rtol=1e-11)
+
+
+def test_neither_batch_size_nor_chunk_changes_the_result():
+    values = np.arange(37) % 3
+    whole, parts = (
+        _evaluate([-1.0, 0.0, 2.0], 0.5, values, *sizes) for sizes in ((40, 37), (8, 5))
+    )
+    for name, metric in whole.items():
+        np.testing.assert_allclose(parts[name].value, metric.value, rtol=1e-12)
