@@ -87,13 +87,13 @@ def evaluate(
         total, _ = jax.lax.scan(add, jnp.full(chunk, -jnp.inf), starts)
         return total
 
+    def codes_from(start: int) -> Any:
+        return jax.tree.map(lambda a: _padded(a[start : start + chunk], chunk), drawn["z"])
+
     parts = []
     with Progress(f"{split}: aggregate posterior", len(chosen)) as progress:
         for start in range(0, len(chosen), chunk):
-            z = jax.tree.map(
-                lambda a, start=start: _padded(a[start : start + chunk], chunk), drawn["z"]
-            )
-            parts.append(np.asarray(log_sum_of_split(params, arrays, z)))
+            parts.append(np.asarray(log_sum_of_split(params, arrays, codes_from(start))))
             progress.advance(min(chunk, len(chosen) - start))
     log_q = np.concatenate(parts)[: len(chosen)] - math.log(len(chosen))
     return passes.summarise(

@@ -26,8 +26,9 @@ class Config:
       num_samples: K of the importance-weighted bound, per example.
       elbo_samples: draws that the ELBO and its terms are averaged over, per example.
       batch_size: examples evaluated at once; changes speed and memory, not results.
-      chunk: draws per example, or codes of the aggregate posterior, evaluated at once; changes speed and memory, not results. About a
-        thousand decoder outputs (batch_size * chunk) at once is fastest on a CPU.
+      chunk: draws per example, or codes of the aggregate posterior, evaluated at once; changes
+        speed and memory, not results. About a thousand decoder outputs (batch_size * chunk) at once
+        is fastest on a CPU.
       aggregate_examples: N images, spread over the split, of which the aggregate posterior is
         measured, at the cost of N² densities; 0 leaves it out.
       ais_temperatures: of annealed importance sampling (`--mode=ais`).
