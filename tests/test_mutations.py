@@ -288,7 +288,7 @@ def test_mutant_is_killed(name, tmp_path):
     assert source.count(mutant.old) == 1, f"{mutant.old!r} is not once in {mutant.file}"
     target.write_text(source.replace(mutant.old, mutant.new))
     tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", f"tests/{mutant.tests}"],
+        [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", f"tests/{mutant.tests}"],
         cwd=tmp_path,  # `python -m` looks here first: the copy is what is imported
         env={**os.environ, "PYTHONPATH": ""},
         capture_output=True,
