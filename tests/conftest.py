@@ -29,6 +29,13 @@ def _no_user_files(tmp_path_factory):
     os.environ.pop("TFDS_DATA_DIR", None)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_memory():
+    """What one module compiled is of no use to the next, and would fill gigabytes by the end."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def prepared_tfds() -> Path:
     """A directory of prepared TFDS data sets beside the checkout; skips where there is none."""

@@ -163,7 +163,7 @@ def test_a_ramp_rises_from_nothing_to_the_value(tiny_dataset):
         "train.batch_size": BATCH,
         "train.duration": "10 steps",
         "train.steps_per_dispatch": 10,
-        "train.ramp": "model.beta over 1 epoch",
+        "train.ramp": "model.beta over 4 steps",
         "model.beta": 0.5,
         "model.latents": 3,
         "model.encoder": (8,),
@@ -171,7 +171,7 @@ def test_a_ramp_rises_from_nothing_to_the_value(tiny_dataset):
         "eval.batch_size": 8,
     }
     experiment = prepare(configs.override(configs.experiment("vae"), values), tiny_dataset)
-    assert experiment.ramps == {"beta": 128 // BATCH}
+    assert experiment.ramps == {"beta": 4}
     steps = compile_train_steps(
         experiment.model_at, experiment.optimizer, 0.0, tiny_dataset, BATCH, 10, experiment.mesh
     )
