@@ -3,7 +3,7 @@
 Papers: Burda et al. 2016 (networks and targets); Roeder et al. 2017 and Tucker et al. 2019 (the
         gradients of the `vae` and `dreg` variants); Jordan et al. 2024 (the optimizer).
 Run:   python -m dgm_jax.main --config=configs/iwae_mnist.py:l2-dreg-k50
-Gives: docs/results.md has each variant's number, minutes and published value.
+Gives: l1-vae-k1 (the default): NLL 85.98 nats (K = 5,000, seed 0), published 86.76; docs/results.md
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant
