@@ -123,7 +123,8 @@ class Model(NamedTuple):
       layer_sizes: sizes of the consecutive parts that `encode` concatenates, one for each layer
         of a hierarchy, from the data up; empty where there is one part.
       decode: `(params, z [B, F]) -> [B, *event]`, the mean E[x | z].
-      reconstruct: `(params, batch, rng) -> [B, *event]`, the mean E[x | z] at z ~ q(z | x).
+      reconstruct: `(params, batch, rng) -> [B, *event]`, the mean E[x | z] at z ~ q(z | x), in
+        [0, 1]; a draw from p(x | z) where the decoder works pixel by pixel.
     """
 
     init: Callable[[jax.Array, Batch], Params]

@@ -180,6 +180,33 @@ def draw(
     return {"x": x, "mean": picture(likelihood, outputs, spec)}
 
 
+def draw_in_turn(
+    likelihood: Likelihood,
+    rng: jax.Array,
+    outputs_at: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+) -> jax.Array:
+    """x drawn pixel by pixel, row by row, from a decoder that sees the pixels before each.
+
+    Args:
+      likelihood: of each pixel given those.
+      rng: of the draws.
+      outputs_at: `x [B, H, W, C] -> [B, H · W · C, P]`, of which the part of a pixel may depend on
+        the pixels before it.
+      x: `[B, H, W, C]`, of which only the shape matters.
+    """
+    batch, height, width, channels = x.shape
+
+    def add(x: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        i, key = step
+        outputs = outputs_at(x).reshape(batch, height * width, channels, -1)[:, i]
+        drawn = likelihood.draw(key, outputs)
+        return x.at[:, i // width, i % width].set(drawn), None
+
+    pixels = jnp.arange(height * width), jax.random.split(rng, height * width)
+    return jax.lax.scan(add, jnp.zeros_like(x), pixels)[0]
+
+
 def check(name: str, spec: DataSpec) -> None:
     """Refuse a likelihood that is none, or whose support is not the data's.
 

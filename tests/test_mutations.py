@@ -237,6 +237,10 @@ MUTANTS = {
         "evaluators/likelihood.py", "ddof=1) / repeats", "ddof=1)",
         "evaluators/test_likelihood.py",
     ),
+    "a pixel that sees itself": Mutant(
+        "nn/networks.py", "range(side * side // 2)", "range(side * side // 2 + 1)",
+        "nn/test_networks.py",
+    ),
     "aggregate posterior without log N": Mutant(
         "evaluators/aggregate.py", " - math.log(len(chosen))", "",
         "evaluators/test_aggregate.py",

@@ -30,6 +30,8 @@ class Config:
       encoder: widths of the encoder's hidden layers, or channels of its stages.
       decoder: the same of the decoder.
       activation: one of `nn.mlp.ACTIVATIONS`, or for an `mlp` also `gated`.
+      window: odd side of the square through which each pixel sees those before it; 0: pixels
+        are independent given z.
       likelihood: one of `likelihoods.LIKELIHOODS`.
       prior: one of `nn.priors.PRIORS`.
       components: of a mixture prior; pseudo-inputs of a VampPrior.
@@ -50,6 +52,7 @@ class Config:
     encoder: tuple[int, ...] = (200, 200)
     decoder: tuple[int, ...] = (200, 200)
     activation: str = "silu"
+    window: int = 0
     likelihood: str = "bernoulli"
     prior: str = "standard"
     components: int = 500
@@ -80,7 +83,7 @@ def check(config: Config, spec: DataSpec) -> None:
         raise UserError(f"model.latents={config.latents}: a VAE needs at least one latent")
     for field in ("encoder", "decoder"):
         networks.check_widths(field, getattr(config, field))
-    networks.check(config.network, config.activation, spec)
+    networks.check(config.network, config.activation, spec, config.window)
     if config.posterior not in POSTERIORS:
         allowed = ", ".join(POSTERIORS)
         raise UserError(f"model.posterior={config.posterior!r}: choose one of {allowed}")
@@ -135,7 +138,12 @@ class Net(nn.Module):
         config, spec = self.config, self.spec
         self.encoder = networks.Encoder(config.network, config.encoder, config.activation)
         self.decoder = networks.Decoder(
-            config.network, config.decoder, config.activation, config.likelihood, spec
+            config.network,
+            config.decoder,
+            config.activation,
+            config.likelihood,
+            spec,
+            window=config.window,
         )
         flow = (config.flow_steps, config.flow_width)
         self.prior = priors.make(
@@ -148,16 +156,21 @@ class Net(nn.Module):
     def __call__(self, x: jax.Array, label: jax.Array | None, rng: jax.Array) -> None:
         """Touch every parameter, for initialisation."""
         z, _ = self.posterior.draw(self.context(x, label), rng, 1)
-        self.outputs(z, label)
+        self.outputs(z, label, x)
         self.log_prior(z)
 
     def context(self, x: jax.Array, label: jax.Array | None) -> Context:
         """Parameters of q(z | x) for x `[B, *event]` as the data hold it."""
         return self._context_of_unit(x / self.spec.scale, label)
 
-    def outputs(self, z: jax.Array, label: jax.Array | None) -> jax.Array:
-        """The likelihood's parameters `[..., D, P]` given z `[..., L]`."""
-        return self.decoder(z, self._one_hot(label))
+    def outputs(
+        self, z: jax.Array, label: jax.Array | None, x: jax.Array | None = None
+    ) -> jax.Array:
+        """The likelihood's parameters `[..., D, P]` given z `[..., L]`.
+
+        A decoder with a window wants the x `[B, *event]` whose earlier pixels it may see.
+        """
+        return self.decoder(z, self._one_hot(label), None if x is None else x / self.spec.scale)
 
     def log_prior(self, z: jax.Array) -> jax.Array:
         """log p(z) `[...]`, nats."""
@@ -199,7 +212,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         z, log_posterior = vae.posterior.draw(context, posterior_rng, k)
 
         def log_joint_at(z: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return likelihood.log_prob(vae.outputs(z, label), flat), vae.log_prior(z)
+            return likelihood.log_prob(vae.outputs(z, label, x), flat), vae.log_prior(z)
 
         def log_posterior_at(z: jax.Array, detached: bool) -> jax.Array:
             held = jax.lax.stop_gradient(context) if detached else context
@@ -235,7 +248,19 @@ def build(config: Config, spec: DataSpec) -> Model:
     def reconstruct(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
         vae, label = bind(params), batch.get("label")
         z, _ = vae.posterior.draw(vae.context(batch["x"], label), rng, 1)
+        if config.window:
+            x = draw_pixels(vae, jax.random.fold_in(rng, 1), z[0], label)["x"]
+            return x / spec.scale
         return likelihoods.picture(likelihood, vae.outputs(z[0], label), spec)
+
+    def draw_pixels(vae: Net, rng: jax.Array, z: jax.Array, label: jax.Array | None) -> dict:
+        """x drawn from p(x | z) pixel by pixel, each told those before it."""
+
+        def outputs_at(x: jax.Array) -> jax.Array:
+            return vae.outputs(z, label, x)
+
+        x = jnp.zeros((len(z), *spec.event_shape))
+        return {"x": likelihoods.draw_in_turn(likelihood, rng, outputs_at, x)}
 
     def draw_joint(params: Params, rng: jax.Array, num: int) -> tuple[jax.Array, dict]:
         vae = bind(params)
@@ -243,7 +268,10 @@ def build(config: Config, spec: DataSpec) -> Model:
         # A conditional model draws the classes in turn.
         label = jnp.arange(num) % spec.num_classes if config.conditional else None
         z = vae.draw_prior(z_rng, num)
-        samples = likelihoods.draw(likelihood, x_rng, vae.outputs(z, label), spec)
+        if config.window:
+            samples = draw_pixels(vae, x_rng, z, label)
+        else:
+            samples = likelihoods.draw(likelihood, x_rng, vae.outputs(z, label), spec)
         return z, samples | ({} if label is None else {"label": label})
 
     return objectives.latent_variable_model(
@@ -257,6 +285,6 @@ def build(config: Config, spec: DataSpec) -> Model:
         closed,
         init=init,
         encode=encode,
-        decode=None if config.conditional else decode,
+        decode=None if config.conditional or config.window else decode,
         reconstruct=reconstruct,
     )

@@ -1,5 +1,7 @@
 """From data to features and from latents to the parameters of p(x | z), whatever the layers."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,11 @@ from dgm_jax.nn.mlp import ACTIVATIONS, MLP
 
 KINDS = ("mlp", "conv")
 
+# Numbers that dense layers say of each pixel to a `CausalWindow`.
+_FEATURES = 4
 
-def check(kind: str, activation: str, spec: DataSpec) -> None:
+
+def check(kind: str, activation: str, spec: DataSpec, window: int = 0) -> None:
     """Refuse layers that are none, or that do not fit the data.
 
     Raises:
@@ -28,6 +33,10 @@ def check(kind: str, activation: str, spec: DataSpec) -> None:
         )
     if kind == "conv" and len(spec.event_shape) != 3:
         raise UserError(f"model.network='conv' needs images, and these are {spec.event_shape}")
+    if window and (window < 3 or window % 2 == 0):
+        raise UserError(f"model.window={window}: give an odd side of at least 3, or 0 for none")
+    if window and len(spec.event_shape) != 3:
+        raise UserError(f"model.window={window} needs images, and these are {spec.event_shape}")
 
 
 def check_widths(field: str, widths: tuple[int, ...]) -> None:
@@ -84,6 +93,8 @@ class Decoder(nn.Module):
       likelihood: one of `likelihoods.LIKELIHOODS`.
       spec: of the data.
       grid: of `conv`: the latents are a vector for each position, as in `ConvDecoder`.
+      window: odd side of the square through which each pixel sees those before it, as in `CausalWindow`;
+        0: pixels are independent given z.
     """
 
     kind: str
@@ -92,20 +103,68 @@ class Decoder(nn.Module):
     likelihood: str
     spec: DataSpec
     grid: bool = False
+    window: int = 0
 
     @nn.compact
-    def __call__(self, z: jax.Array, side: jax.Array | None = None) -> jax.Array:
-        """Parameters of p(x | z), or p(x | z, side) with `side` float `[B, E]`."""
+    def __call__(
+        self, z: jax.Array, side: jax.Array | None = None, x: jax.Array | None = None
+    ) -> jax.Array:
+        """Parameters of p(x | z), or p(x | z, side) with `side` float `[B, E]`.
+
+        With a window, of each p(x_i | x_1, ..., x_{i-1}, z) at `x` in [0, 1], `[B, *event]`.
+        """
         if side is not None:
             side = jnp.expand_dims(side, range(z.ndim - 2))
             side = jnp.broadcast_to(side, (*z.shape[:-1], side.shape[-1]))
             z = jnp.concatenate([z, side], axis=-1)
         if self.kind == "mlp":
             h = MLP(self.widths, self.activation)(z)
-            return Head(self.likelihood, self.spec)(h)
-        h = ConvDecoder(self.widths, self.spec.event_shape[:2], self.activation, self.grid)(z)
-        h = h.reshape(*z.shape[:-1], -1, h.shape[-1])
+            if not self.window:
+                return Head(self.likelihood, self.spec)(h)
+            pixels = math.prod(self.spec.event_shape[:2])
+            h = nn.Dense(pixels * _FEATURES)(h).reshape(*z.shape[:-1], pixels, _FEATURES)
+        else:
+            h = ConvDecoder(self.widths, self.spec.event_shape[:2], self.activation, self.grid)(z)
+            h = h.reshape(*z.shape[:-1], -1, h.shape[-1])
+        if self.window:
+            h = CausalWindow(self.window)(h, x)
         return Head(self.likelihood, self.spec, per_pixel=True)(h)
+
+
+class CausalWindow(nn.Module):
+    """Lets each pixel see the few before it, row by row, beside what the latents say of it.
+
+    The window keeps the decoder from modelling the whole image without the latents (Chen et al.
+    2017, "Variational lossy autoencoder", section 3.1).
+
+    Attributes:
+      side: of the window, odd: side² // 2 pixels, those above and to the left.
+      width: hidden units for each pixel.
+    """
+
+    side: int
+    width: int = 32
+
+    @nn.compact
+    def __call__(self, h: jax.Array, x: jax.Array) -> jax.Array:
+        """Features `[..., B, H · W, width]` of features `[..., B, H · W, F]` and x in [0, 1]."""
+        seen = nn.Dense(self.width)(causal_patches(centred(x), self.side))
+        said = nn.Dense(self.width, use_bias=False)(h)
+        h = nn.silu(said + jnp.expand_dims(seen, range(h.ndim - seen.ndim)))
+        return nn.silu(nn.Dense(self.width)(h))
+
+
+def causal_patches(x: jax.Array, side: int) -> jax.Array:
+    """The pixels before each one in its window: `[B, H, W, C]` -> `[B, H · W, side² // 2 · C]`.
+
+    Zeros stand outside the image.
+    """
+    batch, height, width, _ = x.shape
+    half = side // 2
+    x = jnp.pad(x, ((0, 0), (half, 0), (half, half), (0, 0)))
+    corners = [divmod(i, side) for i in range(side * side // 2)]
+    seen = [x[:, i : i + height, j : j + width] for i, j in corners]
+    return jnp.concatenate(seen, axis=-1).reshape(batch, height * width, -1)
 
 
 class Head(nn.Module):

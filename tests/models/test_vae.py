@@ -242,6 +242,36 @@ def test_samples_have_the_models_distribution():
     assert _within_five_standard_errors((x - mean) ** 2 - mean * (1 - mean), 0)
 
 
+def test_pixels_in_turn_are_a_distribution_and_the_sampler_draws_it():
+    """With a window: Σ_x p(x | z) = 1 at any z, and draws at it have these frequencies."""
+    model = _build(window=3)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), _batch(1))
+    leaves, structure = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(0)
+    params = jax.tree.unflatten(structure, [0.7 * rng.normal(size=p.shape) for p in leaves])
+    x = np.array(list(itertools.product((0, 1), repeat=PIXELS)), np.float64)
+    axis = np.linspace(-9, 9, 121)
+    z = jnp.asarray(np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 1, LATENTS))
+    batch = {"x": jnp.asarray(x.reshape(-1, *SPEC.event_shape))}
+    log_p_x_z, log_p_z = jax.jit(model.latents.log_joint)(params, batch, jnp.tile(z, (1, 64, 1)))
+    np.testing.assert_allclose(special.logsumexp(log_p_x_z, axis=1), 0, atol=1e-12)
+    # The window is at work: the pixels are not independent given z.
+    p_x_z = np.exp(np.asarray(log_p_x_z)[60 * 121 + 60])
+    each = x.T @ p_x_z
+    covariance = np.einsum("n,ni,nj->ij", p_x_z, x, x) - np.outer(each, each)
+    assert np.abs(np.triu(covariance, 1)).max() > 1e-2
+
+    log_cell = 2 * np.log(axis[1] - axis[0])
+    log_p_x = special.logsumexp(np.asarray(log_p_x_z + log_p_z), axis=0) + log_cell
+    pairs = jax.jit(jax.vmap(lambda key: model.sample(params, key, 2)["x"]))
+    drawn = np.asarray(pairs(jax.random.split(jax.random.key(3), 20_000))).reshape(-1, PIXELS)
+    counts = np.bincount(drawn.astype(int) @ 2 ** np.arange(PIXELS)[::-1], minlength=64)
+    assert stats.chisquare(counts, 40_000 * np.exp(log_p_x)).pvalue > 1e-4
+    # No decoder to call without the pixels; reconstructions are draws.
+    assert model.decode is None
+    assert np.isin(jax.jit(model.reconstruct)(params, batch, jax.random.key(4)), (0, 1)).all()
+
+
 def test_a_fresh_decoder_gives_the_training_mean():
     """Exactly at z = 0, where only the output bias speaks; clipped, so never a certainty."""
     mean = SPEC.mean.copy()

@@ -89,6 +89,21 @@ def test_a_pixel_of_the_head_is_a_dense_layer_of_its_own_features():
     np.testing.assert_allclose(head.apply(params, h), expected, rtol=1e-10)
 
 
+@pytest.mark.parametrize("kind", networks.KINDS)
+def test_a_pixel_sees_those_before_it_in_its_window_and_no_other(kind):
+    """By the Jacobian of all outputs in all pixels: rows above, and to the left in its own."""
+    decoder = networks.Decoder(kind, (4, 3), "silu", "bernoulli", _spec("bernoulli"), window=3)
+    z, x = jax.random.normal(jax.random.key(1), (1, 4)), jnp.full((1, *EVENT), 0.3)
+    params = _random(decoder, z, None, x)
+    slope = jax.jacobian(lambda x: decoder.apply(params, z, None, x))(x)
+    slope = np.abs(np.asarray(slope)).reshape(*EVENT, *EVENT).max(axis=(2, 5))
+    for row, column in np.ndindex(EVENT[:2]):
+        for other in np.ndindex(EVENT[:2]):
+            down, right = other[0] - row, other[1] - column
+            seen = (down == -1 and abs(right) <= 1) or (down == 0 and right == -1)
+            assert (slope[row, column][other] > 0) == seen, (row, column, other)
+
+
 def test_a_residual_block_starts_as_the_identity():
     block = conv.ResidualBlock(3)
     h = jax.random.normal(jax.random.key(4), (2, *EVENT))
@@ -133,3 +148,10 @@ def test_upsampling_lays_four_pixels_where_one_was():
 def test_check_refuses_layers_that_make_no_sense(kind, activation, event, named):
     with pytest.raises(UserError, match=rf"model\.{named}"):
         networks.check(kind, activation, DataSpec(event, "binary", np.zeros(event, np.float32)))
+
+
+@pytest.mark.parametrize(("side", "event"), [(1, EVENT), (4, EVENT), (-3, EVENT), (3, (12,))])
+def test_check_refuses_a_window_that_makes_no_sense(side, event):
+    spec = DataSpec(event, "binary", np.zeros(event, np.float32))
+    with pytest.raises(UserError, match=rf"model\.window={side}"):
+        networks.check("mlp", "silu", spec, side)
