@@ -248,7 +248,7 @@ def test_pixels_in_turn_are_a_distribution_and_the_sampler_draws_it():
     shapes = jax.eval_shape(model.init, jax.random.key(0), _batch(1))
     leaves, structure = jax.tree.flatten(shapes)
     rng = np.random.default_rng(0)
-    params = jax.tree.unflatten(structure, [0.2 * rng.normal(size=p.shape) for p in leaves])
+    params = jax.tree.unflatten(structure, [0.4 * rng.normal(size=p.shape) for p in leaves])
     x = np.array(list(itertools.product((0, 1), repeat=PIXELS)), np.float64)
     axis = np.linspace(-9, 9, 121)
     z = jnp.asarray(np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 1, LATENTS))
