@@ -40,7 +40,7 @@ class Checkpoints:
         """Start saving `state` and return; a save still running is waited for first."""
         self._directory.mkdir(parents=True, exist_ok=True)
         self._manager.save(
-            int(state.step),
+            int(np.max(state.step)),  # of a sweep's members, some may have stopped
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
                 digest=ocp.args.JsonSave({"sha256": _digest(state)}),

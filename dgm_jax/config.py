@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -113,6 +114,28 @@ def load(path: str, values: Mapping[str, Any] | None = None) -> ConfigDict:
       UserError: no such file, variant or field.
     """
     filename, _, arg = path.partition(":")
+    module = _module(filename)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={filename}: the file has no function get_config(arg)")
+    return override(module.get_config(arg), values or {})
+
+
+def load_sweep(path: str) -> list[dict[str, Any]]:
+    """The members that a config file's `sweep()` gives: overrides by dotted path.
+
+    Raises:
+      UserError: no such file, or it has no sweep.
+    """
+    filename, _, _ = path.partition(":")
+    module = _module(filename)
+    if not hasattr(module, "sweep"):
+        raise UserError(
+            f"{filename} has no function sweep(): write one, or give --sweep='field=value,value'"
+        )
+    return list(module.sweep())
+
+
+def _module(filename: str) -> ModuleType:
     if not Path(filename).is_file():
         raise UserError(_no_such_file(filename))
     spec = importlib.util.spec_from_file_location(Path(filename).stem, filename)
@@ -120,9 +143,7 @@ def load(path: str, values: Mapping[str, Any] | None = None) -> ConfigDict:
         raise UserError(f"--config={filename}: a config is a Python file, such as name.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config={filename}: the file has no function get_config(arg)")
-    return override(module.get_config(arg), values or {})
+    return module
 
 
 def check_flags(argv: list[str]) -> None:
@@ -176,9 +197,33 @@ def fields(config: ConfigDict) -> dict[str, Any]:
     return found
 
 
-def section(config: ConfigDict, name: str) -> Any:
-    """A section as its dataclass, e.g. `section(config, "data")` -> `data.Config`."""
-    return _SECTIONS[name](**config[name])
+def value_of(config: ConfigDict, path: str) -> Any:
+    """The value of the field at a dotted path.
+
+    Raises:
+      UserError: no such field; names the nearest.
+    """
+    known = fields(config)
+    if path not in known:
+        raise UserError(_unknown_field(path, known))
+    return known[path]
+
+
+def section(config: ConfigDict, name: str, numbers: Mapping[str, Any] | None = None) -> Any:
+    """A section as its dataclass, e.g. `section(config, "data")` -> `data.Config`.
+
+    Args:
+      config: the config.
+      name: of the section.
+      numbers: fields by dotted path, of any section, that replace the config's; may be traced.
+    """
+    return _SECTIONS[name](**{**config[name], **of_section(numbers or {}, name)})
+
+
+def of_section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The values of one section, by field: `{"model.beta": 2.0}` -> `{"beta": 2.0}`."""
+    split = {path: path.partition(".") for path in values}
+    return {field: values[path] for path, (first, _, field) in split.items() if first == name}
 
 
 def differences(config: ConfigDict, other: ConfigDict) -> list[str]:

@@ -6,6 +6,7 @@
     python -m dgm_jax.main --mode=sample --num=1000 --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=features --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=ais --num=100 --workdir=runs/vae_mnist
+    python -m dgm_jax.main --mode=sweep --sweep='model.beta=1,4;seed=0:3' --config=...
 
 Any field of the config can be set on the command line: --config.model.latents=40.
 """
@@ -30,11 +31,14 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "sample", "features", "ais"],
+    ["train", "evaluate", "sample", "features", "ais", "sweep"],
     "What to do; see the examples above.",
 )
 _NUM = flags.DEFINE_integer("num", 100, "Samples of --mode=sample, images of --mode=ais.")
 _SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of --mode=sample.")
+_SWEEP = flags.DEFINE_string(
+    "sweep", None, "Grid of --mode=sweep: 'field=value,value;seed=0:3'. Default: the config's own."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -42,10 +46,12 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag: write --flag=value")
     workdir = Workdir(Path(_WORKDIR.value or _default_workdir()))
+    if _MODE.value in ("train", "sweep") and _CONFIG.value is None:
+        raise UserError(f"--mode={_MODE.value} needs --config, e.g. --config=configs/vae_mnist.py")
     if _MODE.value == "train":
-        if _CONFIG.value is None:
-            raise UserError("--mode=train needs --config, e.g. --config=configs/vae_mnist.py")
         run.train_mode(_CONFIG.value, workdir)
+    elif _MODE.value == "sweep":
+        _sweep(workdir)
     elif _MODE.value == "sample":
         run.sample_mode(workdir, _NUM.value, _SAMPLE_SEED.value)
     elif _MODE.value == "ais":
@@ -54,11 +60,21 @@ def main(argv: list[str]) -> None:
         {"evaluate": run.evaluate_mode, "features": run.features_mode}[_MODE.value](workdir)
 
 
+def _sweep(workdir: Workdir) -> None:
+    from dgm_jax.sweep import axes, run  # matplotlib and scipy: only where they are used
+
+    config = _CONFIG.value
+    given = None if _SWEEP.value is None else axes.parse(_SWEEP.value, config)
+    members = given or configs.load_sweep(config_flags.get_config_filename(flags.FLAGS["config"]))
+    run.sweep_mode(config, members, workdir.path)
+
+
 def _default_workdir() -> str:
     if _CONFIG.value is None:
         raise UserError(f"--mode={_MODE.value} needs --workdir or --config")
     file, _, arg = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    return str(Path("runs") / "-".join(filter(None, (Path(file).stem, arg))))
+    end = "sweep" if _MODE.value == "sweep" else None
+    return str(Path("runs") / "-".join(filter(None, (Path(file).stem, arg, end))))
 
 
 def _parse(argv: list[str]) -> list[str]:

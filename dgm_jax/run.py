@@ -72,7 +72,7 @@ def train_mode(config: ConfigDict, workdir: Workdir) -> None:
         say(f"{workdir.path} is finished: its numbers are in {workdir.results}")
         return
     started = time.monotonic()
-    experiment = prepare(config, _load_data(config))
+    experiment = prepare(config, load_data(config))
     workdir.claim(config, experiment.dataset.card)
     _say_header(experiment, workdir)
     state, seconds = train(experiment, workdir)
@@ -89,20 +89,20 @@ def train_mode(config: ConfigDict, workdir: Workdir) -> None:
     seconds["this process"] = time.monotonic() - started
     files = sorted(str(p.relative_to(workdir.path)) for p in workdir.path.iterdir())
     files += [workdir.results.name]
-    result = _write(workdir.results, trained, experiment.dataset, found, seconds, files)
+    result = write_result(workdir.results, trained, experiment.dataset, found, seconds, files)
     _say_table(found, result, workdir)
 
 
 def evaluate_mode(workdir: Workdir) -> None:
     """Measure the newest checkpoint on the test split and write `evaluation.json`."""
     restored = restore(workdir.path)
-    dataset = _load_data(restored.config)
+    dataset = load_data(restored.config)
     workdir.check_card(dataset.card)
     began = time.monotonic()
     found = _likelihoods(restored, dataset)
     seconds = {"evaluation": time.monotonic() - began}
     path = workdir.path / "evaluation.json"
-    result = _write(path, restored, dataset, found, seconds, [path.name])
+    result = write_result(path, restored, dataset, found, seconds, [path.name])
     _say_table(found, result, workdir)
 
 
@@ -125,7 +125,7 @@ def ais_mode(workdir: Workdir, num: int) -> None:
         raise UserError(f"--num={num}: measure at least one image")
     restored = restore(workdir.path)
     config = restored.config
-    dataset = _load_data(config)
+    dataset = load_data(config)
     workdir.check_card(dataset.card)
     began = time.monotonic()
     batch = data.some(dataset, "test", num)
@@ -164,7 +164,7 @@ def features_mode(workdir: Workdir) -> None:
 
     restored = restore(workdir.path)
     config, model = restored.config, restored.model
-    dataset = _load_data(config)
+    dataset = load_data(config)
     workdir.check_card(dataset.card)
     began = time.monotonic()
     where = (dataset, config.eval.batch_size, sharding.make_mesh(), config.seed)
@@ -192,7 +192,7 @@ def features_mode(workdir: Workdir) -> None:
             for name, of in judged.items():  # forests on hundreds of pixels would take minutes
                 found[name] |= disentanglement.evaluate(of, factors, config.seed)
                 progress.advance(1, name)
-    result = _write(
+    result = write_result(
         workdir.path / "features.json",
         restored,
         dataset,
@@ -230,7 +230,8 @@ def draw(
     return {name: np.concatenate([part[name] for part in parts])[:num] for name in parts[0]}
 
 
-def _load_data(config: ConfigDict) -> data.Dataset:
+def load_data(config: ConfigDict) -> data.Dataset:
+    """The data that the config names; says that it may take a moment."""
     say("reading the data (some seconds the first time)")
     return data.load(configs.section(config, "data"), announce=say)
 
@@ -238,17 +239,13 @@ def _load_data(config: ConfigDict) -> data.Dataset:
 def _likelihoods(trained: Trained, dataset: data.Dataset) -> dict[str, metrics.Metric]:
     """How likely the model finds the test split."""
     config = trained.config
-    return likelihood.evaluate(
-        trained.model,
-        trained.params,
-        dataset,
-        configs.section(config, "eval"),
-        sharding.make_mesh(),
-        config.seed,
+    evaluate = likelihood.compile_evaluation(
+        trained.model, dataset, configs.section(config, "eval"), sharding.make_mesh()
     )
+    return evaluate(trained.params, config.seed)
 
 
-def _write(
+def write_result(
     path: Path,
     trained: Trained,
     dataset: data.Dataset,

@@ -1,7 +1,8 @@
 """The training loop."""
 
 import time
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +24,45 @@ from dgm_jax.workdir import Workdir
 
 
 class Experiment(NamedTuple):
-    """A config made concrete: checked, with its model, optimizer, data and devices."""
+    """A config made concrete: checked, with its data and devices.
+
+    Attributes:
+      config: the config.
+      dataset: what it is trained and measured on.
+      mesh: the devices.
+      num_steps: updates until the end.
+      numbers: fields of the model and the optimizer, by dotted path, that replace the config's; may
+        be traced.
+    """
 
     config: ConfigDict
     dataset: data.Dataset
-    model: Model
-    optimizer: optax.GradientTransformation
     mesh: Mesh
     num_steps: int
+    numbers: Mapping[str, Any] = {}
+
+    @property
+    def model(self) -> Model:
+        """The model, with its numbers at their full values."""
+        return models.build(self._model_fields, self.dataset.spec)
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer, its schedules as long as the run."""
+        return optim.build(self._optimizer, self.num_steps)
+
+    @property
+    def ema_decay(self) -> float | jax.Array:
+        """Decay of the averaged parameters; 0 where none are kept."""
+        return self._optimizer.ema
+
+    @property
+    def _optimizer(self) -> optim.Config:
+        return configs.section(self.config, "optimizer", self.numbers)
+
+    @property
+    def _model_fields(self) -> dict[str, Any]:
+        return {**self.config.model, **configs.of_section(self.numbers, "model")}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -48,7 +80,7 @@ class Experiment(NamedTuple):
         Args:
           step: int32 `[]`, from 0; may be traced.
         """
-        fields = dict(self.config.model)
+        fields = self._model_fields
         for field, length in self.ramps.items():
             fields[field] = fields[field] * jnp.minimum(1.0, step / length)
         return models.build(fields, self.dataset.spec)
@@ -110,8 +142,6 @@ def prepare(config: ConfigDict, dataset: data.Dataset) -> Experiment:
     experiment = Experiment(
         config=config,
         dataset=dataset,
-        model=models.build(config.model, dataset.spec),
-        optimizer=optim.build(optimizer, num_steps),
         mesh=mesh,
         num_steps=num_steps,
     )
@@ -184,7 +214,7 @@ def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, dict[st
     run_steps = compile_train_steps(
         experiment.model_at,
         experiment.optimizer,
-        config.optimizer.ema,
+        experiment.ema_decay,
         experiment.dataset,
         config.train.batch_size,
         experiment.steps_per_dispatch,
@@ -243,8 +273,8 @@ class _Log:
     def dispatch(self, step: int, measured: Metrics) -> None:
         """One row for the K updates that ended with number `step`; metrics are `[K]`."""
         measured = jax.device_get(measured)
-        _refuse_non_finite(step, measured)
         steps = self._experiment.steps_per_dispatch
+        refuse_non_finite(step, steps, measured)
         now = self._now()
         spent, self._mark = {name: now[name] - self._mark[name] for name in now}, now
         self.seconds = {name: self.seconds[name] + spent[name] for name in now}
@@ -280,15 +310,20 @@ class _Log:
         self._writer.close()
 
 
-def _refuse_non_finite(step: int, measured: Metrics) -> None:
+def refuse_non_finite(step: int, num_steps: int, measured: Mapping[str, np.ndarray]) -> None:
+    """Refuse metrics `[num_steps]` of the updates up to number `step` that are not finite.
+
+    Raises:
+      UserError: names the metrics and the step at which they first are not.
+    """
     bad = {name: np.flatnonzero(~np.isfinite(values)) for name, values in measured.items()}
     bad = {name: where[0] for name, where in bad.items() if where.size}
     if bad:
         at = min(bad.values())
         names = ", ".join(name for name, where in bad.items() if where == at)
         raise UserError(
-            f"{names} is not finite at step {step - len(next(iter(measured.values()))) + at + 1:,}"
-            ": training stopped and the last checkpoint is as it was; "
+            f"{names} is not finite at step {step - num_steps + at + 1:,}: training stopped and "
+            "the last checkpoint is as it was; "
             "try a lower optimizer.learning_rate or optimizer.clip_norm"
         )
 

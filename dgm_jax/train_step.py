@@ -77,16 +77,16 @@ def train_step(
     return state, metrics
 
 
-def compile_train_steps(
+def train_steps(
     model_at: Callable[[jax.Array], Model],
     optimizer: optax.GradientTransformation,
-    ema_decay: float,
+    ema_decay: float | jax.Array,
     dataset: data.Dataset,
     batch_size: int,
     num_steps: int,
-    mesh: Mesh,
+    place: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """K updates as one jitted function of the state and the training arrays on the devices.
+    """K updates as one pure function of the state and the training arrays.
 
     Shuffling, binarisation and the updates all happen inside; the host does nothing per step.
 
@@ -96,15 +96,15 @@ def compile_train_steps(
       dataset: for its binarisation and sizes.
       batch_size: B, over all devices.
       num_steps: K, updates per call.
-      mesh: the devices.
+      place: says on which devices a batch is.
 
     Returns:
       `(state, arrays) -> (state, metrics)` where `arrays` holds `images` uint8 `[N, *event]` and
-      `labels` int32 `[N]`, the state is donated, and each metric is float32 `[K]`.
+      `labels` int32 `[N]`, and each metric is float32 `[K]`.
     """
     num_examples = len(dataset.splits["train"])
 
-    def train_steps(state: TrainState, arrays: Mapping[str, jax.Array]) -> tuple:
+    def run(state: TrainState, arrays: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         steps = state.step + jnp.arange(num_steps)
         # All ids at once: K small index computations would cost more than one larger.
         ids = jax.vmap(lambda s: batch_ids(state.seed, s, batch_size, num_examples))(steps)
@@ -112,10 +112,27 @@ def compile_train_steps(
         def body(state: TrainState, ids: jax.Array) -> tuple[TrainState, Metrics]:
             rng = stream(state.seed, "data/binarise", state.step)
             batch = data.train_batch(dataset, arrays["images"], arrays["labels"], ids, rng)
-            batch = jax.lax.with_sharding_constraint(batch, sharding.split_batch(mesh))
-            return train_step(model_at(state.step), optimizer, ema_decay, state, batch)
+            return train_step(model_at(state.step), optimizer, ema_decay, state, place(batch))
 
         return jax.lax.scan(body, state, ids)
 
+    return run
+
+
+def compile_train_steps(
+    model_at: Callable[[jax.Array], Model],
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+    dataset: data.Dataset,
+    batch_size: int,
+    num_steps: int,
+    mesh: Mesh,
+) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """`train_steps` jitted: batches split over the devices of `mesh`, the state donated."""
+
+    def place(batch: Batch) -> Batch:
+        return jax.lax.with_sharding_constraint(batch, sharding.split_batch(mesh))
+
+    run = train_steps(model_at, optimizer, ema_decay, dataset, batch_size, num_steps, place)
     everywhere = sharding.replicated(mesh)
-    return jax.jit(train_steps, donate_argnums=0, out_shardings=(everywhere, everywhere))
+    return jax.jit(run, donate_argnums=0, out_shardings=(everywhere, everywhere))

@@ -46,6 +46,16 @@ class Workdir(NamedTuple):
         """The final numbers; its presence means that the run is finished."""
         return self.path / "results.json"
 
+    @property
+    def failure(self) -> Path:
+        """Why a sweep's member was stopped."""
+        return self.path / "failure.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.results.exists() or self.failure.exists()
+
     def load_config(self) -> ConfigDict:
         """The config that made the run.
 

@@ -9,6 +9,7 @@ KL(q(z) ‖ p(z)), the marginal KL, is what a better prior could save.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,34 +26,31 @@ from dgm_jax.metrics import Metric
 from dgm_jax.progress import Progress
 
 
-def evaluate(
+def compile_evaluation(
     model: Model,
-    params: Params,
     dataset: data.Dataset,
     batch_size: int,
     chunk: int,
     mesh: Mesh,
-    seed: int,
     split: str,
-) -> dict[str, Metric]:
+    show: bool = True,
+) -> Callable[[Params, int], dict[str, Metric]]:
     """Mutual information and marginal KL of a whole split, by one draw of z for each example.
 
     log q(z) takes the density of each z under the posterior of every example: N² densities.
 
     Args:
       model: one whose `latents` have a `log_posterior`.
-      params: its parameters.
       dataset: where the split is.
       batch_size: examples at once; changes speed and memory, not results.
       chunk: codes compared with a batch of examples at once; the same.
       mesh: the devices.
-      seed: of the draws.
       split: its name.
+      show: whether progress is shown.
 
     Returns:
-      `mutual_information` and `marginal_kl`, nats.
+      `(params, seed) ->` `mutual_information` and `marginal_kl`, nats; compiled once.
     """
-
     latents = model.latents
 
     def own(params: Params, batch: Batch, key: jax.Array) -> dict[str, Any]:
@@ -72,7 +70,7 @@ def evaluate(
     def one_draw(params: Params, batch: Batch, keys: jax.Array) -> dict[str, Any]:
         return by_example(own, params, batch, keys, 0)
 
-    drawn = passes.compile_pass(one_draw, dataset, split, batch_size, mesh)(params, seed)
+    draw = passes.compile_pass(one_draw, dataset, split, batch_size, mesh)
     chosen = dataset.splits[split]
     arrays = jax.device_put((chosen.images, chosen.labels), sharding.replicated(mesh))
     starts = jnp.arange(0, len(chosen), batch_size)
@@ -87,22 +85,25 @@ def evaluate(
         total, _ = jax.lax.scan(add, jnp.full(chunk, -jnp.inf), starts)
         return total
 
-    def codes_from(start: int) -> Any:
-        return jax.tree.map(lambda a: _padded(a[start : start + chunk], chunk), drawn["z"])
+    def evaluate(params: Params, seed: int) -> dict[str, Metric]:
+        drawn, parts = draw(params, seed), []
+        title = f"{split}: aggregate posterior" if show else None
+        with Progress(title, len(chosen)) as progress:
+            for start in range(0, len(chosen), chunk):
+                some = slice(start, start + chunk)
+                z = jax.tree.map(lambda a, some=some: _padded(a[some], chunk), drawn["z"])
+                parts.append(np.asarray(log_sum_of_split(params, arrays, z)))
+                progress.advance(min(chunk, len(chosen) - start))
+        log_q = np.concatenate(parts)[: len(chosen)] - math.log(len(chosen))
+        return passes.summarise(
+            {
+                "mutual_information": drawn["log_posterior"] - log_q,
+                "marginal_kl": log_q - drawn["log_prior"],
+            },
+            num_samples=1,
+        )
 
-    parts = []
-    with Progress(f"{split}: aggregate posterior", len(chosen)) as progress:
-        for start in range(0, len(chosen), chunk):
-            parts.append(np.asarray(log_sum_of_split(params, arrays, codes_from(start))))
-            progress.advance(min(chunk, len(chosen) - start))
-    log_q = np.concatenate(parts)[: len(chosen)] - math.log(len(chosen))
-    return passes.summarise(
-        {
-            "mutual_information": drawn["log_posterior"] - log_q,
-            "marginal_kl": log_q - drawn["log_prior"],
-        },
-        num_samples=1,
-    )
+    return evaluate
 
 
 def _padded(z: np.ndarray, num: int) -> np.ndarray:

@@ -5,6 +5,7 @@ Results depend neither on the batch size nor on the number of devices; see `pass
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -177,59 +178,73 @@ def active_units(codes: np.ndarray, threshold: float = 0.01) -> metrics.Metric:
     return metrics.Metric(float(active), f"of {codes.shape[1]} units", num_examples=len(codes))
 
 
-def evaluate(
+def compile_evaluation(
     model: Model,
-    params: Params,
     dataset: data.Dataset,
     config: Config,
     mesh: Mesh,
-    seed: int,
     split: str = "test",
-) -> dict[str, metrics.Metric]:
+    show: bool = True,
+) -> Callable[[Params, int], dict[str, metrics.Metric]]:
     """Everything that can be said about a model's likelihood on a split.
 
     Args:
-      model, params: what to evaluate.
+      model: what to evaluate.
       dataset: where the split is.
       config: the `eval` section.
       mesh: the devices.
-      seed: of all draws.
       split: its name.
+      show: whether progress is shown.
 
     Returns:
-      Metrics by name: each term and each log-likelihood, the importance-weighted bound and its
-      bits/dim, active units; those that the model has.
+      `(params, seed of all draws) ->` metrics by name: each term and each log-likelihood, the
+      importance-weighted bound and its bits/dim, active units; those that the model has. Compiled
+      once however often it is called.
     """
 
-    def run(fn: PerExample, title: str) -> dict[str, np.ndarray]:
-        whole_split = passes.compile_pass(fn, dataset, split, config.batch_size, mesh)
-        return whole_split(params, seed, f"{split}: {title}")
+    def whole(fn: PerExample, title: str) -> Callable[[Params, int], dict[str, np.ndarray]]:
+        run = passes.compile_pass(fn, dataset, split, config.batch_size, mesh)
+        return lambda params, seed: run(params, seed, f"{split}: {title}" if show else None)
 
     few, many = config.elbo_samples, config.num_samples
-    found = passes.summarise(run(elbo_terms(model, few), "terms"), few)
+    terms = whole(elbo_terms(model, few), "terms")
+    rates = bounds = aggregated = correct = codes = None
     if model.latent_rates is not None:
-        rates = run(latent_rates(model), "rate of each latent")["rates"]
-        parts = np.mean(rates, axis=0, dtype=np.float64).tolist()
-        found["rate"] = found["rate"]._replace(parts=parts)
+        rates = whole(latent_rates(model), "rate of each latent")
     if model.log_weight is not None:
-        bounds = importance_weighted(model, many, config.chunk)
-        found |= _bounds(run(bounds, f"importance-weighted bound, K = {many:,}"), many)
-    for name in ("log_prob", "importance_weighted_bound", *model.log_likelihood_fns):
-        if name in found:  # the tightest that there is
-            found["bits_per_dim"] = metrics.bits_per_dim(found[name], dataset.spec.num_dims)
-            break
+        title = f"importance-weighted bound, K = {many:,}"
+        bounds = whole(importance_weighted(model, many, config.chunk), title)
     has_density = model.latents is not None and model.latents.log_posterior is not None
     if has_density and config.aggregate_examples:
         part = data.spread(dataset, split, config.aggregate_examples)
         sizes = (config.batch_size, config.chunk)
-        found |= aggregate.evaluate(model, params, part, *sizes, mesh, seed, split)
+        aggregated = aggregate.compile_evaluation(model, part, *sizes, mesh, split, show)
     if model.classify is not None:
-        correct = run(correctly_classified(model), "classes")["correct"]
-        found["accuracy"] = metrics.mean_over_examples(correct, "of 1")
+        correct = whole(correctly_classified(model), "classes")
     if model.encode is not None:
-        codes = run(posterior_means(model), "posterior means")["codes"]
-        found["active_units"] = active_units(codes)
-    return found
+        codes = whole(posterior_means(model), "posterior means")
+
+    def evaluate(params: Params, seed: int) -> dict[str, metrics.Metric]:
+        found = passes.summarise(terms(params, seed), few)
+        if rates:
+            parts = np.mean(rates(params, seed)["rates"], axis=0, dtype=np.float64).tolist()
+            found["rate"] = found["rate"]._replace(parts=parts)
+        if bounds:
+            found |= _bounds(bounds(params, seed), many)
+        for name in ("log_prob", "importance_weighted_bound", *model.log_likelihood_fns):
+            if name in found:  # the tightest that there is
+                found["bits_per_dim"] = metrics.bits_per_dim(found[name], dataset.spec.num_dims)
+                break
+        if aggregated:
+            found |= aggregated(params, seed)
+        if correct:
+            is_correct = correct(params, seed)["correct"]
+            found["accuracy"] = metrics.mean_over_examples(is_correct, "of 1")
+        if codes:
+            found["active_units"] = active_units(codes(params, seed)["codes"])
+        return found
+
+    return evaluate
 
 
 def _bounds(per_example: dict[str, np.ndarray], num_samples: int) -> dict[str, metrics.Metric]:

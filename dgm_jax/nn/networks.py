@@ -93,8 +93,8 @@ class Decoder(nn.Module):
       likelihood: one of `likelihoods.LIKELIHOODS`.
       spec: of the data.
       grid: of `conv`: the latents are a vector for each position, as in `ConvDecoder`.
-      window: odd side of the square through which each pixel sees those before it, as in `CausalWindow`;
-        0: pixels are independent given z.
+      window: odd side of the square through which each pixel sees those before it, as in
+        `CausalWindow`; 0: pixels are independent given z.
     """
 
     kind: str

@@ -49,16 +49,9 @@ def _model(means, sigma):
 
 
 def _evaluate(means, sigma, values, batch_size=64, chunk=200):
-    return aggregate.evaluate(
-        _model(jnp.asarray(means), sigma),
-        None,
-        _dataset(values),
-        batch_size,
-        chunk,
-        sharding.make_mesh(),
-        seed=0,
-        split="test",
-    )
+    model, dataset = _model(jnp.asarray(means), sigma), _dataset(values)
+    mesh = sharding.make_mesh()
+    return aggregate.compile_evaluation(model, dataset, batch_size, chunk, mesh, "test")(None, 0)
 
 
 def test_two_posteriors_against_quadrature():

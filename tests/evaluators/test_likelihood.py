@@ -352,7 +352,7 @@ SMALL = likelihood.Config(num_samples=20, elbo_samples=10, batch_size=16, chunk=
 
 def test_evaluate_reports_what_the_passes_find(reference):
     model, mesh = _linear_gaussian(WRONG), sharding.make_mesh()
-    found = likelihood.evaluate(model, PARAMS, _dataset(37), SMALL, mesh, seed=0)
+    found = likelihood.compile_evaluation(model, _dataset(37), SMALL, mesh)(PARAMS, 0)
     measured = {name for name in reference if name != "codes" and not name.startswith("variance")}
     assert found.keys() == measured | {"bits_per_dim", "active_units"}
     curve = {name: k for k, name in likelihood.curve(20).items()}
@@ -376,7 +376,9 @@ def test_the_rate_has_those_of_the_latents_as_its_parts():
         return batch["id"][:, None] * jnp.arange(3.0)[None]
 
     model = _linear_gaussian(WRONG)._replace(latent_rates=latent_rates)
-    found = likelihood.evaluate(model, PARAMS, _dataset(37), SMALL, sharding.make_mesh(), seed=0)
+    found = likelihood.compile_evaluation(model, _dataset(37), SMALL, sharding.make_mesh())(
+        PARAMS, 0
+    )
     assert found["rate"].parts == [0.0, 18.0, 36.0]  # the mean of 0, ..., 36 is 18
     assert found["distortion"].parts is None
 
@@ -393,7 +395,7 @@ def test_evaluate_of_a_model_with_an_exact_likelihood():
 
     model = Model(init=None, players=(), log_likelihood_fns={"log_prob": log_prob})
     dataset = _dataset(37)
-    found = likelihood.evaluate(model, PARAMS, dataset, SMALL, sharding.make_mesh(), seed=0)
+    found = likelihood.compile_evaluation(model, dataset, SMALL, sharding.make_mesh())(PARAMS, 0)
     assert found.keys() == {"log_prob", "bits_per_dim"}
     exact = _exact(dataset).mean()
     np.testing.assert_allclose(found["log_prob"].value, exact, rtol=1e-10)
@@ -409,7 +411,7 @@ def test_an_example_that_is_not_finite_stops_the_evaluation(bad):
 
     model = _with_weight(log_weight)
     with pytest.raises(UserError, match=r"importance_weighted_bound_1 .* 2 of 37 .* id 5\b"):
-        likelihood.evaluate(model, PARAMS, _dataset(37), SMALL, sharding.make_mesh(), seed=0)
+        likelihood.compile_evaluation(model, _dataset(37), SMALL, sharding.make_mesh())(PARAMS, 0)
 
 
 def test_active_units_counts_variances_above_a_hundredth():

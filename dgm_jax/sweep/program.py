@@ -1,0 +1,260 @@
+"""Members that differ only in numbers, trained side by side in one compiled program."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from dgm_jax import config as configs
+from dgm_jax import sharding, writers
+from dgm_jax.checkpoint import Checkpoints, abstract
+from dgm_jax.core import UserError
+from dgm_jax.data import dataset as data
+from dgm_jax.evaluators import likelihood, passes
+from dgm_jax.progress import Progress, say
+from dgm_jax.train import Experiment, prepare, refuse_non_finite
+from dgm_jax.train_state import TrainState
+from dgm_jax.train_step import Metrics, init_state, train_steps
+from dgm_jax.workdir import Workdir
+
+Numbers = dict[str, np.ndarray]  # float32 [M] by dotted path
+
+
+class Outcome(NamedTuple):
+    """What became of a member.
+
+    Attributes:
+      state: after its last good dispatch; NumPy arrays.
+      seconds: its share of its program's time, as `train.train` returns.
+      failure: why it was stopped, or None.
+    """
+
+    state: TrainState
+    seconds: dict[str, float]
+    failure: str | None
+
+
+def group(members: Sequence[ConfigDict]) -> list[list[int]]:
+    """Indices of members that one program can train, in the order of the first of each.
+
+    They may differ in the seed and in real numbers of the model and the optimizer.
+    """
+    found: dict[str, list[int]] = {}
+    for i, config in enumerate(members):
+        fields = configs.fields(config)
+        rest = {path: value for path, value in fields.items() if not _is_number(path, value)}
+        averaged = config.optimizer.ema > 0  # a shape: whether there is an average at all
+        found.setdefault(repr((rest, averaged)), []).append(i)
+    return list(found.values())
+
+
+def _is_number(path: str, value: Any) -> bool:
+    """Whether members of one program may differ in a field."""
+    traced = isinstance(value, float) and path.partition(".")[0] in ("model", "optimizer")
+    return traced or path == "seed"
+
+
+def numbers_of(members: Sequence[ConfigDict]) -> Numbers:
+    """The real numbers in which members of one program do differ."""
+    columns = [configs.fields(config) for config in members]
+    return {
+        path: np.array([column[path] for column in columns], np.float32)
+        for path, value in columns[0].items()
+        if isinstance(value, float) and len({column[path] for column in columns}) > 1
+    }
+
+
+def train(
+    members: Sequence[ConfigDict],
+    dataset: data.Dataset,
+    workdirs: Sequence[Workdir],
+    folder: Path,
+    title: str,
+) -> list[Outcome]:
+    """Train members of one program from its newest checkpoint, or from the start, to the end.
+
+    A member that diverges stays as it was before the dispatch in which it did; the others go on.
+
+    Args:
+      members: configs of one `group`.
+      dataset: what all are trained on.
+      workdirs: theirs, claimed; rows and events go there.
+      folder: for the checkpoints of the program.
+      title: of its progress.
+
+    Raises:
+      UserError: a value that makes no sense; names it.
+    """
+    experiment, *_ = [prepare(config, dataset) for config in members]  # each is checked
+    state, run_steps, arrays = _compile(experiment, members)
+    checkpoints = Checkpoints(folder)
+    members_axis = NamedSharding(experiment.mesh, PartitionSpec("data"))
+    restored = checkpoints.restore(abstract(state, members_axis), say)
+    if restored is not None:
+        state = restored
+        say(f"resumed     {title} from step {int(state.step.max()):,}")
+    first = int(state.step.max())
+    log = _Log(experiment, workdirs, first, title)
+    validate = _compile_validation(experiment, members)
+    every = {name: experiment.steps(name) for name in ("validate_every", "checkpoint_every")}
+    try:
+        for step in range(first, experiment.num_steps, experiment.steps_per_dispatch):
+            state, measured, finite = run_steps(state, arrays)
+            done = step + experiment.steps_per_dispatch
+            last = done == experiment.num_steps
+            log.dispatch(done, *jax.device_get((measured, finite)))
+            if validate is not None and (done % every["validate_every"] == 0 or last):
+                log.validation(done, validate(state, [config.seed for config in members]))
+            if None not in log.failures:  # nothing left to train
+                break
+            if done % every["checkpoint_every"] == 0 or last:
+                checkpoints.save(state)
+    finally:
+        checkpoints.close()
+        log.close()
+    return _outcomes(jax.device_get(state), len(members), experiment.num_steps, log)
+
+
+def _compile(experiment: Experiment, members: Sequence[ConfigDict]) -> tuple:
+    """The first state of all members, K updates of each as one jitted function, and its data."""
+    # The devices share the members equally: copies of the last fill up the last share.
+    mesh = experiment.mesh
+    padded = [*members, *[members[-1]] * (-len(members) % mesh.size)]
+    by_member = NamedSharding(mesh, PartitionSpec("data"))
+    numbers = jax.device_put(numbers_of(padded), by_member)
+    seeds = jnp.array([config.seed for config in padded], jnp.int32)
+    train_config, dataset = experiment.config.train, experiment.dataset
+    batch = data.some(dataset, "train", train_config.batch_size)
+    averaged = experiment.config.optimizer.ema > 0
+
+    def initial(numbers: Numbers, seed: jax.Array) -> TrainState:
+        member = experiment._replace(numbers=numbers)
+        return init_state(member.model, member.optimizer, seed, batch, averaged)
+
+    def steps_of_one(numbers: Numbers, state: TrainState, arrays: Any) -> tuple:
+        member = experiment._replace(numbers=numbers)
+        run = train_steps(
+            member.model_at,
+            member.optimizer,
+            member.ema_decay,
+            dataset,
+            train_config.batch_size,
+            member.steps_per_dispatch,
+        )
+        after, measured = run(state, arrays)
+        # The last update's own loss was finite before it; its result need not be.
+        finite = jnp.isfinite(optax.tree.norm(after.params))
+        for values in measured.values():
+            finite &= jnp.isfinite(values).all()
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+        return kept, measured, finite
+
+    def run_steps(state: TrainState, arrays: Any) -> tuple[TrainState, Metrics, jax.Array]:
+        return jax.vmap(steps_of_one, (0, 0, None))(numbers, state, arrays)
+
+    state = jax.jit(jax.vmap(initial), out_shardings=by_member)(numbers, seeds)
+    split = dataset.splits["train"]
+    arrays = {"images": split.images, "labels": split.labels}
+    arrays = jax.device_put(arrays, sharding.replicated(mesh))
+    return state, jax.jit(run_steps, donate_argnums=0, out_shardings=by_member), arrays
+
+
+def _compile_validation(experiment: Experiment, members: Sequence[ConfigDict]) -> Any:
+    """`(state, seeds) -> [{name: float32 [N]}]`, a member after the other; None without a split."""
+    if not len(experiment.dataset.splits["validation"]):
+        return None
+    numbers = numbers_of(members)
+
+    def terms(member: Any, batch: Any, keys: jax.Array) -> dict[str, jax.Array]:
+        model = experiment._replace(numbers=member["numbers"]).model
+        return likelihood.elbo_terms(model, num_samples=1)(member["params"], batch, keys)
+
+    size = experiment.config.eval.batch_size
+    run = passes.compile_pass(terms, experiment.dataset, "validation", size, experiment.mesh)
+
+    def validate(state: TrainState, seeds: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        whole = {"numbers": numbers, "params": jax.device_get(state.eval_params)}
+        return [run(jax.tree.map(lambda a, i=i: a[i], whole), s) for i, s in enumerate(seeds)]
+
+    return validate
+
+
+def _outcomes(state: TrainState, num: int, num_steps: int, log: "_Log") -> list[Outcome]:
+    found = []
+    for i in range(num):
+        own = jax.tree.map(lambda a, i=i: np.asarray(a[i]), state)
+        failure = log.failures[i]
+        if failure is None and own.step < num_steps:  # it diverged before an interruption
+            failure = f"diverged after step {int(own.step):,}"
+        found.append(Outcome(own, log.seconds, failure))
+    return found
+
+
+class _Log:
+    """Writes each member's rows, notes which have diverged, and shows progress."""
+
+    def __init__(
+        self, experiment: Experiment, workdirs: Sequence[Workdir], step: int, title: str
+    ) -> None:
+        self._experiment = experiment
+        self._writers = [writers.Writer(w.metrics, w.tensorboard, step) for w in workdirs]
+        self.failures: list[str | None] = [None] * len(workdirs)
+        rows = [row for row in writers.read(workdirs[0].metrics) if "seconds" in row]
+        last = rows[-1] if rows else {"seconds": 0.0, "cpu_seconds": 0.0}
+        self.seconds = {"training": last["seconds"], "training_cpu": last["cpu_seconds"]}
+        self._mark = time.monotonic(), time.process_time()
+        self._progress = Progress(title, experiment.num_steps, start=step)
+
+    def dispatch(self, step: int, measured: dict[str, np.ndarray], finite: np.ndarray) -> None:
+        """A row for each member; metrics are `[M, K]`, `finite` bool `[M]`, M with the padding."""
+        now, num = (time.monotonic(), time.process_time()), len(self._writers)
+        elapsed = now[0] - self._mark[0]
+        for name, after, before in zip(self.seconds, now, self._mark, strict=True):
+            self.seconds[name] += (after - before) / num
+        self._mark = now
+        config, steps = self._experiment.config, self._experiment.steps_per_dispatch
+        images_per_second = num * steps * config.train.batch_size / elapsed
+        losses = []
+        for i, writer in enumerate(self._writers):
+            own = {name: values[i] for name, values in measured.items()}
+            try:
+                refuse_non_finite(step, steps, own)
+                if not finite[i]:
+                    raise UserError(f"a parameter is not finite after step {step:,}")
+            except UserError as error:
+                self.failures[i] = self.failures[i] or str(error)
+            if self.failures[i] is not None:
+                continue
+            row = {name: float(np.mean(values)) for name, values in own.items()}
+            losses += [value for name, value in row.items() if name.endswith("/loss")]
+            row |= {"images_per_second": images_per_second / num}
+            row |= {"seconds": self.seconds["training"]}
+            row |= {"cpu_seconds": self.seconds["training_cpu"]}
+            writer.write(step, row)
+        stopped = len(self.failures) - self.failures.count(None)
+        losses = f"losses {min(losses):.2f} to {max(losses):.2f}" if losses else "none is left"
+        self._progress.advance(
+            steps,
+            f"{num} members  {images_per_second:,.0f} images/s  {losses}"
+            + (f"  {stopped} diverged" if stopped else ""),
+        )
+
+    def validation(self, step: int, found: list[dict[str, np.ndarray]]) -> None:
+        """A row of validation means for each member that has not diverged."""
+        for i, (writer, per_example) in enumerate(zip(self._writers, found, strict=True)):
+            if self.failures[i] is None:
+                means = {f"validation/{name}": float(v.mean()) for name, v in per_example.items()}
+                writer.write(step, means)
+
+    def close(self) -> None:
+        """Close the files and the bar."""
+        self._progress.__exit__(None, None, None)
+        for writer in self._writers:
+            writer.close()
