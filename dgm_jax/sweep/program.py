@@ -100,8 +100,11 @@ def train(
     if restored is not None:
         state = restored
         say(f"resumed     {title} from step {int(state.step.max()):,}")
-    first = int(state.step.max())
+    steps = np.asarray(state.step)[: len(members)]
+    first = int(steps.max())
     log = _Log(experiment, workdirs, first, title)
+    for i in np.flatnonzero(steps < first):
+        log.failures[i] = f"diverged after step {steps[i]:,}, before the program was interrupted"
     validate = _compile_validation(experiment, members)
     every = {name: experiment.steps(name) for name in ("validate_every", "checkpoint_every")}
     try:
@@ -119,7 +122,9 @@ def train(
     finally:
         checkpoints.close()
         log.close()
-    return _outcomes(jax.device_get(state), len(members), experiment.num_steps, log)
+    state = jax.device_get(state)
+    own = [jax.tree.map(lambda a, i=i: np.asarray(a[i]), state) for i in range(len(members))]
+    return [Outcome(s, log.seconds, f) for s, f in zip(own, log.failures, strict=True)]
 
 
 def _compile(experiment: Experiment, members: Sequence[ConfigDict]) -> tuple:
@@ -184,17 +189,6 @@ def _compile_validation(experiment: Experiment, members: Sequence[ConfigDict]) -
         return [run(jax.tree.map(lambda a, i=i: a[i], whole), s) for i, s in enumerate(seeds)]
 
     return validate
-
-
-def _outcomes(state: TrainState, num: int, num_steps: int, log: "_Log") -> list[Outcome]:
-    found = []
-    for i in range(num):
-        own = jax.tree.map(lambda a, i=i: np.asarray(a[i]), state)
-        failure = log.failures[i]
-        if failure is None and own.step < num_steps:  # it diverged before an interruption
-            failure = f"diverged after step {int(own.step):,}"
-        found.append(Outcome(own, log.seconds, failure))
-    return found
 
 
 class _Log:

@@ -1,0 +1,141 @@
+"""One program for many members: each is what it would have been alone."""
+
+import jax
+import numpy as np
+import pytest
+
+from dgm_jax import config as configs
+from dgm_jax.checkpoint import Checkpoints
+from dgm_jax.core import UserError
+from dgm_jax.sweep import program
+from dgm_jax.train import prepare, train
+from dgm_jax.workdir import Workdir
+from dgm_jax.writers import read
+
+FIELDS = {
+    "train.duration": "200 steps",
+    "train.batch_size": 16,
+    "train.steps_per_dispatch": 50,
+    "train.validate_every": "100 steps",
+    "train.checkpoint_every": "100 steps",
+    "eval.batch_size": 8,
+    "model.latents": 3,
+    "model.encoder": (8,),
+    "model.decoder": (8,),
+}
+
+
+def _configs(*members):
+    base = configs.override(configs.experiment("vae"), FIELDS)
+    return [configs.override(base, member) for member in members]
+
+
+def _workdirs(path, num):
+    found = [Workdir(path / str(i)) for i in range(num)]
+    for workdir in found:
+        workdir.path.mkdir(parents=True)
+    return found
+
+
+def _assert_close(found, expected, tolerance):
+    """Every array, relative to its own largest number."""
+
+    def check(a, b):
+        scale = np.abs(np.asarray(b, np.float64)).max()
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(scale, 1e-30))
+
+    jax.tree.map(check, found, expected)
+
+
+def test_each_member_is_its_solo_run(tiny_dataset, tmp_path):
+    """After 200 steps; numbers of the model and the optimizer, a ramp, and the seed differ."""
+    members = _configs(
+        {},
+        {"seed": 3},
+        {"model.beta": 0.25, "optimizer.learning_rate": 3e-3},
+        {"optimizer.weight_decay": 0.1, "optimizer.warmup": 0.2, "optimizer.ema": 0.9, "seed": 1},
+        {"optimizer.clip_norm": 0.5, "optimizer.b1": 0.5},
+    )
+    for config in members:
+        config.train.ramp = "model.beta over 100 steps"
+    dirs = _workdirs(tmp_path / "sweep", len(members))
+    outcomes = program.train(members, tiny_dataset, dirs, tmp_path / "programs", None)
+    for i, (config, outcome) in enumerate(zip(members, outcomes, strict=True)):
+        (alone,) = _workdirs(tmp_path / f"solo{i}", 1)
+        state, _ = train(prepare(config, tiny_dataset), alone)
+        assert outcome.failure is None and outcome.state.step == state.step == 200
+        _assert_close(outcome.state.params, state.params, 1e-5)
+        _assert_close(outcome.state.ema, state.ema, 1e-5)
+        rows, expected = read(dirs[i].metrics), read(alone.metrics)
+        assert [row["step"] for row in rows] == [row["step"] for row in expected]
+        for row, other in zip(rows, expected, strict=True):
+            assert row.keys() == other.keys()
+            for name in row:
+                if name not in ("seconds", "cpu_seconds", "images_per_second"):
+                    assert row[name] == pytest.approx(other[name], rel=1e-4)
+    # And they are not all the same.
+    first = [jax.tree.leaves(outcome.state.params)[1] for outcome in outcomes]
+    assert min(np.abs(a - b).max() for i, a in enumerate(first) for b in first[:i]) > 1e-3
+
+
+def test_a_member_that_diverges_is_left_as_it_was_and_the_others_go_on(tiny_dataset, tmp_path):
+    """A learning rate of 1e36 overflows within a dispatch or two; its neighbours see nothing."""
+    members = _configs({"seed": 1}, {"optimizer.learning_rate": 1e36}, {"seed": 2})
+    dirs = _workdirs(tmp_path / "sweep", 3)
+    good, bad, other = program.train(members, tiny_dataset, dirs, tmp_path / "programs", None)
+    assert "not finite" in bad.failure and bad.state.step < 200
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(bad.state.params))
+    assert len(read(dirs[1].metrics)) < len(read(dirs[0].metrics))
+    alone = program.train(
+        [members[0]], tiny_dataset, _workdirs(tmp_path / "solo", 1), tmp_path / "solo_program", None
+    )[0]
+    assert good.failure is other.failure is None and good.state.step == 200
+    _assert_close(good.state.params, alone.state.params, 1e-5)
+
+
+def test_an_interrupted_program_goes_on_to_the_same_end(tiny_dataset, tmp_path, monkeypatch):
+    members = _configs({"seed": 1}, {"optimizer.learning_rate": 1e36}, {"seed": 2})
+    whole = program.train(
+        members, tiny_dataset, _workdirs(tmp_path / "whole", 3), tmp_path / "whole_program", None
+    )
+    dirs, folder = _workdirs(tmp_path / "parts", 3), tmp_path / "program"
+    save = Checkpoints.save
+
+    def save_once(self, state):
+        save(self, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_once)
+        with pytest.raises(KeyboardInterrupt):
+            program.train(members, tiny_dataset, dirs, folder, None)
+    assert read(dirs[0].metrics)[-1]["step"] == 100
+    resumed = program.train(members, tiny_dataset, dirs, folder, None)
+    for one, other in zip(resumed, whole, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
+    assert resumed[1].failure.startswith("diverged after step 0,")
+    assert [row["step"] for row in read(dirs[0].metrics)][-1] == 200
+
+
+def test_members_of_one_shape_share_a_program():
+    members = _configs(
+        {},
+        {"seed": 5},
+        {"model.latents": 4},
+        {"model.beta": 2.0, "optimizer.learning_rate": 0.1},
+        {"optimizer.ema": 0.0},  # nothing is kept: another shape
+        {"optimizer.ema": 0.5},
+        {"train.batch_size": 32},
+        {"model.latents": 4, "seed": 1},
+        {"eval.num_samples": 7},
+    )
+    assert program.group(members) == [[0, 1, 3, 5], [2, 7], [4], [6], [8]]
+    numbers = program.numbers_of([members[i] for i in (0, 1, 3, 5)])
+    assert numbers.keys() == {"model.beta", "optimizer.learning_rate", "optimizer.ema"}
+    np.testing.assert_allclose(numbers["model.beta"], [1, 1, 2, 1])
+
+
+def test_a_value_that_makes_no_sense_is_refused_before_anything_runs(tiny_dataset, tmp_path):
+    members = _configs({}, {"model.beta": -1.0})
+    with pytest.raises(UserError, match=r"model\.beta=-1"):
+        program.train(members, tiny_dataset, _workdirs(tmp_path, 2), tmp_path / "p", None)
