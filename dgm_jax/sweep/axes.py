@@ -109,26 +109,28 @@ def _value(path: str, text: str, current: Any) -> Any:
     return value
 
 
-def configs_of(config: ConfigDict, members: Sequence[Member]) -> list[ConfigDict]:
-    """The config of each member.
+def complete(config: ConfigDict, members: Sequence[Member]) -> list[Member]:
+    """The members, each with a value for every field that any of them sets.
+
+    Args:
+      config: gives the values that a member does not set.
+      members: possibly with different fields.
 
     Raises:
       UserError: no members, an unknown field, a value of another type, or two equal members.
     """
     if not members:
         raise UserError("the sweep is empty: it has no members")
-    found = [configs.override(config, member) for member in members]
-    seen: dict[str, int] = {}
-    for i, each in enumerate(found):
-        first = seen.setdefault(configs.to_json(each), i)
-        if first != i:
-            raise UserError(f"members {first} and {i} of the sweep are the same: {members[i]}")
+    paths = dict.fromkeys(path for member in members for path in member)
+    found: list[Member] = []
+    for i, member in enumerate(members):
+        fields = configs.fields(configs.override(config, member))
+        whole = {path: fields[path] for path in paths}
+        if whole in found:
+            first = found.index(whole)
+            raise UserError(f"members {first} and {i} of the sweep are the same: {member}")
+        found.append(whole)
     return found
-
-
-def swept(members: Sequence[Member]) -> list[str]:
-    """The fields that any member sets, in the order of their appearance."""
-    return list(dict.fromkeys(path for member in members for path in member))
 
 
 def labels(paths: Sequence[str]) -> dict[str, str]:

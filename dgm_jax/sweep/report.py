@@ -57,12 +57,12 @@ def write(
 
     Args:
       folder: of the sweep.
-      members: fields and values of each.
+      members: fields and values of each; all have the same fields.
       paths: their work directories, finished.
       config: what they vary.
     """
     rows = [_read(member, path) for member, path in zip(members, paths, strict=True)]
-    short = axes.labels(axes.swept(members))
+    short = axes.labels(list(members[0]))
     _write_csv(folder / "sweep.csv", rows, short)
     text = table(rows, short, baseline(rows, config))
     write_text(folder / "sweep.md", text)
@@ -74,7 +74,7 @@ def write(
     pictures += [
         _against(folder / f"by_{short[path]}.png", rows, path, names)
         for path in short
-        if path != "seed" and len({row.member.get(path) for row in rows}) > 1
+        if path != "seed" and len({row.member[path] for row in rows}) > 1
     ]
     say(f"in {folder}: sweep.csv, sweep.md, {', '.join(p.name for p in pictures)}, members/")
 
@@ -106,7 +106,7 @@ def _write_csv(path: Path, rows: Sequence[Row], short: Mapping[str, str]) -> Non
         for row in rows:
             status = "finished" if row.failure is None else row.failure
             table.writerow(
-                [row.path.name, *(row.member.get(p, "") for p in short), status]
+                [row.path.name, *(row.member[p] for p in short), status]
                 + ["" if v is None else v for v in (row.step, row.seconds)]
                 + [row.metrics.get(name, "") for name in measured]
             )
@@ -159,7 +159,7 @@ def table(rows: Sequence[Row], short: Mapping[str, str], base: tuple) -> str:
     for setting in dict.fromkeys(row.setting for row in rows):
         own = [row for row in rows if row.setting == setting]
         done = [row for row in own if row.metrics]
-        cells = [axes.shown(dict(setting).get(path, "")) for path in paths]
+        cells = [axes.shown(dict(setting)[path]) for path in paths]
         cells += [f"{len(done)} of {len(own)}" if len(done) < len(own) else str(len(own))]
         for name in names:
             if not done:
@@ -245,14 +245,14 @@ def _against(path: Path, rows: Sequence[Row], field: str, names: Sequence[str]) 
     columns = min(len(names), 4)
     height = -(-len(names) // max(columns, 1))
     figure = Figure(figsize=(3 * columns, 2.6 * height), dpi=150, layout="constrained")
-    values = [row.member.get(field) for row in rows]
+    values = [row.member[field] for row in rows]
     real = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
     places = sorted(set(values)) if real else list(dict.fromkeys(values))
     wide = real and min(places) > 0 and max(places) / min(places) >= 10
     for panel, name in zip(np.ravel(figure.subplots(height, columns)), names, strict=False):
         for row in rows:
             if row.metrics:
-                value = row.member.get(field)
+                value = row.member[field]
                 x = value if real else places.index(value)
                 panel.plot(x, row.metrics[name], "o", ms=4, color="tab:blue", alpha=0.6)
         panel.set_title(name, fontsize=8)

@@ -36,11 +36,13 @@ def sweep_mode(config: ConfigDict, members: Sequence[Member], folder: Path) -> N
     Raises:
       UserError: a value that makes no sense, or the folder is of another sweep.
     """
-    each = axes.configs_of(config, members)
+    members = axes.complete(config, members)
+    each = [configs.override(config, member) for member in members]
     workdirs = [Workdir(folder / "members" / name) for name in directory_names(members)]
     _claim(folder, config, members)
     groups = program.group(each)
-    say(f"sweep       {len(each)} members in {len(groups)} programs, {jax.device_count()} devices")
+    sizes = ", ".join(str(len(chosen)) for chosen in groups)
+    say(f"sweep       {len(each)} members, {sizes} to a program, {jax.device_count()} devices")
     for i, chosen in enumerate(groups):
         left = [j for j in chosen if not workdirs[j].finished]
         if left:
@@ -57,10 +59,10 @@ def sweep_mode(config: ConfigDict, members: Sequence[Member], folder: Path) -> N
 
 def directory_names(members: Sequence[Member]) -> list[str]:
     """`"003-beta=0.5-seed=0"`: in order, and no character that a shell or a file system minds."""
-    short = axes.labels(axes.swept(members))
+    short = axes.labels(list(members[0]))
     digits = len(str(len(members) - 1))
     return [
-        f"{i:0{digits}d}-" + re.sub(r"[^A-Za-z0-9=.+-]+", "-", axes.name(member, short))[:100]
+        f"{i:0{digits}d}-" + re.sub(r"[^A-Za-z0-9=_.+-]+", "-", axes.name(member, short))[:100]
         for i, member in enumerate(members)
     ]
 

@@ -68,10 +68,10 @@ def test_a_text_that_makes_no_sense_is_refused(text, says):
         axes.parse(text, CONFIG)
 
 
-def test_members_become_configs():
-    first, second = axes.configs_of(CONFIG, [{"seed": 1}, {"model.beta": 2.0}])
-    assert (first.seed, second.seed) == (1, 0)
-    assert (first.model.beta, second.model.beta) == (1.0, 2.0)
+def test_members_get_the_configs_values_where_they_set_none():
+    found = axes.complete(CONFIG, [{"seed": 1}, {"model.beta": 2}])
+    assert found == [{"seed": 1, "model.beta": 1.0}, {"seed": 0, "model.beta": 2.0}]
+    assert type(found[1]["model.beta"]) is float
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_members_become_configs():
 )
 def test_members_that_make_no_sense_are_refused(members, says):
     with pytest.raises(UserError, match=says):
-        axes.configs_of(CONFIG, members)
+        axes.complete(CONFIG, members)
 
 
 def test_labels_are_short_and_tell_fields_apart():

@@ -1,0 +1,164 @@
+"""The sweep as its user has it: work directories, table, plots; interrupted, and misdirected."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import REPO
+from scipy import stats
+
+from dgm_jax import config as configs
+from dgm_jax import run
+from dgm_jax.core import UserError
+from dgm_jax.sweep import axes, program, report
+from dgm_jax.sweep import run as sweep
+from dgm_jax.workdir import Workdir
+
+TINY = {
+    "train.duration": "20 steps",
+    "train.steps_per_dispatch": 10,
+    "train.validate_every": "10 steps",
+    "train.checkpoint_every": "10 steps",
+    "train.batch_size": 16,
+    "eval.num_samples": 4,
+    "eval.elbo_samples": 1,
+    "eval.batch_size": 96,
+    "eval.aggregate_examples": 0,
+    "model.latents": 3,
+    "model.encoder": (8,),
+    "model.decoder": (8,),
+    "model.prior": "standard",
+    "model.objective": "elbo",
+}
+MEMBERS = axes.grid({"model.beta": (1.0, 0.5), "model.latents": (3, 4), "seed": (0, 1)})
+
+
+def _config():
+    return configs.load(str(REPO / "configs/vae_mnist.py:smoke"), TINY)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Eight members in two programs, interrupted after the first program and called again."""
+    folder = tmp_path_factory.mktemp("sweep") / "sweep"
+    trained = []
+
+    def counted(members, *rest):
+        trained.append(len(members))
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return train(members, *rest)
+
+    train = program.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "train", counted)
+        with pytest.raises(KeyboardInterrupt):
+            sweep.sweep_mode(_config(), MEMBERS, folder)
+        sweep.sweep_mode(_config(), MEMBERS, folder)
+    assert trained == [4, 4, 4]  # the first program was not run again
+    return folder
+
+
+def test_each_member_is_a_work_directory_like_any_other(finished):
+    names = sorted(path.name for path in (finished / "members").iterdir())
+    assert len(names) == 8 and names[5] == "5-beta=0.5-latents=3-seed=1"
+    path = finished / "members" / names[5]
+    config = Workdir(path).load_config()
+    assert (config.model.beta, config.model.latents, config.seed) == (0.5, 3, 1)
+    result = json.loads((path / "results.json").read_text())
+    assert result["step"] == 20 and result["config"]["seed"] == 1
+    run.evaluate_mode(Workdir(path))
+    again = json.loads((path / "evaluation.json").read_text())
+    for name, metric in result["metrics"].items():
+        assert again["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-5)
+    run.sample_mode(Workdir(path), 3, 0)
+    assert (path / "samples.png").exists()
+    assert not (finished / "programs").exists()
+
+
+def test_the_csv_has_a_row_for_each_member_and_a_column_for_each_number(finished):
+    with (finished / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    for row, member in zip(rows, MEMBERS, strict=True):
+        for path, value in member.items():
+            assert float(row[path]) == value
+        result = json.loads((finished / "members" / row["member"] / "results.json").read_text())
+        assert float(row["elbo"]) == result["metrics"]["elbo"]["value"]
+        assert row["status"] == "finished" and row["step"] == "20"
+
+
+def test_there_are_a_table_and_pictures(finished):
+    text = (finished / "sweep.md").read_text()
+    assert text.count("\n| 1 | 3 | 2 |") == 1 and "Baseline: beta = 1, latents = 3." in text
+    for name in ("learning_curves", "rate_distortion", "by_beta", "by_latents"):
+        assert (finished / f"{name}.png").stat().st_size > 5000
+
+
+def test_another_sweep_and_another_folder_are_refused(finished, tmp_path):
+    with pytest.raises(UserError, match=r"another sweep .*members"):
+        sweep.sweep_mode(_config(), MEMBERS[:3], finished)
+    other = configs.override(_config(), {"optimizer.eps": 1e-3})
+    with pytest.raises(UserError, match=r"another sweep .*config"):
+        sweep.sweep_mode(other, MEMBERS, finished)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="no sweep"):
+        sweep.sweep_mode(_config(), MEMBERS, tmp_path)
+
+
+def test_a_diverged_member_is_reported_and_left_alone(tmp_path, capsys):
+    members = [{"optimizer.learning_rate": 1e36}, {"seed": 1}]
+    sweep.sweep_mode(_config(), members, tmp_path / "sweep")
+    failure = json.loads(
+        (tmp_path / "sweep/members/0-learning_rate=1e+36-seed=0/failure.json").read_text()
+    )
+    assert "not finite" in failure["failure"]
+    text = (tmp_path / "sweep/sweep.md").read_text()
+    assert "0 of 1 | failed" in text and "`0-learning_rate=1e+36-seed=0`" in text
+    with (tmp_path / "sweep/sweep.csv").open() as file:
+        bad, good = csv.DictReader(file)
+    assert "not finite" in bad["status"] and bad["elbo"] == "" and float(good["elbo"]) < 0
+    # Called again, there is nothing left to do.
+    sweep.sweep_mode(_config(), members, tmp_path / "sweep")
+    assert "measuring" not in capsys.readouterr().out.rpartition("sweep   ")[2]
+
+
+def _rows(values):
+    """Rows of a sweep over beta: `{beta: {seed: elbo}}`."""
+    return [
+        report.Row(
+            {"model.beta": b, "seed": s}, (("model.beta", b),), None, {"elbo": v}, None, 1, 1
+        )
+        for b, of in values.items()
+        for s, v in of.items()
+    ]
+
+
+def test_the_interval_is_students():
+    values = np.array([3.0, 5.0, 10.0])
+    found = report.mean_over_seeds(values)
+    low, high = stats.t.interval(0.95, 2, values.mean(), stats.sem(values))
+    assert found.mean == pytest.approx(6)
+    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx(
+        (low, high)
+    )
+    assert math.isnan(report.mean_over_seeds([3.0]).half_width)
+
+
+def test_the_difference_is_taken_seed_by_seed():
+    """Seeds spread by 100, the effect is 1 ± 0.1; a seed that one side lacks does not count."""
+    rows = _rows({1.0: {0: 0.0, 1: 100.0, 2: 50.0}, 2.0: {0: 0.9, 1: 101.1, 3: 7.0}})
+    base = report.baseline(rows, configs.experiment("vae"))
+    assert base == (("model.beta", 1.0),)
+    found = report.difference(rows, (("model.beta", 2.0),), base, "elbo")
+    half = stats.t.ppf(0.975, 1) * np.std([0.9, 1.1], ddof=1) / np.sqrt(2)
+    assert found == pytest.approx((1.0, half))
+    assert report.difference(rows, base, base, "elbo") is None
+
+
+def test_the_baseline_is_the_config_or_else_the_first():
+    config = configs.experiment("vae")
+    assert report.baseline(_rows({3.0: {0: 0.0}, 1.0: {0: 0.0}}), config) == (("model.beta", 1.0),)
+    assert report.baseline(_rows({3.0: {0: 0.0}, 2.0: {0: 0.0}}), config) == (("model.beta", 3.0),)
