@@ -250,7 +250,7 @@ def from_dict(value: Any) -> ConfigDict:
     sections = {"seed", "model", *_SECTIONS}
     if not isinstance(value, dict) or set(value) != sections:
         raise UserError(f"a config has the sections {', '.join(sorted(sections))}")
-    return ConfigDict(_tuples(value)).lock()
+    return ConfigDict(tuples(value)).lock()
 
 
 def num_steps(length: str, field: str, steps_per_epoch: int, multiple: int) -> int:
@@ -279,8 +279,8 @@ def num_steps(length: str, field: str, steps_per_epoch: int, multiple: int) -> i
     return -int(-steps // multiple) * multiple
 
 
-def _tuples(value: Any) -> Any:
+def tuples(value: Any) -> Any:
     """JSON's lists back to the tuples that they were."""
     if isinstance(value, dict):
-        return {name: _tuples(inner) for name, inner in value.items()}
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+        return {name: tuples(inner) for name, inner in value.items()}
+    return tuple(tuples(v) for v in value) if isinstance(value, list) else value

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from dgm_jax import config as configs
 from dgm_jax import run
 from dgm_jax.core import UserError
-from dgm_jax.workdir import Workdir
+from dgm_jax.workdir import Workdir, default_path
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "An experiment, e.g. configs/vae_mnist.py, or a variant of it: ...py:smoke."
@@ -39,42 +39,37 @@ _SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of --mode=sample.")
 _SWEEP = flags.DEFINE_string(
     "sweep", None, "Grid of --mode=sweep: 'field=value,value;seed=0:3'. Default: the config's own."
 )
+_LAUNCHER = flags.DEFINE_string(
+    "launcher", None, "Run a sweep's programs as jobs: local, or slurm;slurm_partition=gpu;..."
+)
+_PROGRAM = flags.DEFINE_integer("program", None, "Of a sweep, run this program only: for jobs.")
 
 
 def main(argv: list[str]) -> None:
     """Do what the flags say."""
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag: write --flag=value")
-    workdir = Workdir(Path(_WORKDIR.value or _default_workdir()))
-    if _MODE.value in ("train", "sweep") and _CONFIG.value is None:
-        raise UserError(f"--mode={_MODE.value} needs --config, e.g. --config=configs/vae_mnist.py")
-    if _MODE.value == "train":
-        run.train_mode(_CONFIG.value, workdir)
-    elif _MODE.value == "sweep":
-        _sweep(workdir)
-    elif _MODE.value == "sample":
-        run.sample_mode(workdir, _NUM.value, _SAMPLE_SEED.value)
-    elif _MODE.value == "ais":
-        run.ais_mode(workdir, _NUM.value)
-    else:
-        {"evaluate": run.evaluate_mode, "features": run.features_mode}[_MODE.value](workdir)
+    config, mode, file = _CONFIG.value, _MODE.value, None
+    if config is not None:
+        file = config_flags.get_config_filename(flags.FLAGS["config"])
+    if _WORKDIR.value is None and file is None:
+        raise UserError(f"--mode={mode} needs --workdir or --config")
+    path = Path(_WORKDIR.value) if _WORKDIR.value else default_path(file, mode)
+    if mode == "train" and config is None:
+        raise UserError("--mode=train needs --config, e.g. --config=configs/vae_mnist.py")
+    if mode == "sweep":
+        from dgm_jax.sweep import run as sweep  # matplotlib and scipy: only where they are used
 
-
-def _sweep(workdir: Workdir) -> None:
-    from dgm_jax.sweep import axes, run  # matplotlib and scipy: only where they are used
-
-    config = _CONFIG.value
-    given = None if _SWEEP.value is None else axes.parse(_SWEEP.value, config)
-    members = given or configs.load_sweep(config_flags.get_config_filename(flags.FLAGS["config"]))
-    run.sweep_mode(config, members, workdir.path)
-
-
-def _default_workdir() -> str:
-    if _CONFIG.value is None:
-        raise UserError(f"--mode={_MODE.value} needs --workdir or --config")
-    file, _, arg = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    end = "sweep" if _MODE.value == "sweep" else None
-    return str(Path("runs") / "-".join(filter(None, (Path(file).stem, arg, end))))
+        sweep.sweep_mode(path, config, file, _SWEEP.value, _LAUNCHER.value, _PROGRAM.value)
+        return
+    workdir = Workdir(path)
+    {
+        "train": lambda: run.train_mode(config, workdir),
+        "evaluate": lambda: run.evaluate_mode(workdir),
+        "sample": lambda: run.sample_mode(workdir, _NUM.value, _SAMPLE_SEED.value),
+        "features": lambda: run.features_mode(workdir),
+        "ais": lambda: run.ais_mode(workdir, _NUM.value),
+    }[mode]()
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -48,10 +48,10 @@ class Progress:
         now = time.monotonic()
         if now - self._said >= self._every or self._done >= self._total:
             self._said = now
-            rate = (self._done - self._start) / max(now - self._began, 1e-9)
-            left = (self._total - self._done) / max(rate, 1e-9)
-            line = f"{self._title} {self._done:,}/{self._total:,}  {_clock(left)} left  {details}"
-            say(line.rstrip())
+            new = self._done - self._start
+            left = (self._total - self._done) * (now - self._began) / new if new else None
+            clock = "unknown time" if left is None else _clock(left)
+            say(f"{self._title} {self._done:,}/{self._total:,}  {clock} left  {details}".rstrip())
 
     def __enter__(self) -> "Progress":
         """Show nothing yet."""

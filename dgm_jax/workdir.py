@@ -131,6 +131,13 @@ class Workdir(NamedTuple):
         write_json(self.data_card, card)
 
 
+def default_path(config_file: str, mode: str) -> Path:
+    """`configs/vae_mnist.py:smoke` -> `runs/vae_mnist-smoke`; a sweep of it has `-sweep` behind."""
+    file, _, variant = config_file.partition(":")
+    parts = (Path(file).stem, variant, "sweep" if mode == "sweep" else "")
+    return Path("runs") / "-".join(filter(None, parts))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")

@@ -165,9 +165,11 @@ def table(rows: Sequence[Row], short: Mapping[str, str], base: tuple) -> str:
             if not done:
                 cells.append("failed")
                 continue
-            cell = _text(mean_over_seeds([row.metrics[name] for row in done]))
+            # Two decimals say enough of nats, and nothing of bits/dim.
+            decimals = 2 if max(abs(row.metrics.get(name, 0)) for row in rows) >= 1 else 4
+            cell = _text(mean_over_seeds([row.metrics[name] for row in done]), decimals)
             against = difference(rows, setting, base, name)
-            cells.append(cell + (f" ({_text(against, '+')})" if against else ""))
+            cells.append(cell + (f" ({_text(against, decimals, '+')})" if against else ""))
         lines.append("| " + " | ".join(cells) + " |")
     if base:
         chosen = ", ".join(f"{short[path]} = {axes.shown(value)}" for path, value in base)
@@ -176,9 +178,10 @@ def table(rows: Sequence[Row], short: Mapping[str, str], base: tuple) -> str:
     return "\n".join(lines + (["", "Stopped:", "", *failed] if failed else [])) + "\n"
 
 
-def _text(estimate: Estimate, sign: str = "") -> str:
-    interval = "" if math.isnan(estimate.half_width) else f" ± {estimate.half_width:.2f}"
-    return f"{estimate.mean:{sign}.2f}{interval}"
+def _text(estimate: Estimate, decimals: int, sign: str = "") -> str:
+    half = estimate.half_width
+    interval = "" if math.isnan(half) else f" ± {half:.{decimals}f}"
+    return f"{estimate.mean:{sign}.{decimals}f}{interval}"
 
 
 def _colours(rows: Sequence[Row]) -> dict[tuple, Any]:

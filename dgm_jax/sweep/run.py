@@ -18,43 +18,74 @@ from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood
 from dgm_jax.progress import Progress, say
 from dgm_jax.run import Trained, load_data, write_result
-from dgm_jax.sweep import axes, program, report
+from dgm_jax.sweep import axes, jobs, program, report
 from dgm_jax.sweep.axes import Member
 from dgm_jax.workdir import Workdir, write_json
 
 
-def sweep_mode(config: ConfigDict, members: Sequence[Member], folder: Path) -> None:
+def sweep_mode(
+    folder: Path,
+    config: ConfigDict | None = None,
+    config_file: str | None = None,
+    grid: str | None = None,
+    launcher: str | None = None,
+    only: int | None = None,
+) -> None:
     """Train and measure every member; write `sweep.csv`, `sweep.md` and plots to `folder`.
 
     Goes on with the members that are not finished where an earlier call was interrupted.
 
     Args:
-      config: what the members vary.
-      members: fields and values of each.
       folder: of the sweep; each member has a work directory of its own in it.
+      config: what the members vary; None for the sweep that is in `folder` already.
+      config_file: where it came from; its `sweep()` gives the members where there is no grid.
+      grid: as in `axes.parse`.
+      launcher: as in `jobs.run`, each program a job of its own; None for this process.
+      only: the number of the one program to run, without a table at the end.
 
     Raises:
       UserError: a value that makes no sense, or the folder is of another sweep.
     """
+    if config is None:
+        config, members = _read_about(folder)
+    else:
+        members = configs.load_sweep(config_file) if grid is None else axes.parse(grid, config)
+    run_sweep(folder, config, members, launcher, only)
+
+
+def run_sweep(
+    folder: Path,
+    config: ConfigDict,
+    members: Sequence[Member],
+    launcher: str | None = None,
+    only: int | None = None,
+) -> None:
+    """As `sweep_mode`, of given members."""
     members = axes.complete(config, members)
     each = [configs.override(config, member) for member in members]
     workdirs = [Workdir(folder / "members" / name) for name in directory_names(members)]
-    _claim(folder, config, members)
     groups = program.group(each)
+    if only is not None and not 0 <= only < len(groups):
+        raise UserError(f"--program={only}: this sweep has the programs 0 to {len(groups) - 1}")
+    _claim(folder, config, members)
     sizes = ", ".join(str(len(chosen)) for chosen in groups)
     say(f"sweep       {len(each)} members, {sizes} to a program, {jax.device_count()} devices")
-    for i, chosen in enumerate(groups):
-        left = [j for j in chosen if not workdirs[j].finished]
-        if left:
+    wanted = range(len(groups)) if only is None else [only]
+    left = [i for i in wanted if not all(workdirs[j].finished for j in groups[i])]
+    if launcher is not None:
+        jobs.run(folder, left, launcher)
+    else:
+        for i in left:
             _run_program(
-                [each[j] for j in chosen],
-                [workdirs[j] for j in chosen],
+                [each[j] for j in groups[i]],
+                [workdirs[j] for j in groups[i]],
                 folder / "programs" / str(i),
                 f"program {i + 1} of {len(groups)}",
             )
-    # Each member has a checkpoint of its own now.
-    shutil.rmtree(folder / "programs", ignore_errors=True)
-    report.write(folder, members, [w.path for w in workdirs], config)
+    if only is None:
+        # Each member has a checkpoint of its own now.
+        shutil.rmtree(folder / "programs", ignore_errors=True)
+        report.write(folder, members, [w.path for w in workdirs], config)
 
 
 def directory_names(members: Sequence[Member]) -> list[str]:
@@ -69,22 +100,31 @@ def directory_names(members: Sequence[Member]) -> list[str]:
 
 def _claim(folder: Path, config: ConfigDict, members: Sequence[Member]) -> None:
     """Make the folder and say in it what it is about, or find that it is about the same."""
-    path = folder / "sweep.json"
-    # As JSON has it: tuples are lists there.
-    about = json.loads(json.dumps({"config": config.to_dict(), "members": list(members)}))
+    path = _about(folder)
     if path.exists():
-        there = json.loads(path.read_text())
-        if there != about:
-            what = [name for name in about if there.get(name) != about[name]]
-            raise UserError(
-                f"{folder} is of another sweep (other {' and '.join(what)}): choose another "
-                "--workdir"
-            )
+        differs = configs.differences(config, (there := _read_about(folder))[0])
+        if differs or list(members) != there[1]:
+            what = "; ".join(differs) or f"its members are {len(there[1])} others"
+            raise UserError(f"{folder} is of another sweep ({what}): choose another --workdir")
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and is no sweep: choose another --workdir")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, about)
+        write_json(path, {"config": config.to_dict(), "members": list(members)})
+
+
+def _about(folder: Path) -> Path:
+    """Where a sweep says what it is about."""
+    return folder / "sweep.json"
+
+
+def _read_about(folder: Path) -> tuple[ConfigDict, list[Member]]:
+    """The config and the members of the sweep in `folder`."""
+    path = _about(folder)
+    if not path.exists():
+        raise UserError(f"{folder} is no sweep (it has no {path.name}): give --config")
+    about = json.loads(path.read_text())
+    return configs.from_dict(about["config"]), [configs.tuples(m) for m in about["members"]]
 
 
 def _run_program(

@@ -55,8 +55,8 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "train", counted)
         with pytest.raises(KeyboardInterrupt):
-            sweep.sweep_mode(_config(), MEMBERS, folder)
-        sweep.sweep_mode(_config(), MEMBERS, folder)
+            sweep.run_sweep(folder, _config(), MEMBERS)
+        sweep.run_sweep(folder, _config(), MEMBERS)
     assert trained == [4, 4, 4]  # the first program was not run again
     return folder
 
@@ -98,19 +98,19 @@ def test_there_are_a_table_and_pictures(finished):
 
 
 def test_another_sweep_and_another_folder_are_refused(finished, tmp_path):
-    with pytest.raises(UserError, match=r"another sweep .*members"):
-        sweep.sweep_mode(_config(), MEMBERS[:3], finished)
+    with pytest.raises(UserError, match=r"another sweep .*members are 8 others"):
+        sweep.run_sweep(finished, _config(), MEMBERS[:3])
     other = configs.override(_config(), {"optimizer.eps": 1e-3})
-    with pytest.raises(UserError, match=r"another sweep .*config"):
-        sweep.sweep_mode(other, MEMBERS, finished)
+    with pytest.raises(UserError, match=r"another sweep .*optimizer.eps"):
+        sweep.run_sweep(finished, other, MEMBERS)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="no sweep"):
-        sweep.sweep_mode(_config(), MEMBERS, tmp_path)
+        sweep.run_sweep(tmp_path, _config(), MEMBERS)
 
 
 def test_a_diverged_member_is_reported_and_left_alone(tmp_path, capsys):
     members = [{"optimizer.learning_rate": 1e36}, {"seed": 1}]
-    sweep.sweep_mode(_config(), members, tmp_path / "sweep")
+    sweep.run_sweep(tmp_path / "sweep", _config(), members)
     failure = json.loads(
         (tmp_path / "sweep/members/0-learning_rate=1e+36-seed=0/failure.json").read_text()
     )
@@ -121,7 +121,7 @@ def test_a_diverged_member_is_reported_and_left_alone(tmp_path, capsys):
         bad, good = csv.DictReader(file)
     assert "not finite" in bad["status"] and bad["elbo"] == "" and float(good["elbo"]) < 0
     # Called again, there is nothing left to do.
-    sweep.sweep_mode(_config(), members, tmp_path / "sweep")
+    sweep.run_sweep(tmp_path / "sweep", _config(), members)
     assert "measuring" not in capsys.readouterr().out.rpartition("sweep   ")[2]
 
 
