@@ -123,7 +123,7 @@ def test_a_preempted_job_of_a_cluster_is_queued_again_and_resumes(slurm, tmp_pat
 
     def preempt():
         """Take away the first job as soon as it has saved a checkpoint, and let it start again."""
-        while not list(folder.glob("programs/*/1*")):
+        while not list(folder.glob("programs/*/200")):
             time.sleep(0.1)
         running = subprocess.run(["squeue", "-h", "-t", "R", "-o", "%A"], capture_output=True)
         job = running.stdout.decode().split()[0]
