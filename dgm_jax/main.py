@@ -17,8 +17,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from dgm_jax import cache, run
 from dgm_jax import config as configs
-from dgm_jax import run
 from dgm_jax.core import UserError
 from dgm_jax.workdir import Workdir, default_path
 
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
     """Do what the flags say."""
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag: write --flag=value")
+    cache.keep_compiled_programs()
     config, mode, file = _CONFIG.value, _MODE.value, None
     if config is not None:
         file = config_flags.get_config_filename(flags.FLAGS["config"])

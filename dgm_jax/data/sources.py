@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from dgm_jax import cache
 from dgm_jax.core import UserError
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -136,7 +137,7 @@ def load(
     choices = f"auto, {', '.join(possible)}"
     if source != "auto" and source not in possible:
         raise UserError(f"data.source={source!r}: for {name} choose one of {choices}")
-    folder = _cache_folder(cache_dir)
+    folder = cache_dir or cache.folder()
     reasons = []
     for where in possible if source == "auto" else [source]:
         try:
@@ -196,14 +197,6 @@ def _reason(error: BaseException) -> str:
 
 
 # The cache: one file per source, remade when what it came from has changed.
-
-
-def _cache_folder(cache_dir: Path | None) -> Path:
-    if chosen := cache_dir or os.environ.get("DGM_JAX_CACHE"):
-        return Path(chosen).expanduser()
-    import pooch
-
-    return Path(pooch.os_cache("dgm_jax"))
 
 
 def _cached(
