@@ -201,6 +201,22 @@ def _average(values, decay, start=0, first=0.0):
     return float(average["p"])
 
 
+def test_traced_numbers_give_muons_update_too(x64):
+    """Learning rate and weight decay in one vmap: each lane is the update with its own numbers."""
+    rng = np.random.default_rng(0)
+    params, gradient = ({"kernel": rng.normal(size=(5, 4))} for _ in range(2))
+
+    def update(rate, decay):
+        config = optim.Config(name="muon", learning_rate=rate, weight_decay=decay, warmup=0.0)
+        optimizer = optim.build(config, 10)
+        return optimizer.update(gradient, optimizer.init(params), params)[0]["kernel"]
+
+    rates, decays = np.array([0.1, 0.3]), np.array([0.0, 0.2])
+    found = jax.jit(jax.vmap(update))(rates, decays)
+    for i in range(2):
+        np.testing.assert_allclose(found[i], update(rates[i], decays[i]), rtol=1e-10)
+
+
 def test_ema_of_a_constant_is_the_constant(x64):
     assert _average([0.7] * 20, 0.999, first=0.7) == 0.7
 
