@@ -42,6 +42,9 @@ _SWEEP = flags.DEFINE_string(
 _LAUNCHER = flags.DEFINE_string(
     "launcher", None, "Run a sweep's programs as jobs: local, or slurm;slurm_partition=gpu;..."
 )
+_TRIALS = flags.DEFINE_string(
+    "trials", None, "Search by Optuna: rounds x members, 4x8; ranges in --sweep: uniform(0.5,2)."
+)
 _PROGRAM = flags.DEFINE_integer("program", None, "Of a sweep, run this program only: for jobs.")
 
 
@@ -61,7 +64,8 @@ def main(argv: list[str]) -> None:
     if mode == "sweep":
         from dgm_jax.sweep import run as sweep  # matplotlib and scipy: only where they are used
 
-        sweep.sweep_mode(path, config, file, _SWEEP.value, _LAUNCHER.value, _PROGRAM.value)
+        how = (_LAUNCHER.value, _PROGRAM.value, _TRIALS.value)
+        sweep.sweep_mode(path, config, file, _SWEEP.value, *how)
         return
     workdir = Workdir(path)
     {

@@ -8,8 +8,8 @@ import ast
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -25,27 +25,68 @@ def grid(axes: Mapping[str, Sequence[Any]]) -> list[Member]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def random(
-    num: int, axes: Mapping[str, Callable[[np.random.Generator], Any]], seed: int = 0
-) -> list[Member]:
-    """`num` members with each field drawn independently, e.g. by `log_uniform(1e-4, 1e-2)`."""
-    source = np.random.default_rng(seed)
-    return [{path: draw(source) for path, draw in axes.items()} for _ in range(num)]
+class Uniform(NamedTuple):
+    """Real numbers between `low` and `high`, they or their logarithms evenly spread."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def draw(self, source: np.random.Generator) -> float:
+        """One number."""
+        if self.log:
+            return float(np.exp(source.uniform(math.log(self.low), math.log(self.high))))
+        return float(source.uniform(self.low, self.high))
+
+    def suggest(self, trial: Any, path: str) -> float:
+        """What Optuna would try."""
+        return trial.suggest_float(path, self.low, self.high, log=self.log)
+
+    def key(self, value: float) -> float:
+        """What Optuna calls a value."""
+        return value
 
 
-def uniform(low: float, high: float) -> Callable[[np.random.Generator], float]:
+class Choice(NamedTuple):
+    """One of some values, each as likely."""
+
+    values: tuple[Any, ...]
+
+    def draw(self, source: np.random.Generator) -> Any:
+        """One of them."""
+        return self.values[source.integers(len(self.values))]
+
+    def suggest(self, trial: Any, path: str) -> Any:
+        """What Optuna would try; it knows the values by their numbers."""
+        return self.values[trial.suggest_categorical(path, list(range(len(self.values))))]
+
+    def key(self, value: Any) -> int:
+        """What Optuna calls a value."""
+        return self.values.index(value)
+
+
+Distribution = Uniform | Choice
+
+
+def uniform(low: float, high: float) -> Uniform:
     """Real numbers, evenly spread."""
-    return lambda source: float(source.uniform(low, high))
+    return Uniform(low, high)
 
 
-def log_uniform(low: float, high: float) -> Callable[[np.random.Generator], float]:
+def log_uniform(low: float, high: float) -> Uniform:
     """Positive real numbers whose logarithm is evenly spread."""
-    return lambda source: float(np.exp(source.uniform(math.log(low), math.log(high))))
+    return Uniform(low, high, log=True)
 
 
-def choice(*values: Any) -> Callable[[np.random.Generator], Any]:
+def choice(*values: Any) -> Choice:
     """One of the values, each as likely."""
-    return lambda source: values[source.integers(len(values))]
+    return Choice(values)
+
+
+def random(num: int, over: Mapping[str, Distribution], seed: int = 0) -> list[Member]:
+    """`num` members with each field drawn independently, e.g. from `log_uniform(1e-4, 1e-2)`."""
+    source = np.random.default_rng(seed)
+    return [{path: of.draw(source) for path, of in over.items()} for _ in range(num)]
 
 
 def parse(text: str, config: ConfigDict) -> list[Member]:
@@ -58,18 +99,51 @@ def parse(text: str, config: ConfigDict) -> list[Member]:
     Raises:
       UserError: an unknown field, a value of another type, or nothing to vary.
     """
-    axes: dict[str, list[Any]] = {}
+    return grid({path: _values(path, t, now) for path, (t, now) in _fields(text, config).items()})
+
+
+def parse_search(text: str, config: ConfigDict) -> dict[str, Distribution]:
+    """Ranges from `"optimizer.learning_rate=log_uniform(1e-4,1e-2);model.beta=uniform(0.5,2)"`.
+
+    `choice(elbo,stl)` is for anything else; values are read as their fields' types.
+
+    Raises:
+      UserError: as `parse`, or a range that is none.
+    """
+    found: dict[str, Distribution] = {}
+    for path, (given, current) in _fields(text, config).items():
+        match = re.fullmatch(r"(uniform|log_uniform|choice)\((.*)\)", given)
+        if match is None:
+            raise UserError(
+                f"--sweep: {path}={given!r}: a search wants uniform(low,high), "
+                "log_uniform(low,high) or choice(value,value)"
+            )
+        values = [_value(path, part, current) for part in _split(match[2])]
+        if match[1] == "choice":
+            found[path] = Choice(tuple(values))
+            continue
+        if not isinstance(current, float) or len(values) != 2 or not values[0] < values[1]:
+            raise UserError(f"--sweep: {path}={given!r}: give two real numbers, the lower first")
+        found[path] = Uniform(*values, log=match[1] == "log_uniform")
+        if found[path].log and values[0] <= 0:
+            raise UserError(f"--sweep: {path}={given!r}: a logarithm wants numbers above 0")
+    return found
+
+
+def _fields(text: str, config: ConfigDict) -> dict[str, tuple[str, Any]]:
+    """What a text says of each field, and what the field is now."""
+    found: dict[str, tuple[str, Any]] = {}
     for part in filter(None, (part.strip() for part in text.split(";"))):
         path, equals, values = part.partition("=")
+        path, values = path.strip(), values.strip()
         if not equals or not values:
             raise UserError(f"--sweep: {part!r}: write field=value,value or field=first:last+1")
-        path = path.strip()
-        if path in axes:
+        if path in found:
             raise UserError(f"--sweep: {path} is there twice: give all its values in one place")
-        axes[path] = _values(path, values.strip(), configs.value_of(config, path))
-    if not axes:
+        found[path] = values, configs.value_of(config, path)
+    if not found:
         raise UserError("--sweep is empty: write fields and values, 'model.beta=0.5,1;seed=0:3'")
-    return grid(axes)
+    return found
 
 
 def _values(path: str, text: str, current: Any) -> list[Any]:

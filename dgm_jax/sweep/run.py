@@ -30,6 +30,7 @@ def sweep_mode(
     grid: str | None = None,
     launcher: str | None = None,
     only: int | None = None,
+    trials: str | None = None,
 ) -> None:
     """Train and measure every member; write `sweep.csv`, `sweep.md` and plots to `folder`.
 
@@ -42,12 +43,20 @@ def sweep_mode(
       grid: as in `axes.parse`.
       launcher: as in `jobs.run`, each program a job of its own; None for this process.
       only: the number of the one program to run, without a table at the end.
+      trials: makes it a search over the ranges in `grid`, as in `search.search_mode`.
 
     Raises:
       UserError: a value that makes no sense, or the folder is of another sweep.
     """
+    if trials is not None:
+        from dgm_jax.sweep import search  # it builds on this module
+
+        if config is None or grid is None:
+            raise UserError("--trials needs --config, and ranges in --sweep='field=uniform(0,1)'")
+        search.search_mode(folder, config, axes.parse_search(grid, config), trials, launcher)
+        return
     if config is None:
-        config, members = _read_about(folder)
+        config, members = read_about(folder)
     else:
         members = configs.load_sweep(config_file) if grid is None else axes.parse(grid, config)
     run_sweep(folder, config, members, launcher, only)
@@ -63,7 +72,7 @@ def run_sweep(
     """As `sweep_mode`, of given members."""
     members = axes.complete(config, members)
     each = [configs.override(config, member) for member in members]
-    workdirs = [Workdir(folder / "members" / name) for name in directory_names(members)]
+    workdirs = workdirs_of(folder, members)
     groups = program.group(each)
     if only is not None and not 0 <= only < len(groups):
         raise UserError(f"--program={only}: this sweep has the programs 0 to {len(groups) - 1}")
@@ -88,21 +97,19 @@ def run_sweep(
         report.write(folder, members, [w.path for w in workdirs], config)
 
 
-def directory_names(members: Sequence[Member]) -> list[str]:
-    """`"003-beta=0.5-seed=0"`: in order, and no character that a shell or a file system minds."""
+def workdirs_of(folder: Path, members: Sequence[Member]) -> list[Workdir]:
+    """`members/003-beta=0.5-seed=0`: in order, no character that a shell or a file system minds."""
     short = axes.labels(list(members[0]))
     digits = len(str(len(members) - 1))
-    return [
-        f"{i:0{digits}d}-" + re.sub(r"[^A-Za-z0-9=_.+-]+", "-", axes.name(member, short))[:100]
-        for i, member in enumerate(members)
-    ]
+    names = [re.sub(r"[^A-Za-z0-9=_.+-]+", "-", axes.name(m, short))[:100] for m in members]
+    return [Workdir(folder / "members" / f"{i:0{digits}d}-{n}") for i, n in enumerate(names)]
 
 
 def _claim(folder: Path, config: ConfigDict, members: Sequence[Member]) -> None:
     """Make the folder and say in it what it is about, or find that it is about the same."""
     path = _about(folder)
     if path.exists():
-        differs = configs.differences(config, (there := _read_about(folder))[0])
+        differs = configs.differences(config, (there := read_about(folder))[0])
         if differs or list(members) != there[1]:
             what = "; ".join(differs) or f"its members are {len(there[1])} others"
             raise UserError(f"{folder} is of another sweep ({what}): choose another --workdir")
@@ -118,7 +125,7 @@ def _about(folder: Path) -> Path:
     return folder / "sweep.json"
 
 
-def _read_about(folder: Path) -> tuple[ConfigDict, list[Member]]:
+def read_about(folder: Path) -> tuple[ConfigDict, list[Member]]:
     """The config and the members of the sweep in `folder`."""
     path = _about(folder)
     if not path.exists():

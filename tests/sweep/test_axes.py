@@ -68,6 +68,36 @@ def test_a_text_that_makes_no_sense_is_refused(text, says):
         axes.parse(text, CONFIG)
 
 
+def test_ranges_are_read_by_the_types_of_their_fields():
+    found = axes.parse_search(
+        "optimizer.learning_rate=log_uniform(1e-4,1e-2);model.beta=uniform(0, 2);"
+        "model.encoder=choice((200,),(500,500));model.objective=choice(elbo,stl)",
+        CONFIG,
+    )
+    assert found == {
+        "optimizer.learning_rate": axes.log_uniform(1e-4, 1e-2),
+        "model.beta": axes.uniform(0.0, 2.0),
+        "model.encoder": axes.choice((200,), (500, 500)),
+        "model.objective": axes.choice("elbo", "stl"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("model.beta=0.5,1", "a search wants"),
+        ("model.beta=uniform(2,1)", "the lower first"),
+        ("model.beta=uniform(1)", "two real numbers"),
+        ("model.latents=uniform(1,2)", "two real numbers"),
+        ("model.beta=log_uniform(0,1)", "above 0"),
+        ("model.betta=uniform(0,1)", "model.beta"),
+    ],
+)
+def test_a_range_that_makes_no_sense_is_refused(text, says):
+    with pytest.raises(UserError, match=says):
+        axes.parse_search(text, CONFIG)
+
+
 def test_members_get_the_configs_values_where_they_set_none():
     found = axes.complete(CONFIG, [{"seed": 1}, {"model.beta": 2}])
     assert found == [{"seed": 1, "model.beta": 1.0}, {"seed": 0, "model.beta": 2.0}]

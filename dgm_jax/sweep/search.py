@@ -1,0 +1,112 @@
+"""A search instead of a grid: Optuna chooses the members of each round (the extra `sweep`)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ml_collections import ConfigDict
+
+from dgm_jax import writers
+from dgm_jax.core import UserError
+from dgm_jax.progress import say
+from dgm_jax.sweep import axes, report
+from dgm_jax.sweep.axes import Distribution, Member
+from dgm_jax.sweep.run import read_about, run_sweep, workdirs_of
+from dgm_jax.workdir import Workdir
+
+if TYPE_CHECKING:
+    import optuna
+
+_METRIC = "validation/elbo"
+
+
+def search_mode(
+    folder: Path,
+    config: ConfigDict,
+    over: Mapping[str, Distribution],
+    trials: str,
+    launcher: str | None = None,
+) -> None:
+    """Look for the highest validation ELBO; write a table and plots of all trials to `folder`.
+
+    Each round is a sweep in `folder`, its members of one shape trained as one program; what it
+    found tells Optuna's sampler (a tree-structured Parzen estimator; Bergstra et al. 2011) what to
+    try next. Test images play no part in the choice. An interrupted search goes on.
+
+    Args:
+      folder: of the search.
+      config: what the trials vary.
+      over: the range of each field.
+      trials: rounds and members of each, `"4x8"`.
+      launcher: as in `jobs.run`.
+
+    Raises:
+      UserError: Optuna is not installed, or a value that makes no sense.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError("a search needs Optuna: pip install 'dgm_jax[sweep]'") from error
+    num_rounds, num_members = _numbers(trials)
+    if config.data.validation < 1:
+        raise UserError(
+            "data.validation=0: a search chooses by the validation split; hold some out"
+        )
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(seed=config.seed, constant_liar=True)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    members: list[Member] = []
+    paths: list[Path] = []
+    for i in range(num_rounds):
+        part = folder / f"round-{i}"
+        asked = [study.ask() for _ in range(num_members)]
+        proposed = [{p: range_.suggest(trial, p) for p, range_ in over.items()} for trial in asked]
+        if (part / "sweep.json").exists():  # of an earlier call; the sampler hears of it the same
+            earlier = read_about(part)[1]
+            if len(earlier) != num_members or any(m.keys() != over.keys() for m in earlier):
+                raise UserError(f"{part} is of another search: choose another --workdir")
+            proposed = earlier
+        run_sweep(part, config, proposed, launcher)
+        own = [w.path for w in workdirs_of(part, axes.complete(config, proposed))]
+        for trial, member, path in zip(asked, proposed, own, strict=True):
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            if (value := _elbo(path)) is not None:
+                study.add_trial(_finished(member, over, value))
+        members, paths = [*members, *proposed], [*paths, *own]
+    report.write(folder, members, paths, config)
+    values = {path: _elbo(path) for path in paths}
+    reached = {path: value for path, value in values.items() if value is not None}
+    if not reached:
+        raise UserError("every trial has diverged: lower the ranges")
+    best = max(reached, key=reached.get)
+    say(f"best        {best}: {_METRIC} {reached[best]:.3f} nats")
+
+
+def _numbers(trials: str) -> tuple[int, int]:
+    rounds, _, members = trials.partition("x")
+    if not (rounds.isdigit() and members.isdigit() and int(rounds) and int(members)):
+        raise UserError(f"--trials={trials!r}: write rounds and members of each, such as 4x8")
+    return int(rounds), int(members)
+
+
+def _finished(
+    member: Member, over: Mapping[str, Distribution], value: float
+) -> "optuna.trial.FrozenTrial":
+    """A trial as if the sampler had asked for this member."""
+    import optuna
+
+    fixed = optuna.trial.FixedTrial({p: over[p].key(v) for p, v in member.items()})
+    for path, range_ in over.items():
+        range_.suggest(fixed, path)
+    return optuna.trial.create_trial(
+        params=fixed.params, distributions=fixed.distributions, value=value
+    )
+
+
+def _elbo(path: Path) -> float | None:
+    """The last validation ELBO of a member, or None where it has failed."""
+    workdir = Workdir(path)
+    if not workdir.results.exists():
+        return None
+    rows = [row for row in writers.read(workdir.metrics) if _METRIC in row]
+    return rows[-1][_METRIC]
