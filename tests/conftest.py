@@ -1,6 +1,7 @@
 """A stricter environment than the user's: eight devices, no implicit rank promotion."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 # Before jax is imported anywhere. Compiling takes most of the tests' time: no optimisation.
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from dgm_jax import sharding
 from dgm_jax.core import DataSpec
 from dgm_jax.data.dataset import Config as DataConfig
 from dgm_jax.data.dataset import Dataset, Split
@@ -34,6 +36,16 @@ def _bounded_memory():
     """What one module compiled is of no use to the next, and would fill gigabytes by the end."""
     yield
     jax.clear_caches()
+
+
+@contextmanager
+def on_one_device():
+    """One of the eight: what a test of something else than devices need not compile for all."""
+    axis = (jax.sharding.AxisType.Auto,)
+    one = jax.make_mesh((1,), ("data",), axis_types=axis, devices=jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda: one)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import on_one_device
 
 from dgm_jax import config as configs
 from dgm_jax import models, optim, run, sharding
@@ -503,9 +504,6 @@ TIMING = {"seconds", "cpu_seconds", "images_per_second"}
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """One device and no pictures; programs compiled once, and quickly."""
-    one = jax.make_mesh(
-        (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
-    )
     settings = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
@@ -515,8 +513,7 @@ def quick(tmp_path_factory):
     before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda: one)
+    with on_one_device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_draw_pictures", lambda *args: None)
         yield
     for name, value in before.items():

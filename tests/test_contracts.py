@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPO
+from conftest import REPO, on_one_device
 
 from dgm_jax import config as configs
 from dgm_jax import models, run, writers
@@ -177,7 +177,8 @@ def test_config_is_short_and_says_how_to_run_it(path):
 def test_smoke_variant_trains_evaluates_and_draws(path, tmp_path):
     quick = {"train.duration": "100 steps", "eval.num_samples": 5, "eval.elbo_samples": 1}
     config = configs.load(f"{path}:smoke", quick)
-    run.train_mode(config, Workdir(tmp_path / "run"))
+    with on_one_device():
+        run.train_mode(config, Workdir(tmp_path / "run"))
     result = Workdir(tmp_path / "run").results.read_text()
     assert "NaN" not in result and "Infinity" not in result
     assert len(list((tmp_path / "run").glob("*.png"))) >= 2

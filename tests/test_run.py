@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from conftest import on_one_device
 
 from dgm_jax import config as configs
 from dgm_jax import run
@@ -40,7 +41,7 @@ def judged(tmp_path_factory):
     """A hierarchy trained for a moment on a few shapes: its data, `features.npz` and scores."""
     path = tmp_path_factory.mktemp("judged") / "run"
     config = configs.override(configs.experiment("hvae"), {"data.dataset": "shapes", **TINY})
-    with pytest.MonkeyPatch.context() as patch:
+    with on_one_device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "NUM_TRAIN", 640)
         patch.setattr(shapes, "NUM_TEST", 400)
         patch.setattr(features, "LABELS_PER_CLASS", (1,))

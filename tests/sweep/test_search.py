@@ -3,7 +3,7 @@
 import csv
 
 import pytest
-from conftest import REPO
+from conftest import REPO, on_one_device
 
 from dgm_jax import config as configs
 from dgm_jax.core import UserError
@@ -43,9 +43,10 @@ def test_rounds_are_sweeps_and_an_interrupted_search_goes_on(tmp_path, monkeypat
 
     run_sweep = search.run_sweep
     monkeypatch.setattr(search, "run_sweep", counted)
-    with pytest.raises(KeyboardInterrupt):
+    with on_one_device():
+        with pytest.raises(KeyboardInterrupt):
+            search.search_mode(tmp_path / "search", _config(), OVER, "2x2")
         search.search_mode(tmp_path / "search", _config(), OVER, "2x2")
-    search.search_mode(tmp_path / "search", _config(), OVER, "2x2")
     assert calls == ["round-0", "round-1", "round-0", "round-1"]
     assert capsys.readouterr().out.count("program 1 of 1 10/10") == 2  # each was trained once
     with (tmp_path / "search/sweep.csv").open() as file:

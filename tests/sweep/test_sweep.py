@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import REPO
+from conftest import REPO, on_one_device
 from scipy import stats
 
 from dgm_jax import config as configs
@@ -52,7 +52,7 @@ def finished(tmp_path_factory):
         return train(members, *rest)
 
     train = program.train
-    with pytest.MonkeyPatch.context() as patch:
+    with on_one_device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "train", counted)
         with pytest.raises(KeyboardInterrupt):
             sweep.run_sweep(folder, _config(), MEMBERS)
@@ -110,7 +110,8 @@ def test_another_sweep_and_another_folder_are_refused(finished, tmp_path):
 
 def test_a_diverged_member_is_reported_and_left_alone(tmp_path, capsys):
     members = [{"optimizer.learning_rate": 1e36}, {"seed": 1}]
-    sweep.run_sweep(tmp_path / "sweep", _config(), members)
+    with on_one_device():
+        sweep.run_sweep(tmp_path / "sweep", _config(), members)
     failure = json.loads(
         (tmp_path / "sweep/members/0-learning_rate=1e+36-seed=0/failure.json").read_text()
     )
