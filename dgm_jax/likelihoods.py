@@ -183,28 +183,27 @@ def draw(
 def draw_in_turn(
     likelihood: Likelihood,
     rng: jax.Array,
-    outputs_at: Callable[[jax.Array], jax.Array],
-    x: jax.Array,
+    outputs_at: Callable[[jax.Array, jax.Array], jax.Array],
+    shape: tuple[int, int, int, int],
 ) -> jax.Array:
-    """x drawn pixel by pixel, row by row, from a decoder that sees the pixels before each.
+    """x `[B, H, W, C]` drawn pixel by pixel, row by row.
 
     Args:
-      likelihood: of each pixel given those.
+      likelihood: of each pixel given those before it.
       rng: of the draws.
-      outputs_at: `x [B, H, W, C] -> [B, H · W · C, P]`, of which the part of a pixel may depend on
-        the pixels before it.
-      x: `[B, H, W, C]`, of which only the shape matters.
+      outputs_at: `(x, i) -> [B, C, P]` for pixel number i int32 `[]`, which may look at the pixels
+        of x before it.
+      shape: of x.
     """
-    batch, height, width, channels = x.shape
+    _, height, width, _ = shape
 
     def add(x: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         i, key = step
-        outputs = outputs_at(x).reshape(batch, height * width, channels, -1)[:, i]
-        drawn = likelihood.draw(key, outputs)
+        drawn = likelihood.draw(key, outputs_at(x, i))
         return x.at[:, i // width, i % width].set(drawn), None
 
     pixels = jnp.arange(height * width), jax.random.split(rng, height * width)
-    return jax.lax.scan(add, jnp.zeros_like(x), pixels)[0]
+    return jax.lax.scan(add, jnp.zeros(shape), pixels)[0]
 
 
 def check(name: str, spec: DataSpec) -> None:

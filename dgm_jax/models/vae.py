@@ -137,14 +137,11 @@ class Net(nn.Module):
         """Encoder, posterior, prior, decoder."""
         config, spec = self.config, self.spec
         self.encoder = networks.Encoder(config.network, config.encoder, config.activation)
-        self.decoder = networks.Decoder(
-            config.network,
-            config.decoder,
-            config.activation,
-            config.likelihood,
-            spec,
-            window=config.window,
-        )
+        layers = (config.network, config.decoder, config.activation, config.likelihood, spec)
+        if config.window:
+            self.decoder = networks.WindowDecoder(*layers, config.window)
+        else:
+            self.decoder = networks.Decoder(*layers)
         flow = (config.flow_steps, config.flow_width)
         self.prior = priors.make(
             config.prior, config.latents, config.components, *flow, spec.unit_mean
@@ -170,7 +167,20 @@ class Net(nn.Module):
 
         A decoder with a window wants the x `[B, *event]` whose earlier pixels it may see.
         """
-        return self.decoder(z, self._one_hot(label), None if x is None else x / self.spec.scale)
+        if self.config.window:
+            return self.decoder(z, self._one_hot(label), x / self.spec.scale)
+        return self.decoder(z, self._one_hot(label))
+
+    def draw_in_turn(self, rng: jax.Array, z: jax.Array, label: jax.Array | None) -> jax.Array:
+        """x `[B, *event]` drawn from p(x | z) pixel by pixel, each told those before it."""
+        likelihood = likelihoods.LIKELIHOODS[self.config.likelihood]()
+        features = self.decoder.features(z, self._one_hot(label))
+
+        def outputs_at(x: jax.Array, pixel: jax.Array) -> jax.Array:
+            return self.decoder.at(features, x / self.spec.scale, pixel)
+
+        shape = (len(z), *self.spec.event_shape)
+        return likelihoods.draw_in_turn(likelihood, rng, outputs_at, shape)
 
     def log_prior(self, z: jax.Array) -> jax.Array:
         """log p(z) `[...]`, nats."""
@@ -249,18 +259,8 @@ def build(config: Config, spec: DataSpec) -> Model:
         vae, label = bind(params), batch.get("label")
         z, _ = vae.posterior.draw(vae.context(batch["x"], label), rng, 1)
         if config.window:
-            x = draw_pixels(vae, jax.random.fold_in(rng, 1), z[0], label)["x"]
-            return x / spec.scale
+            return vae.draw_in_turn(jax.random.fold_in(rng, 1), z[0], label) / spec.scale
         return likelihoods.picture(likelihood, vae.outputs(z[0], label), spec)
-
-    def draw_pixels(vae: Net, rng: jax.Array, z: jax.Array, label: jax.Array | None) -> dict:
-        """x drawn from p(x | z) pixel by pixel, each told those before it."""
-
-        def outputs_at(x: jax.Array) -> jax.Array:
-            return vae.outputs(z, label, x)
-
-        x = jnp.zeros((len(z), *spec.event_shape))
-        return {"x": likelihoods.draw_in_turn(likelihood, rng, outputs_at, x)}
 
     def draw_joint(params: Params, rng: jax.Array, num: int) -> tuple[jax.Array, dict]:
         vae = bind(params)
@@ -269,7 +269,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         label = jnp.arange(num) % spec.num_classes if config.conditional else None
         z = vae.draw_prior(z_rng, num)
         if config.window:
-            samples = draw_pixels(vae, x_rng, z, label)
+            samples = {"x": vae.draw_in_turn(x_rng, z, label)}
         else:
             samples = likelihoods.draw(likelihood, x_rng, vae.outputs(z, label), spec)
         return z, samples | ({} if label is None else {"label": label})

@@ -93,8 +93,6 @@ class Decoder(nn.Module):
       likelihood: one of `likelihoods.LIKELIHOODS`.
       spec: of the data.
       grid: of `conv`: the latents are a vector for each position, as in `ConvDecoder`.
-      window: odd side of the square through which each pixel sees those before it, as in
-        `CausalWindow`; 0: pixels are independent given z.
     """
 
     kind: str
@@ -103,55 +101,96 @@ class Decoder(nn.Module):
     likelihood: str
     spec: DataSpec
     grid: bool = False
-    window: int = 0
 
     @nn.compact
-    def __call__(
-        self, z: jax.Array, side: jax.Array | None = None, x: jax.Array | None = None
-    ) -> jax.Array:
-        """Parameters of p(x | z), or p(x | z, side) with `side` float `[B, E]`.
-
-        With a window, of each p(x_i | x_1, ..., x_{i-1}, z) at `x` in [0, 1], `[B, *event]`.
-        """
-        if side is not None:
-            side = jnp.expand_dims(side, range(z.ndim - 2))
-            side = jnp.broadcast_to(side, (*z.shape[:-1], side.shape[-1]))
-            z = jnp.concatenate([z, side], axis=-1)
+    def __call__(self, z: jax.Array, side: jax.Array | None = None) -> jax.Array:
+        """Parameters of p(x | z), or p(x | z, side) with `side` float `[B, E]`."""
+        z = _beside(z, side)
         if self.kind == "mlp":
             h = MLP(self.widths, self.activation)(z)
-            if not self.window:
-                return Head(self.likelihood, self.spec)(h)
-            pixels = math.prod(self.spec.event_shape[:2])
-            h = nn.Dense(pixels * _FEATURES)(h).reshape(*z.shape[:-1], pixels, _FEATURES)
-        else:
-            h = ConvDecoder(self.widths, self.spec.event_shape[:2], self.activation, self.grid)(z)
-            h = h.reshape(*z.shape[:-1], -1, h.shape[-1])
-        if self.window:
-            h = CausalWindow(self.window)(h, x)
+            return Head(self.likelihood, self.spec)(h)
+        h = ConvDecoder(self.widths, self.spec.event_shape[:2], self.activation, self.grid)(z)
+        h = h.reshape(*z.shape[:-1], -1, h.shape[-1])
         return Head(self.likelihood, self.spec, per_pixel=True)(h)
 
 
-class CausalWindow(nn.Module):
-    """Lets each pixel see the few before it, row by row, beside what the latents say of it.
+def _beside(z: jax.Array, side: jax.Array | None) -> jax.Array:
+    """`z` float `[..., B, L]` with `side` float `[B, E]`, if any, behind it."""
+    if side is None:
+        return z
+    side = jnp.expand_dims(side, range(z.ndim - 2))
+    return jnp.concatenate([z, jnp.broadcast_to(side, (*z.shape[:-1], side.shape[-1]))], axis=-1)
 
-    The window keeps the decoder from modelling the whole image without the latents (Chen et al.
-    2017, "Variational lossy autoencoder", section 3.1).
+
+class WindowDecoder(nn.Module):
+    """A decoder whose pixels also see the few before them, row by row, in a window.
+
+    The window keeps it from modelling the whole image without the latents (Chen et al. 2017,
+    "Variational lossy autoencoder", section 3.1).
 
     Attributes:
-      side: of the window, odd: side² // 2 pixels, those above and to the left.
+      kind, widths, activation, likelihood, spec: as in `Decoder`.
+      window: side of the square, odd: side² // 2 pixels, those above and to the left.
       width: hidden units for each pixel.
     """
 
-    side: int
+    kind: str
+    widths: tuple[int, ...]
+    activation: str
+    likelihood: str
+    spec: DataSpec
+    window: int
     width: int = 32
 
-    @nn.compact
-    def __call__(self, h: jax.Array, x: jax.Array) -> jax.Array:
-        """Features `[..., B, H · W, width]` of features `[..., B, H · W, F]` and x in [0, 1]."""
-        seen = nn.Dense(self.width)(causal_patches(centred(x), self.side))
-        said = nn.Dense(self.width, use_bias=False)(h)
-        h = nn.silu(said + jnp.expand_dims(seen, range(h.ndim - seen.ndim)))
-        return nn.silu(nn.Dense(self.width)(h))
+    def setup(self) -> None:
+        """From latents to each pixel, and from there, with its neighbours, to its parameters."""
+        sides = self.spec.event_shape[:2]
+        if self.kind == "mlp":
+            self.body = MLP(self.widths, self.activation)
+            self.spread = nn.Dense(math.prod(sides) * _FEATURES)
+        else:
+            self.body = ConvDecoder(self.widths, sides, self.activation)
+        self.said = nn.Dense(self.width, use_bias=False)
+        self.seen = nn.Dense(self.width)
+        self.hidden = nn.Dense(self.width)
+        self.head = Head(self.likelihood, self.spec, per_pixel=True)
+
+    def __call__(self, z: jax.Array, side: jax.Array | None, x: jax.Array) -> jax.Array:
+        """Parameters `[..., D, P]` of each p(x_i | x_<i, z), for x `[B, *event]` in [0, 1].
+
+        `side` float `[B, E]` or None as in `Decoder`.
+        """
+        return self._outputs(self.features(z, side), causal_patches(centred(x), self.window))
+
+    def features(self, z: jax.Array, side: jax.Array | None = None) -> jax.Array:
+        """What z, and `side` as in `Decoder`, say of each pixel: `[..., H · W, width]`."""
+        z = _beside(z, side)
+        h = self.body(z)
+        if self.kind == "mlp":
+            h = self.spread(h)
+        pixels = math.prod(self.spec.event_shape[:2])
+        return self.said(h.reshape(*z.shape[:-1], pixels, -1))
+
+    def at(self, features: jax.Array, x: jax.Array, pixel: jax.Array) -> jax.Array:
+        """Parameters `[B, C, P]` of one pixel's channels, `pixel` int32 `[]` counting row by row.
+
+        For drawing in turn: of x in [0, 1] `[B, H, W, C]` only the window is looked at.
+        """
+        row, column = pixel // x.shape[2], pixel % x.shape[2]
+        half = self.window // 2
+        x = _padded(centred(x), half)
+        shape = (len(x), half + 1, self.window, x.shape[-1])
+        zero = jnp.zeros_like(row)
+        near = jax.lax.dynamic_slice(x, (zero, row, column, zero), shape).reshape(len(x), -1)
+        seen = near[:, : self.window**2 // 2 * x.shape[-1]]
+        return self._outputs(features[:, pixel], seen, pixel)
+
+    def _outputs(
+        self, said: jax.Array, seen: jax.Array, pixel: jax.Array | None = None
+    ) -> jax.Array:
+        seen = self.seen(seen)
+        h = nn.silu(said + jnp.expand_dims(seen, range(said.ndim - seen.ndim)))
+        return self.head(nn.silu(self.hidden(h)), pixel)
 
 
 def causal_patches(x: jax.Array, side: int) -> jax.Array:
@@ -160,11 +199,15 @@ def causal_patches(x: jax.Array, side: int) -> jax.Array:
     Zeros stand outside the image.
     """
     batch, height, width, _ = x.shape
-    half = side // 2
-    x = jnp.pad(x, ((0, 0), (half, 0), (half, half), (0, 0)))
+    x = _padded(x, side // 2)
     corners = [divmod(i, side) for i in range(side * side // 2)]
     seen = [x[:, i : i + height, j : j + width] for i, j in corners]
     return jnp.concatenate(seen, axis=-1).reshape(batch, height * width, -1)
+
+
+def _padded(x: jax.Array, half: int) -> jax.Array:
+    """`x` with `half` rows of zeros above and as many columns on either side."""
+    return jnp.pad(x, ((0, 0), (half, 0), (half, half), (0, 0)))
 
 
 class Head(nn.Module):
@@ -179,12 +222,17 @@ class Head(nn.Module):
     per_pixel: bool = False
 
     @nn.compact
-    def __call__(self, h: jax.Array) -> jax.Array:
-        """Parameters of p(x | z)."""
+    def __call__(self, h: jax.Array, pixel: jax.Array | None = None) -> jax.Array:
+        """Parameters of p(x | z); of one `pixel` alone, with its features, `[..., C, P]`."""
         initial = likelihoods.LIKELIHOODS[self.likelihood]().initial(self.spec.mean.ravel())
         # Flat, as biases are: the optimizer does not decay arrays of one dimension.
         bias = self.param("bias", lambda key: jnp.asarray(initial.ravel(), jnp.float32))
-        lead = h.shape[: -2 if self.per_pixel else -1]
-        size = initial.size // (h.shape[-2] if self.per_pixel else 1)
-        out = nn.Dense(size, use_bias=False)(h).reshape(*lead, initial.size)
+        lead = h.shape[: -2 if self.per_pixel and pixel is None else -1]
+        pixels = math.prod(self.spec.event_shape[:2]) if self.per_pixel else 1
+        out = nn.Dense(initial.size // pixels, use_bias=False)(h)
+        if pixel is not None:
+            own = jnp.asarray(bias).reshape(pixels, -1)[pixel]
+            out = out + jnp.expand_dims(own, range(len(lead)))
+            return out.reshape(*lead, -1, initial.shape[-1])
+        out = out.reshape(*lead, initial.size)
         return (out + jnp.expand_dims(bias, range(len(lead)))).reshape(*lead, *initial.shape)

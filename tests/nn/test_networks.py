@@ -92,7 +92,7 @@ def test_a_pixel_of_the_head_is_a_dense_layer_of_its_own_features():
 @pytest.mark.parametrize("kind", networks.KINDS)
 def test_a_pixel_sees_those_before_it_in_its_window_and_no_other(kind):
     """By the Jacobian of all outputs in all pixels: rows above, and to the left in its own."""
-    decoder = networks.Decoder(kind, (4, 3), "silu", "bernoulli", _spec("bernoulli"), window=3)
+    decoder = networks.WindowDecoder(kind, (4, 3), "silu", "bernoulli", _spec("bernoulli"), 3)
     z, x = jax.random.normal(jax.random.key(1), (1, 4)), jnp.full((1, *EVENT), 0.3)
     params = _random(decoder, z, None, x)
     slope = jax.jacobian(lambda x: decoder.apply(params, z, None, x))(x)
@@ -102,6 +102,21 @@ def test_a_pixel_sees_those_before_it_in_its_window_and_no_other(kind):
             down, right = other[0] - row, other[1] - column
             seen = (down == -1 and abs(right) <= 1) or (down == 0 and right == -1)
             assert (slope[row, column][other] > 0) == seen, (row, column, other)
+
+
+@pytest.mark.parametrize("kind", networks.KINDS)
+def test_one_pixel_alone_is_what_it_is_among_all(kind):
+    """Its window at the image's edges and inside, two channels, a likelihood of many outputs."""
+    spec = _spec("discretised_logistic_mixture")
+    decoder = networks.WindowDecoder(kind, (4, 3), "silu", "discretised_logistic_mixture", spec, 5)
+    z, side = jax.random.normal(jax.random.key(1), (3, 4)), jnp.eye(3)
+    x = jax.random.uniform(jax.random.key(2), (3, *EVENT))
+    params = _random(decoder, z, side, x)
+    whole = decoder.apply(params, z, side, x).reshape(3, 35, 2, 15)
+    features = decoder.apply(params, z, side, method="features")
+    for pixel in (0, 6, 17, 28, 34):
+        alone = decoder.apply(params, features, x, jnp.int32(pixel), method="at")
+        np.testing.assert_allclose(alone, whole[:, pixel], rtol=1e-10)
 
 
 def test_a_residual_block_starts_as_the_identity():
