@@ -44,7 +44,7 @@ def test_at_the_exact_posterior_no_draw_moves_it(name, objective):
         loss = lambda params: model.loss_fn(params, BATCH, jax.random.key(1))[0]  # noqa: E731
         found = {
             jax.tree_util.keystr(path): np.abs(leaf).max()
-            for path, leaf in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(params))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(params))
         }
         return {path: size for path, size in found.items() if _is_posterior(path)}
 

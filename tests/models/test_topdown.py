@@ -106,8 +106,8 @@ def test_each_layers_rate_is_the_mean_of_its_log_ratio():
 def test_at_the_start_every_layer_is_the_standard_gaussian():
     """q = p = N(0, 1) with zero heads: the rate is exactly 0, and z does not depend on x."""
     model = _build()
-    params = model.init(jax.random.key(0), BATCH)
-    terms = model.loss_fn(params, BATCH, jax.random.key(1))[1].terms
+    params = jax.jit(model.init)(jax.random.key(0), BATCH)
+    terms = jax.jit(model.loss_fn)(params, BATCH, jax.random.key(1))[1].terms
     np.testing.assert_allclose(terms["rate"], 0, atol=1e-7)
     z = jnp.zeros((1, ROWS, 1, 1, 1)), jnp.ones((1, ROWS, 1, 1, 1))
     _, log_prior = model.latents.log_joint(params, BATCH, z)
