@@ -155,7 +155,7 @@ MUTANTS = {
         POSTERIORS, " - jnp.sum(log_diagonal, axis=-1)[None]", "", "nn/test_posteriors.py"
     ),
     "sigma that explodes": Mutant(
-        POSTERIORS, "jnp.log(nn.softplus(raw) + 1e-4)", "raw", "nn/test_posteriors.py"
+        POSTERIORS, "jnp.log(nn.softplus(raw) + _FLOOR)", "raw", "nn/test_posteriors.py"
     ),
     "masks that see themselves": Mutant(
         "nn/mlp.py", "before[:, None] < degrees[None]", "before[:, None] <= degrees[None]",

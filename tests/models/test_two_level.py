@@ -89,6 +89,21 @@ def test_the_losses_are_bounds_and_the_layers_rates_sum_to_the_rate(objective):
     assert losses.mean() > -exact.mean() + 4 * _error(losses)
 
 
+def test_the_posteriors_density_is_the_product_of_both_levels():
+    """log q(z_1 | x, z_2) + log q(z_2 | x) by scipy, at z that nobody has drawn."""
+    params, model = _params(), _build()
+    net, rng = _net(params), np.random.default_rng(5)
+    z = tuple(jnp.asarray(rng.normal(size=(2, ROWS, 1))) for _ in range(2))
+    pixels = jnp.broadcast_to(net.pixels(BATCH["x"]), (2, ROWS, PIXELS))
+    lower, upper = net.infer_1(pixels, z[1]), net.infer_2(pixels)
+    expected = sum(
+        stats.norm.logpdf(np.asarray(value), np.asarray(mu), np.exp(log_sigma))[..., 0]
+        for value, (mu, log_sigma) in zip(z, (lower, upper), strict=True)
+    )
+    found = jax.jit(model.latents.log_posterior)(params, BATCH, z)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
 def test_both_levels_feed_the_pixels_and_the_lower_posterior():
     """p(x | z_1, z_2) and q(z_1 | x, z_2) move with each of their inputs."""
     net = _net(_params())
