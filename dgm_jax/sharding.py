@@ -1,9 +1,30 @@
 """Devices: one mesh axis, `data`. Batches are split along it, the state is on every device."""
 
+import os
+from contextlib import suppress
+
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dgm_jax.core import UserError
+
+
+def share_cores(most: int, *batch_sizes: int) -> None:
+    """Make each core of a CPU a device, where JAX has not started yet and nobody has said how many.
+
+    Work that needs no exchange, as a sweep's members, then runs side by side, instead of dividing
+    each small operation over all cores.
+
+    Args:
+      most: devices that there is work for.
+      *batch_sizes: which the devices have to divide.
+    """
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    possible = range(1, min(most, os.cpu_count() or 1) + 1)
+    num = max(n for n in possible if not any(size % n for size in batch_sizes))
+    with suppress(RuntimeError):  # JAX has started
+        jax.config.update("jax_num_cpu_devices", num)
 
 
 def make_mesh() -> Mesh:

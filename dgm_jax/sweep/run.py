@@ -77,6 +77,8 @@ def run_sweep(
     if only is not None and not 0 <= only < len(groups):
         raise UserError(f"--program={only}: this sweep has the programs 0 to {len(groups) - 1}")
     _claim(folder, config, members)
+    largest = max(len(chosen) for chosen in groups)
+    sharding.share_cores(largest, config.train.batch_size, config.eval.batch_size)
     sizes = ", ".join(str(len(chosen)) for chosen in groups)
     say(f"sweep       {len(each)} members, {sizes} to a program, {jax.device_count()} devices")
     wanted = range(len(groups)) if only is None else [only]
@@ -178,7 +180,9 @@ def _finish(
         write_json(workdir.failure, {"failure": outcome.failure})
         return
     began = time.monotonic()
-    found = evaluate(state.eval_params, config.seed)
+    # Once, not for every batch.
+    params = jax.device_put(state.eval_params, sharding.replicated(sharding.make_mesh()))
+    found = evaluate(params, config.seed)
     seconds = {**outcome.seconds, "evaluation": time.monotonic() - began}
     model = models.build(config.model, dataset.spec)
     trained = Trained(config, model, state.eval_params, dataset.spec, int(state.step))
