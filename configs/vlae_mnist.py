@@ -3,8 +3,8 @@
 Papers: Chen et al. 2017, "Variational lossy autoencoder" (a decoder with a window); Dinh et al.
         2017 (the prior); Roeder et al. 2017 (the gradient); Jordan et al. 2024 (the optimizer).
 Run:   python -m dgm_jax.main --config=configs/vlae_mnist.py
-Gives: NLL 79.75 nats (10,000 test images, K = 500, seed 0) after 7,015 s of processor time, about an
-       hour of two CPU cores
+Gives: NLL 79.75 nats (10,000 test images, K = 500, seed 0) after 7,015 s of processor time,
+       about an hour of two CPU cores
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant
