@@ -30,6 +30,9 @@ class TrainConfig:
       ramp: numbers of the model that rise linearly from 0 to their value at the start of training,
         and how long: `"model.beta over 20 epochs"` is KL warm-up (Sønderby et al. 2016). Several
         are separated by commas.
+      compute_dtype: in which layers multiply, `float32` or `bfloat16`; parameters are float32, and
+        so is all that is measured. Made for accelerators: a CPU without such instructions is
+        slower.
     """
 
     duration: str = "100 epochs"
@@ -38,6 +41,7 @@ class TrainConfig:
     validate_every: str = "5 epochs"
     checkpoint_every: str = "10 epochs"
     ramp: str = ""
+    compute_dtype: str = "float32"
 
 
 _SECTIONS = {

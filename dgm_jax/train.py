@@ -17,6 +17,7 @@ from dgm_jax.checkpoint import Checkpoints, abstract
 from dgm_jax.core import DataSpec, Model, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood, passes
+from dgm_jax.nn import precision
 from dgm_jax.progress import Progress, say
 from dgm_jax.train_state import TrainState
 from dgm_jax.train_step import Metrics, compile_train_steps, init_state
@@ -83,7 +84,8 @@ class Experiment(NamedTuple):
         fields = self._model_fields
         for field, length in self.ramps.items():
             fields[field] = fields[field] * jnp.minimum(1.0, step / length)
-        return models.build(fields, self.dataset.spec)
+        model = models.build(fields, self.dataset.spec)
+        return precision.training_in(model, self.config.train.compute_dtype)
 
     @property
     def ramps(self) -> dict[str, int]:
@@ -131,6 +133,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset) -> Experiment:
             f"({num_train:,} examples)"
         )
     sharding.check_batch("train.batch_size", train.batch_size, mesh)
+    precision.check("train.compute_dtype", train.compute_dtype)
     if train.steps_per_dispatch < 1:
         raise UserError(f"train.steps_per_dispatch={train.steps_per_dispatch}: at least 1")
     exact = configs.num_steps(

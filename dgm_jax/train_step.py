@@ -39,6 +39,7 @@ def train_step(
     ema_decay: float,
     state: TrainState,
     batch: Batch,
+    rngs: Mapping[str, jax.Array],
 ) -> tuple[TrainState, Metrics]:
     """One update of every player, in order; each sees what those before it have done.
 
@@ -48,6 +49,7 @@ def train_step(
       ema_decay: decay of the averaged parameters, used where `state.ema` is kept.
       state: the state before.
       batch: see `core`.
+      rngs: a key for each player, by its name.
 
     Returns:
       The state after, and float32 `[]` metrics named `player/loss`, `player/grad_norm` and
@@ -56,10 +58,9 @@ def train_step(
     metrics: Metrics = {}
     params, opt_states = dict(state.params), dict(state.opt_states)
     for player in model.players:
-        rng = stream(state.seed, f"train/{player.name}", state.step)
 
-        def loss_of(own: Any, player: Player = player, rng: jax.Array = rng) -> tuple:
-            return player.loss_fn({**params, player.name: own}, batch, rng)
+        def loss_of(own: Any, player: Player = player) -> tuple:
+            return player.loss_fn({**params, player.name: own}, batch, rngs[player.name])
 
         own, opt_state = params[player.name], opt_states[player.name]
         (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(own)
@@ -105,16 +106,22 @@ def train_steps(
     num_examples = len(dataset.splits["train"])
 
     def run(state: TrainState, arrays: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        steps = state.step + jnp.arange(num_steps)
-        # All ids at once: K small index computations would cost more than one larger.
-        ids = jax.vmap(lambda s: batch_ids(state.seed, s, batch_size, num_examples))(steps)
+        names = [player.name for player in model_at(state.step).players]
 
-        def body(state: TrainState, ids: jax.Array) -> tuple[TrainState, Metrics]:
-            rng = stream(state.seed, "data/binarise", state.step)
+        def before(step: jax.Array) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+            ids = batch_ids(state.seed, step, batch_size, num_examples)
+            rngs = {name: stream(state.seed, f"train/{name}", step) for name in names}
+            return ids, stream(state.seed, "data/binarise", step), rngs
+
+        def body(state: TrainState, step: tuple) -> tuple[TrainState, Metrics]:
+            ids, rng, rngs = step
             batch = data.train_batch(dataset, arrays["images"], arrays["labels"], ids, rng)
-            return train_step(model_at(state.step), optimizer, ema_decay, state, place(batch))
+            model = model_at(state.step)
+            return train_step(model, optimizer, ema_decay, state, place(batch), rngs)
 
-        return jax.lax.scan(body, state, ids)
+        # For all steps at once: K small computations would cost more than one larger.
+        prepared = jax.vmap(before)(state.step + jnp.arange(num_steps))
+        return jax.lax.scan(body, state, prepared)
 
     return run
 

@@ -134,7 +134,8 @@ def test_players_move_only_their_own_parameters_and_see_earlier_updates():
     )
     optimizer = optax.sgd(0.25)
     state = init_state(model, optimizer, 0, {}, ema=False)
-    state, measured = train_step(model, optimizer, 0.0, state, {"x": jnp.zeros((2, 1))})
+    rngs = {name: jax.random.key(0) for name in ("a", "b")}
+    state, measured = train_step(model, optimizer, 0.0, state, {"x": jnp.zeros((2, 1))}, rngs)
     assert float(state.params["a"]) == 4.0  # 0 + ½·8
     assert float(state.params["b"]) == 6.0  # 8 - ½·4, from the new a; 4 from the old one
     assert float(measured["a/loss"]) == 64.0
@@ -152,7 +153,8 @@ def test_untrained_state_is_replaced_not_optimised():
     )
     optimizer = optax.sgd(0.1)
     state = init_state(model, optimizer, 0, {}, ema=False)
-    state, _ = train_step(model, optimizer, 0.0, state, {"x": jnp.zeros((2, 1))})
+    rngs = {"net": jax.random.key(0)}
+    state, _ = train_step(model, optimizer, 0.0, state, {"x": jnp.zeros((2, 1))}, rngs)
     assert float(state.params["net"]) == 0.0  # 1 - 0.1·10
     assert float(state.params["state"]) == 11.0
 

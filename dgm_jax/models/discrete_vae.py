@@ -21,6 +21,7 @@ from dgm_jax import likelihoods, objectives
 from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.nn import networks
 from dgm_jax.nn.autoregressive import AutoregressiveCategorical
+from dgm_jax.nn.precision import Dense
 from dgm_jax.objectives import Draws, Options
 
 OBJECTIVES = (*objectives.NEED_RELAXED, "vimco")
@@ -95,7 +96,7 @@ class Net(nn.Module):
         """Encoder, prior, decoder."""
         config = self.config
         self.encoder = networks.Encoder(config.network, config.encoder, config.activation)
-        self.head = nn.Dense(config.latents * config.classes)
+        self.head = Dense(config.latents * config.classes)
         self.decoder = networks.Decoder(
             config.network, config.decoder, config.activation, config.likelihood, self.spec
         )

@@ -20,6 +20,7 @@ from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError,
 from dgm_jax.distributions import gaussian_kl_to_standard, standard_gaussian_log_prob
 from dgm_jax.nn import networks
 from dgm_jax.nn.posteriors import Diagonal
+from dgm_jax.nn.precision import Dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Net(nn.Module):
         config, spec = self.config, self.spec
         layers = (config.network, config.activation)
         self.classifier = networks.Encoder(layers[0], config.classifier, layers[1])
-        self.logits = nn.Dense(spec.num_classes)
+        self.logits = Dense(spec.num_classes)
         self.encoder = networks.Encoder(layers[0], config.encoder, layers[1])
         self.posterior = Diagonal(config.latents)
         self.decoder = networks.Decoder(

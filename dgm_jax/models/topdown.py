@@ -26,6 +26,7 @@ from dgm_jax.nn import networks
 from dgm_jax.nn.conv import Conv, ResidualBlock, Upsample, halvings
 from dgm_jax.nn.mlp import ACTIVATIONS
 from dgm_jax.nn.posteriors import UNIT_RAW, draw_gaussian, positive
+from dgm_jax.nn.precision import Dense
 from dgm_jax.objectives import Draws, Options
 
 Gaussian = tuple[jax.Array, jax.Array]  # mu and log_sigma, each [K, B, H, W, latents]
@@ -99,14 +100,14 @@ class Layer(nn.Module):
         """The heads start at zero: p is a standard Gaussian, and q is p."""
         config = self.config
         self.prior_hidden = Conv(config.width)
-        self.prior_head = nn.Dense(
+        self.prior_head = Dense(
             2 * config.latents + config.channels, kernel_init=nn.initializers.zeros
         )
         self.posterior_hidden = Conv(config.width)
-        self.posterior_head = nn.Dense(2 * config.latents, kernel_init=nn.initializers.zeros)
+        self.posterior_head = Dense(2 * config.latents, kernel_init=nn.initializers.zeros)
         # Each layer adds its part: together they start at the size of one (Child 2021, section 3).
         depth = 1 / math.sqrt(sum(config.layers))
-        self.from_z = nn.Dense(
+        self.from_z = Dense(
             config.channels,
             kernel_init=nn.initializers.variance_scaling(depth, "fan_in", "truncated_normal"),
         )

@@ -22,6 +22,7 @@ from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError,
 from dgm_jax.nn import networks, quantise
 from dgm_jax.nn.autoregressive import AutoregressiveCategorical
 from dgm_jax.nn.conv import halvings
+from dgm_jax.nn.precision import Dense
 
 QUANTISERS = ("gradient", "ema", "fsq")
 
@@ -119,7 +120,7 @@ class Net(nn.Module):
         config = self.config
         self.grid, self.num = config.network == "conv", num_codes(config, self.spec)
         self.encoder = networks.Encoder(config.network, config.encoder, config.activation)
-        self.head = nn.Dense(config.code_shape[1] * (1 if self.grid else self.num))
+        self.head = Dense(config.code_shape[1] * (1 if self.grid else self.num))
         self.decoder = networks.Decoder(
             config.network,
             config.decoder,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dgm_jax.nn.mlp import ACTIVATIONS
+from dgm_jax.nn.precision import Dense, product
 
 
 class Conv(nn.Module):
@@ -36,14 +37,17 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         h, kernel, bias = nn.dtypes.promote_dtype(h, kernel, bias)
-        out = jax.lax.platform_dependent(
-            h.reshape(-1, height, width, channels),
+        out = product(self._convolve, h.reshape(-1, height, width, channels), kernel)
+        out = out + bias.reshape(1, 1, 1, -1)
+        return out.reshape(*lead, *out.shape[1:])
+
+    def _convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(
+            x,
             kernel,
             cpu=lambda x, w: convolve_patches(x, w, self.stride),
             default=lambda x, w: convolve(x, w, self.stride),
         )
-        out = out + bias.reshape(1, 1, 1, -1)
-        return out.reshape(*lead, *out.shape[1:])
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -134,9 +138,9 @@ class ConvDecoder(nn.Module):
         all_sides = halvings(self.sides, len(self.channels))
         lead, positions = z.shape[:-1], math.prod(all_sides[-1])
         if self.grid:
-            h = nn.Dense(self.channels[0])(z.reshape(*lead, positions, -1))
+            h = Dense(self.channels[0])(z.reshape(*lead, positions, -1))
         else:
-            h = nn.Dense(positions * self.channels[0])(z)
+            h = Dense(positions * self.channels[0])(z)
         h = h.reshape(*lead, *all_sides[-1], self.channels[0])
         for channels, sides in zip(self.channels, reversed(all_sides[:-1]), strict=True):
             h = ResidualBlock(channels, self.activation)(h)
@@ -164,6 +168,6 @@ class Upsample(nn.Module):
     def __call__(self, h: jax.Array, sides: tuple[int, int]) -> jax.Array:
         """Apply the layer."""
         *lead, height, width, _ = h.shape
-        h = nn.Dense(4 * self.channels)(h).reshape(*lead, height, width, 2, 2, self.channels)
+        h = Dense(4 * self.channels)(h).reshape(*lead, height, width, 2, 2, self.channels)
         h = jnp.moveaxis(h, -3, -4).reshape(*lead, 2 * height, 2 * width, self.channels)
         return h[..., : sides[0], : sides[1], :]

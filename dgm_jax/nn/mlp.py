@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dgm_jax.nn.precision import Dense, product
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
     "relu": nn.relu,
@@ -32,10 +34,10 @@ class MLP(nn.Module):
         """Apply the layers to `h` float `[..., D]`."""
         for width in self.hidden:
             if self.activation == "gated":
-                value, gate = jnp.split(nn.Dense(2 * width)(h), 2, axis=-1)
+                value, gate = jnp.split(Dense(2 * width)(h), 2, axis=-1)
                 h = value * nn.sigmoid(gate)
             else:
-                h = ACTIVATIONS[self.activation](nn.Dense(width)(h))
+                h = ACTIVATIONS[self.activation](Dense(width)(h))
         return h
 
 
@@ -67,16 +69,16 @@ class MaskedMLP(nn.Module):
             after = np.arange(width) % max(1, self.num - 1) + 1
             h = self._masked_dense(f"hidden_{i}", h, before[:, None] <= after[None])
             if i == 0 and context is not None:
-                h += nn.Dense(width, use_bias=False)(context)
+                h += Dense(width, use_bias=False)(context)
             h, before = ACTIVATIONS[self.activation](h), after
         mask = np.repeat(before[:, None] < degrees[None], self.outputs, axis=1)
         out = self._masked_dense("out", h, mask)
         if context is not None:  # the first variable sees no hidden unit, and must see this
-            out += nn.Dense(self.num * self.outputs, use_bias=False)(context)
+            out += Dense(self.num * self.outputs, use_bias=False)(context)
         return out.reshape(*out.shape[:-1], self.num, self.outputs)
 
     def _masked_dense(self, name: str, h: jax.Array, mask: np.ndarray) -> jax.Array:
         """A dense layer with the weights outside `mask` bool `[D, F]` held at zero."""
         kernel = self.param(f"{name}_kernel", nn.initializers.lecun_normal(), mask.shape)
         bias = self.param(f"{name}_bias", nn.initializers.zeros, mask.shape[1:])
-        return h @ (kernel * mask) + jnp.expand_dims(bias, range(h.ndim - 1))
+        return product(jnp.matmul, h, kernel * mask) + jnp.expand_dims(bias, range(h.ndim - 1))

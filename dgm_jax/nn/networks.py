@@ -10,6 +10,7 @@ from dgm_jax import likelihoods
 from dgm_jax.core import DataSpec, UserError
 from dgm_jax.nn.conv import ConvDecoder, ConvEncoder
 from dgm_jax.nn.mlp import ACTIVATIONS, MLP
+from dgm_jax.nn.precision import Dense
 
 KINDS = ("mlp", "conv")
 
@@ -147,12 +148,12 @@ class WindowDecoder(nn.Module):
         sides = self.spec.event_shape[:2]
         if self.kind == "mlp":
             self.body = MLP(self.widths, self.activation)
-            self.spread = nn.Dense(math.prod(sides) * _FEATURES)
+            self.spread = Dense(math.prod(sides) * _FEATURES)
         else:
             self.body = ConvDecoder(self.widths, sides, self.activation)
-        self.said = nn.Dense(self.width, use_bias=False)
-        self.seen = nn.Dense(self.width)
-        self.hidden = nn.Dense(self.width)
+        self.said = Dense(self.width, use_bias=False)
+        self.seen = Dense(self.width)
+        self.hidden = Dense(self.width)
         self.head = Head(self.likelihood, self.spec, per_pixel=True)
 
     def __call__(self, z: jax.Array, side: jax.Array | None, x: jax.Array) -> jax.Array:
@@ -229,7 +230,7 @@ class Head(nn.Module):
         bias = self.param("bias", lambda key: jnp.asarray(initial.ravel(), jnp.float32))
         lead = h.shape[: -2 if self.per_pixel and pixel is None else -1]
         pixels = math.prod(self.spec.event_shape[:2]) if self.per_pixel else 1
-        out = nn.Dense(initial.size // pixels, use_bias=False)(h)
+        out = Dense(initial.size // pixels, use_bias=False)(h)
         if pixel is not None:
             own = jnp.asarray(bias).reshape(pixels, -1)[pixel]
             out = out + jnp.expand_dims(own, range(len(lead)))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
 from dgm_jax.nn.mlp import MLP, MaskedMLP
+from dgm_jax.nn.precision import Dense
 
 Context = tuple[jax.Array, ...]
 
@@ -49,7 +50,7 @@ class Diagonal(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array) -> Context:
         """`[B, F]` -> (mu, log_sigma), each `[B, L]`."""
-        mu, raw = jnp.split(nn.Dense(2 * self.latents)(h), 2, axis=-1)
+        mu, raw = jnp.split(Dense(2 * self.latents)(h), 2, axis=-1)
         return mu, positive(raw)
 
     def draw(self, context: Context, rng: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -96,9 +97,9 @@ class FullCovariance(nn.Module):
     def __call__(self, h: jax.Array) -> Context:
         """`[B, F]` -> (mu `[B, L]`, log diag C `[B, L]`, C `[B, L, L]`)."""
         num = self.latents
-        mu, raw = jnp.split(nn.Dense(2 * num)(h), 2, axis=-1)
+        mu, raw = jnp.split(Dense(2 * num)(h), 2, axis=-1)
         # Off the diagonal C starts at zero: training sets out from the diagonal posterior.
-        below = nn.Dense(num * (num - 1) // 2, kernel_init=nn.initializers.zeros)(h)
+        below = Dense(num * (num - 1) // 2, kernel_init=nn.initializers.zeros)(h)
         log_diagonal = positive(raw)
         rows, columns = jnp.tril_indices(num, -1)
         cholesky = jnp.zeros((len(h), num, num)).at[:, rows, columns].set(below)

@@ -20,6 +20,7 @@ import numpy as np
 from dgm_jax.core import UserError
 from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
 from dgm_jax.nn.mlp import MLP, MaskedMLP
+from dgm_jax.nn.precision import Dense
 
 PosteriorOf = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -115,7 +116,7 @@ class RealNVP(nn.Module):
         """One network a coupling, which starts as the identity."""
         self.bodies = [MLP((self.width, self.width)) for _ in range(self.steps)]
         self.heads = [
-            nn.Dense(2 * (self.latents - self._kept(i)), kernel_init=nn.initializers.zeros)
+            Dense(2 * (self.latents - self._kept(i)), kernel_init=nn.initializers.zeros)
             for i in range(self.steps)
         ]
 
