@@ -97,6 +97,7 @@ class Draws(NamedTuple):
 
 def layered_draws(
     z: Latents,
+    log_q: list[jax.Array],
     log_likelihood_at: Callable[[Latents], jax.Array],
     log_priors_at: Callable[[Latents], list[jax.Array]],
     log_posteriors_at: Callable[[Latents, bool], list[jax.Array]],
@@ -105,12 +106,13 @@ def layered_draws(
 
     Args:
       z: K draws for each of B examples.
+      log_q: log q of each layer of z given what it was drawn from, from the data up, `[K, B]`.
       log_likelihood_at: `z -> log p(x | z) [K, B]`.
       log_priors_at: `z ->` log p of each layer given those above it, from the data up, `[K, B]`.
-      log_posteriors_at: `(z, detached) ->` log q of each layer given what it was inferred from,
-        likewise; `detached` as in `Draws.log_posterior_at`.
+      log_posteriors_at: `(z, detached) ->` the log_q of any z; `detached` as in
+        `Draws.log_posterior_at`.
     """
-    log_q, log_p = log_posteriors_at(z, False), log_priors_at(z)
+    log_p = log_priors_at(z)
     return Draws(
         z=z,
         log_likelihood=log_likelihood_at(z),

@@ -28,6 +28,7 @@ def collect(
     num_parameters: int,
     seconds: dict[str, float],
     files: list[str],
+    speed: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """A result by the schema in `docs/results_schema.md`.
 
@@ -40,6 +41,7 @@ def collect(
       num_parameters: scalars trained.
       seconds: wall-clock time by part.
       files: names of the files written, relative to the work directory.
+      speed: of training, where it was measured.
     """
     return {
         "schema": SCHEMA,
@@ -50,6 +52,7 @@ def collect(
         "config": config.to_dict(),
         "num_parameters": num_parameters,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "speed": speed,
         "peak_memory_mib": round(_peak_memory_mib()),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {

@@ -16,9 +16,12 @@ from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import ais, likelihood
 from dgm_jax.progress import Progress, say
 from dgm_jax.rng import stream
-from dgm_jax.train import Experiment, abstract_state, initial_state, prepare, train
+from dgm_jax.train import Experiment, abstract_state, initial_state, measure_speed, prepare, train
 from dgm_jax.train_state import TrainState, num_parameters
 from dgm_jax.workdir import Workdir, write_json
+
+# Seconds of training beside which those that `measure_speed` takes are little.
+_LONG_ENOUGH = 60
 
 
 class Trained(NamedTuple):
@@ -76,6 +79,7 @@ def train_mode(config: ConfigDict, workdir: Workdir) -> None:
     workdir.claim(config, experiment.dataset.card)
     _say_header(experiment, workdir)
     state, seconds = train(experiment, workdir)
+    speed = _speed(experiment, workdir) if seconds["training"] > _LONG_ENOUGH else None
 
     began = time.monotonic()
     trained = Trained(
@@ -89,7 +93,9 @@ def train_mode(config: ConfigDict, workdir: Workdir) -> None:
     seconds["this process"] = time.monotonic() - started
     files = sorted(str(p.relative_to(workdir.path)) for p in workdir.path.iterdir())
     files += [workdir.results.name]
-    result = write_result(workdir.results, trained, experiment.dataset, found, seconds, files)
+    result = write_result(
+        workdir.results, trained, experiment.dataset, found, seconds, files, speed
+    )
     _say_table(found, result, workdir)
 
 
@@ -252,6 +258,7 @@ def write_result(
     found: dict[str, metrics.Metric],
     seconds: dict[str, float],
     files: list[str],
+    speed: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Write what was measured on the test split, with all that says what it is about."""
     result = results.collect(
@@ -263,9 +270,22 @@ def write_result(
         num_parameters=num_parameters(trained.params),
         seconds=seconds,
         files=files,
+        speed=speed,
     )
     write_json(path, result)
     return result
+
+
+def _speed(experiment: Experiment, workdir: Workdir) -> dict[str, float]:
+    """Of the median dispatch; says it."""
+    rows = [row["images_per_second"] for row in writers.read(workdir.metrics) if "seconds" in row]
+    found = measure_speed(experiment, float(np.median(rows)))
+    fast, share = found["gflops"], found["share_of_limit"]
+    say(
+        f"speed       {found['images_per_second']:,.0f} images/s, {fast:,.1f} GFLOP/s of matrix "
+        f"products, {share:.0%} of what these reach here alone"
+    )
+    return found
 
 
 def _draw_pictures(experiment: Experiment, state: TrainState, workdir: Workdir) -> None:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
-from dgm_jax import models, optim, sharding, writers
+from dgm_jax import limit, models, optim, sharding, writers
 from dgm_jax.checkpoint import Checkpoints, abstract
 from dgm_jax.core import DataSpec, Model, UserError
 from dgm_jax.data import dataset as data
@@ -20,7 +20,7 @@ from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.nn import precision
 from dgm_jax.progress import Progress, say
 from dgm_jax.train_state import TrainState
-from dgm_jax.train_step import Metrics, compile_train_steps, init_state
+from dgm_jax.train_step import Metrics, compile_train_steps, init_state, train_steps
 from dgm_jax.workdir import Workdir
 
 
@@ -179,6 +179,39 @@ def abstract_state(
         lambda: init_state(model, optimizer, config.seed, {"x": x}, config.optimizer.ema > 0)
     )
     return abstract(state, sharding.replicated(mesh))
+
+
+def measure_speed(experiment: Experiment, images_per_second: float) -> dict[str, float]:
+    """How fast training was, beside what its matrix products alone would allow on this machine.
+
+    Takes some seconds: it compiles the products of a device's share of one step and times them.
+
+    Args:
+      experiment: what was trained.
+      images_per_second: that it was trained at, over all devices.
+
+    Returns:
+      `images_per_second`; `gflops` of its products, 10⁹ operations a second; and `share_of_limit`,
+      the part of the step's time that its products would take alone.
+    """
+    split, config = experiment.dataset.splits["train"], experiment.config
+    share = config.train.batch_size // experiment.mesh.size
+    step = train_steps(
+        experiment.model_at,
+        experiment.optimizer,
+        experiment.ema_decay,
+        experiment.dataset,
+        share,
+        num_steps=1,
+    )
+    state = jax.eval_shape(lambda: initial_state(experiment))
+    products = limit.products_of(step, state, {"images": split.images, "labels": split.labels})
+    steps_per_second = images_per_second / config.train.batch_size
+    return {
+        "images_per_second": images_per_second,
+        "gflops": limit.num_operations(products) * experiment.mesh.size * steps_per_second / 1e9,
+        "share_of_limit": limit.seconds_alone(products) * steps_per_second,
+    }
 
 
 def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, dict[str, float]]:

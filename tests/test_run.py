@@ -46,16 +46,19 @@ def judged(tmp_path_factory):
         patch.setattr(shapes, "NUM_TEST", 400)
         patch.setattr(features, "LABELS_PER_CLASS", (1,))
         patch.setattr(run, "_draw_pictures", lambda *args: None)
+        patch.setattr(run, "_LONG_ENOUGH", 0)
         run.train_mode(config, Workdir(path))
         run.features_mode(Workdir(path))
         dataset = data.load(configs.section(config, "data"))
-    result = json.loads((path / "features.json").read_text())
+    trained, result = (
+        json.loads((path / f).read_text()) for f in ("results.json", "features.json")
+    )
     with np.load(path / "features.npz") as arrays:
-        return dataset, dict(arrays), result, run.restore(path)
+        return dataset, dict(arrays), result, run.restore(path), trained["speed"]
 
 
 def test_the_file_has_features_by_layer_labels_and_factors(judged):
-    dataset, arrays, _, restored = judged
+    dataset, arrays, _, restored, _ = judged
     for split, num in (("train", 600), ("test", 400)):
         whole = arrays[f"{split}_features"]
         assert whole.shape == (num, 6)
@@ -70,7 +73,7 @@ def test_the_file_has_features_by_layer_labels_and_factors(judged):
 
 
 def test_each_representation_is_scored_and_pixels_only_classified(judged):
-    _, arrays, result, _ = judged
+    _, arrays, result, _, _ = judged
     found = {}
     for name, metric in result["metrics"].items():
         of, _, title = name.partition("/")
@@ -90,3 +93,14 @@ def test_each_representation_is_scored_and_pixels_only_classified(judged):
     assert (result["split"], result["step"]) == ("test", 20)
     assert result["files"] == ["features.npz", "features.json"]
     assert result["data"]["factors"] == list(shapes.FACTORS)
+
+
+def test_the_speed_counts_each_product_of_a_step(judged):
+    """Three a kernel: forward and both gradients; the first has two, no gradient at the pixels."""
+    *_, restored, speed = judged
+    kernels = [p for p in jax.tree.leaves(restored.params) if p.ndim == 2]
+    (first,) = (kernel for kernel in kernels if kernel.shape[0] == restored.spec.num_dims)
+    operations = 2 * (3 * sum(kernel.size for kernel in kernels) - first.size)  # of one image
+    expected = operations * speed["images_per_second"] / 1e9
+    np.testing.assert_allclose(speed["gflops"], expected, rtol=1e-6)
+    assert 0 < speed["share_of_limit"] < np.inf

@@ -128,24 +128,26 @@ def build(config: Config, spec: DataSpec) -> Model:
         ]
         return [*inner, jnp.sum(standard_gaussian_log_prob(z[-1]), axis=-1)]
 
-    def posterior_draw(bound: Net, x: jax.Array, rng: jax.Array, k: int) -> tuple[jax.Array, ...]:
-        z, h = [], bound.pixels(x)[None]
+    def posterior_draw(bound: Net, x: jax.Array, rng: jax.Array, k: int) -> tuple:
+        """z, and log q of each layer given the one below, `[K, B]`."""
+        z, log_q, h = [], [], bound.pixels(x)[None]
         for conditional, key in zip(bound.up, jax.random.split(rng, num_layers), strict=True):
-            h = draw_gaussian(key, conditional(h), k)
+            posterior = conditional(h)
+            h = draw_gaussian(key, posterior, k)
             z.append(h)
-        return tuple(z)
+            log_q.append(jnp.sum(gaussian_log_prob(h, *posterior), axis=-1))
+        return tuple(z), log_q
 
     def draw(params: Params, batch: Batch, rng: jax.Array, k: int) -> Draws:
         """K posterior draws and all that objectives may ask about them."""
         bound, held, x = bind(params), bind(jax.lax.stop_gradient(params)), batch["x"]
         flat = x.reshape(1, len(x), -1)
-        z = posterior_draw(bound, x, rng, k)
 
         def log_likelihood_at(z: tuple[jax.Array, ...]) -> jax.Array:
             return likelihood.log_prob(bound.outputs(z[0]), flat)
 
         return objectives.layered_draws(
-            z,
+            *posterior_draw(bound, x, rng, k),
             log_likelihood_at,
             lambda z: log_priors(bound, z),
             lambda z, detached: log_posteriors(held if detached else bound, x, z),
@@ -162,7 +164,7 @@ def build(config: Config, spec: DataSpec) -> Model:
 
     def reconstruct(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
         bound = bind(params)
-        z = posterior_draw(bound, batch["x"], rng, 1)
+        z, _ = posterior_draw(bound, batch["x"], rng, 1)
         return likelihoods.picture(likelihood, bound.outputs(z[0][0]), spec)
 
     def draw_joint(

@@ -162,10 +162,17 @@ def build(config: Config, spec: DataSpec) -> Model:
     def pixels(bound: Net, batch: Batch) -> jax.Array:
         return bound.pixels(batch["x"] / spec.scale)
 
-    def posterior_draw(bound: Net, batch: Batch, rng: jax.Array, k: int) -> Pair:
+    def posterior_draw(
+        bound: Net, batch: Batch, rng: jax.Array, k: int
+    ) -> tuple[Pair, list[jax.Array]]:
+        """z, and log q of each layer, `[K, B]`."""
         h, (rng_1, rng_2) = pixels(bound, batch)[None], jax.random.split(rng)
-        z_2 = draw_gaussian(rng_2, bound.infer_2(h), k)
-        return draw_gaussian(rng_1, bound.infer_1(h, z_2), k), z_2
+        upper = bound.infer_2(h)
+        z_2 = draw_gaussian(rng_2, upper, k)
+        lower = bound.infer_1(h, z_2)
+        z_1 = draw_gaussian(rng_1, lower, k)
+        log_q = [gaussian_log_prob(z_1, *lower), gaussian_log_prob(z_2, *upper)]
+        return (z_1, z_2), [jnp.sum(each, axis=-1) for each in log_q]
 
     def draw(params: Params, batch: Batch, rng: jax.Array, k: int) -> Draws:
         """K posterior draws and all that objectives may ask about them."""
@@ -185,7 +192,7 @@ def build(config: Config, spec: DataSpec) -> Model:
             return [lower, bound.log_prior_2(z[1])]
 
         return objectives.layered_draws(
-            posterior_draw(bound, batch, rng, k),
+            *posterior_draw(bound, batch, rng, k),
             lambda z: likelihood.log_prob(bound.outputs(z), flat),
             log_priors,
             log_posteriors,
@@ -212,7 +219,7 @@ def build(config: Config, spec: DataSpec) -> Model:
 
     def reconstruct(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
         bound = bind(params)
-        z = jax.tree.map(lambda a: a[0], posterior_draw(bound, batch, rng, 1))
+        z = jax.tree.map(lambda a: a[0], posterior_draw(bound, batch, rng, 1)[0])
         return likelihoods.picture(likelihood, bound.outputs(z), spec)
 
     return objectives.latent_variable_model(
