@@ -236,8 +236,9 @@ def held_out_batch(
 def some(dataset: Dataset, split: str, num: int) -> Batch:
     """`num` examples spread evenly over a split, as a batch to look at or to try things on."""
     chosen = dataset.splits[split]
-    images, labels = jnp.asarray(chosen.images), jnp.asarray(chosen.labels)
-    return held_out_batch(dataset, split, images, labels, jnp.asarray(_spread(len(chosen), num)))
+    # One program: its many small operations would be compiled one by one.
+    make = jax.jit(lambda *arrays: held_out_batch(dataset, split, *arrays))
+    return make(chosen.images, chosen.labels, _spread(len(chosen), num))
 
 
 def spread(dataset: Dataset, split: str, num: int) -> Dataset:
