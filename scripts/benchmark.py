@@ -12,7 +12,6 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import statistics
@@ -21,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from contestants import CASES
+from contestants import CASES, TopDownCase
 
 REPO = Path(__file__).resolve().parent.parent
 RECORD = REPO / "docs" / "results" / "benchmark.json"
@@ -31,10 +30,10 @@ PYTHAE, LIMIT, OURS = "pythae", "matrix products alone", "dgm_jax"
 
 def contestants_of(case: str) -> list[str]:
     """Who can run a case: pythae its own network only."""
-    torch = ["PyTorch eager", "torch.compile"]
     if case.startswith(PYTHAE):
         return [OURS, PYTHAE, LIMIT]
-    return [OURS, "dgm_jax, a dispatch per step", *torch, LIMIT]
+    programs = [OURS, "dgm_jax, a dispatch per step", "PyTorch eager", "torch.compile"]
+    return programs if isinstance(CASES[case], TopDownCase) else [*programs, LIMIT]
 
 
 def one_process(contestant: str, case: str, seconds: float) -> dict[str, float]:
@@ -94,9 +93,9 @@ def table(record: dict[str, Any]) -> str:
         speeds = {n: statistics.median(m["images_per_second"] for m in t) for n, t in each.items()}
         for name, taken in each.items():
             ratio = speeds[OURS] / speeds[name]
-            loss = statistics.median(m["loss"] for m in taken)
+            loss = taken[0]["loss"]
             cells = [case, name, f"{speeds[name]:,.0f}", f"{ratio:.2f} ×"]
-            cells += ["" if math.isnan(loss) else f"{loss:.1f}"]
+            cells += ["" if loss is None else f"{loss:.1f}"]
             cells += [f"{taken[0]['num_parameters']:,}" if taken[0]["num_parameters"] else ""]
             lines.append("| " + " | ".join(cells) + " |")
     lines += [

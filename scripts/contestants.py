@@ -1,21 +1,28 @@
-"""The same training step in several programs: what `benchmark.py` times, a process for each.
+"""The same training in several programs: what `benchmark.py` times, a process for each.
 
-All train one network on the same images, binarised anew for each batch, with Adam. This project
+All train one network on the same images, binarised anew at every visit, with Adam. This project
 also clips and logs the gradient's norm; the others do neither.
 """
 
+import functools
 import itertools
+import logging
 import math
+import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+LEARNING_RATE = 1e-3
+NUM_DRAWS = 100  # K, posterior draws for each validation image
 
-class Case(NamedTuple):
-    """What is trained: 784-hidden-latents-hidden-784.
+
+class MLPCase(NamedTuple):
+    """784-hidden-latents-hidden-784.
 
     Attributes:
       batch_size: B.
@@ -24,6 +31,7 @@ class Case(NamedTuple):
       latents: L.
       num_samples: K; above 1 the objective is IWAE's.
       activation: between the layers.
+      steps_per_call: updates in one call of `Trainer.train`.
     """
 
     batch_size: int
@@ -32,71 +40,160 @@ class Case(NamedTuple):
     latents: int = 50
     num_samples: int = 1
     activation: str = "silu"
+    steps_per_call: int = 100
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The `model` section of this project's config."""
+        return {
+            "name": "vae",
+            "encoder": self.hidden,
+            "decoder": self.hidden[::-1],
+            "latents": self.latents,
+            "activation": self.activation,
+            "num_samples": self.num_samples,
+            "objective": "elbo" if self.num_samples == 1 else "iwae",
+        }
+
+    def torch_network(self, mean: Any) -> Any:
+        """The same in PyTorch, for images of this `mean`."""
+        from torch_networks import MLPVAE
+
+        return MLPVAE(self.hidden, self.latents, self.num_samples, self.activation, mean)
 
 
-LEARNING_RATE = 1e-3
-CASES = {
-    "MLP VAE, batch 20": Case(20),
-    "MLP VAE, batch 100": Case(100),
-    "MLP VAE, batch 512": Case(512, 600),
-    "IWAE, K = 50, batch 20": Case(20, 300, num_samples=50),
-    "pythae's MLP, batch 100": Case(100, hidden=(512,), activation="relu"),
+class TopDownCase(NamedTuple):
+    """The network of configs/topdown_mnist.py.
+
+    Attributes:
+      batch_size, num_steps, steps_per_call: as in `MLPCase`.
+      layers, latents, channels, width: as in `dgm_jax.models.topdown.Config`.
+    """
+
+    batch_size: int
+    num_steps: int
+    layers: tuple[int, ...] = (0, 3, 3)
+    latents: int = 4
+    channels: int = 32
+    width: int = 32
+    steps_per_call: int = 10
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The `model` section of this project's config."""
+        fields = ("layers", "latents", "channels", "width")
+        return {"name": "topdown", **{field: getattr(self, field) for field in fields}}
+
+    def torch_network(self, mean: Any) -> Any:
+        """The same in PyTorch, for images of this `mean`."""
+        from torch_networks import TopDownVAE
+
+        return TopDownVAE(self.layers, self.latents, self.channels, self.width, mean)
+
+
+Case = MLPCase | TopDownCase
+CASES: dict[str, Case] = {
+    "MLP VAE, batch 20": MLPCase(20),
+    "MLP VAE, batch 100": MLPCase(100),
+    "MLP VAE, batch 512": MLPCase(512, 600),
+    "IWAE, K = 50, batch 20": MLPCase(20, 300, num_samples=50),
+    "top-down VAE, batch 32": TopDownCase(32, 100),
+    "pythae's MLP, batch 100": MLPCase(100, hidden=(512,), activation="relu"),
 }
 
-# What a contestant gives: (parameters, mean loss of the last fifth of case.num_steps steps,
-# a function that makes some more steps and returns how many).
-Ready = tuple[int, float, Callable[[], int]]
+
+class Trainer(NamedTuple):
+    """A program that is ready to train.
+
+    Attributes:
+      num_parameters: of the network; 0 where nothing is trained.
+      train: makes some steps, waits for them, and gives the loss of each, float `[steps]`, nats per
+        image.
+      evaluate: `() -> (-ELBO, NLL)` of the validation split, nats per image, from the same
+        `NUM_DRAWS` draws; None where nobody asks.
+    """
+
+    num_parameters: int
+    train: Callable[[], np.ndarray]
+    evaluate: Callable[[], tuple[float, float]] | None = None
 
 
-def measure(contestant: str, case: str, seconds: float) -> dict[str, float]:
+def measure(contestant: str, case: str, seconds: float) -> dict[str, Any]:
     """Train as the case says, then time more steps for some seconds.
 
     Returns:
-      `images_per_second`, `loss` (nats per image, of training), `num_parameters`.
+      `images_per_second`; `loss`, nats per image, of training, mean of the last fifth of the case's
+      steps, None where nothing is trained; `num_parameters`; `memory_mib`, resident before and
+      after the timed steps.
     """
-    num_parameters, loss, more = CONTESTANTS[contestant](CASES[case])
-    more()
-    steps, began = 0, time.perf_counter()
+    batch_size, num_steps, *_ = CASES[case]
+    trainer, losses = CONTESTANTS[contestant](CASES[case]), np.zeros(0)
+    while len(losses) < num_steps:
+        losses = np.append(losses, trainer.train())
+    loss = float(losses[:num_steps][-num_steps // 5 :].mean())
+    before, steps, began = resident_mib(), 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
-        steps += more()
-    speed = steps * CASES[case].batch_size / (time.perf_counter() - began)
-    return {"images_per_second": speed, "loss": loss, "num_parameters": num_parameters}
+        steps += len(trainer.train())
+    return {
+        "images_per_second": steps * batch_size / (time.perf_counter() - began),
+        "loss": loss if trainer.num_parameters else None,
+        "num_parameters": trainer.num_parameters,
+        "memory_mib": [before, resident_mib()],
+    }
 
 
-def _images() -> Any:
-    """The data set of all contestants."""
-    from dgm_jax.data import dataset
+def resident_mib() -> int:
+    """Memory of this process that is in RAM now, MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kib,) = (line.split()[1] for line in lines if line.startswith("VmRSS:"))
+    return int(kib) // 1024
 
-    return dataset.load(dataset.Config(), announce=lambda line: None)
+
+@functools.cache
+def dataset() -> Any:
+    """The data of all contestants: `dgm_jax.data.dataset.Dataset`."""
+    from dgm_jax.data.dataset import Config, load
+
+    return load(Config(), announce=lambda line: None)
 
 
-def _dgm_jax(case: Case, steps_per_dispatch: int = 100) -> Ready:
-    """This project's compiled steps."""
+def train_images() -> Any:
+    """The training split for PyTorch: float `[N, 784]` in [0, 1]."""
+    import torch
+
+    return torch.tensor(dataset().splits["train"].images).reshape(-1, 784) / 255
+
+
+def _dgm_jax(case: Case, by_step: bool = False) -> Trainer:
+    """This project with the optimizer that all have, or the same step dispatched `by_step`."""
+    from dgm_jax import config as configs
+
+    config = configs.override(
+        configs.experiment(case.model["name"]),
+        {
+            "train.batch_size": case.batch_size,
+            "train.duration": "1000000 steps",  # the learning rate is all but constant
+            "train.steps_per_dispatch": 1 if by_step else case.steps_per_call,
+            "optimizer.learning_rate": LEARNING_RATE,
+            "optimizer.warmup": 0.0,
+            "optimizer.ema": 0.0,
+            **{f"model.{field}": value for field, value in case.model.items()},
+        },
+    )
+    return compiled_run(config, case.steps_per_call)
+
+
+def compiled_run(config: Any, steps_per_call: int) -> Trainer:
+    """A run of this project."""
     import jax
 
-    from dgm_jax import config as configs
     from dgm_jax import sharding
+    from dgm_jax.evaluators import likelihood, passes
     from dgm_jax.train import initial_state, prepare
     from dgm_jax.train_state import num_parameters
     from dgm_jax.train_step import compile_train_steps
 
-    config = configs.override(
-        configs.experiment("vae"),
-        {
-            "train.batch_size": case.batch_size,
-            "train.duration": "1000000 steps",  # the learning rate is all but constant
-            "optimizer.learning_rate": LEARNING_RATE,
-            "optimizer.warmup": 0.0,
-            "optimizer.ema": 0.0,
-            "model.encoder": case.hidden,
-            "model.decoder": case.hidden[::-1],
-            "model.latents": case.latents,
-            "model.activation": case.activation,
-            "model.num_samples": case.num_samples,
-            "model.objective": "elbo" if case.num_samples == 1 else "iwae",
-        },
-    )
-    experiment = prepare(config, _images())
+    experiment = prepare(config, dataset())
     split, mesh = experiment.dataset.splits["train"], experiment.mesh
     arrays = {"images": split.images, "labels": split.labels}
     arrays = jax.device_put(arrays, sharding.replicated(mesh))
@@ -105,156 +202,149 @@ def _dgm_jax(case: Case, steps_per_dispatch: int = 100) -> Ready:
         experiment.optimizer,
         experiment.ema_decay,
         experiment.dataset,
-        case.batch_size,
-        steps_per_dispatch,
+        config.train.batch_size,
+        experiment.steps_per_dispatch,
         mesh,
     )
     state = initial_state(experiment)
-    size, losses = num_parameters(state.params), []
-    for _ in range(case.num_steps // steps_per_dispatch):
-        state, measured = run(state, arrays)
-        losses.append(measured["vae/loss"])
-    losses = np.concatenate(jax.device_get(losses))
 
-    def more() -> int:
+    def train() -> np.ndarray:
         nonlocal state
-        for _ in range(max(1, 100 // steps_per_dispatch)):
+        losses = []
+        for _ in range(steps_per_call // experiment.steps_per_dispatch):
             state, measured = run(state, arrays)
-        jax.block_until_ready(measured)
-        return max(100, steps_per_dispatch)
+            losses.append(measured[f"{config.model.name}/loss"])
+        return np.concatenate(jax.device_get(losses))
 
-    return size, float(losses[-case.num_steps // 5 :].mean()), more
+    bound = likelihood.importance_weighted(experiment.model, NUM_DRAWS, config.eval.chunk)
+    evaluation = (experiment.dataset, "validation", config.eval.batch_size, mesh)
+    bounds = passes.compile_pass(bound, *evaluation)
+
+    def evaluate() -> tuple[float, float]:
+        found = bounds(state.eval_params, config.seed)
+        elbo, many = (found[f"importance_weighted_bound{k}"].mean() for k in ("_1", ""))
+        return -float(elbo), -float(many)
+
+    return Trainer(num_parameters(state.params), train, evaluate)
 
 
-def _dgm_jax_by_step(case: Case) -> Ready:
-    """The same step, dispatched one at a time."""
-    return _dgm_jax(case, steps_per_dispatch=1)
-
-
-def _torch(case: Case, compiled: bool) -> Ready:
+def torch_trainer(case: Case, compiled: bool = False, seed: int = 0) -> Trainer:
     """The network in PyTorch, its data in memory, fused Adam; no value leaves it in the loop."""
     import torch
-    from torch import nn
-    from torch.nn import functional
 
-    dataset = _images()
-    images = dataset.splits["train"].images.reshape(-1, 784)
-    images = torch.tensor(images, dtype=torch.float32) / 255
-    activation = {"silu": nn.SiLU, "relu": nn.ReLU}[case.activation]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
+    images = train_images()
+    network = case.torch_network(images.mean(0))
+    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
+    loss_of = torch.compile(network) if compiled else network
 
-    def mlp(sizes: tuple[int, ...]) -> list[nn.Module]:
-        return [
-            layer for i, o in itertools.pairwise(sizes) for layer in (nn.Linear(i, o), activation())
-        ]
-
-    class VAE(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            last, first = case.hidden[-1], case.hidden[0]
-            self.encoder = nn.Sequential(*mlp((784, *case.hidden)))
-            self.posterior = nn.Linear(last, 2 * case.latents)
-            self.decoder = nn.Sequential(*mlp((case.latents, *case.hidden[::-1])))
-            self.head = nn.Linear(first, 784)
-            mean = images.mean(0).clamp(1e-3, 1 - 1e-3)
-            for module in self.modules():  # as Flax starts its layers
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                    nn.init.zeros_(module.bias)
-            self.head.bias.data = torch.logit(mean)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            mu, raw = self.posterior(self.encoder(2 * x - 1)).chunk(2, -1)
-            sigma = functional.softplus(raw) + 1e-4
-            shape = (case.num_samples, *mu.shape) if case.num_samples > 1 else mu.shape
-            noise = torch.randn(shape)
-            z = mu + sigma * noise
-            logits = self.head(self.decoder(z))
-            cost = functional.binary_cross_entropy_with_logits(
-                logits, x.expand_as(logits), reduction="none"
-            ).sum(-1)
-            if case.num_samples == 1:
-                rate = 0.5 * (sigma**2 + mu**2 - 1) - sigma.log()
-                return (cost + rate.sum(-1)).mean()
-            log_ratio = (0.5 * (noise**2 - z**2) + sigma.log()).sum(-1)
-            return -(torch.logsumexp(log_ratio - cost, 0) - math.log(case.num_samples)).mean()
-
-    model = VAE()
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
-    loss_of = torch.compile(model) if compiled else model
-
-    def batches() -> Any:
+    def batches() -> Iterator[torch.Tensor]:
         while True:
-            yield from torch.randperm(len(images)).split(case.batch_size)
+            epoch = torch.randperm(len(images)).split(case.batch_size)
+            yield from epoch[: len(images) // case.batch_size]
 
-    order = batches()
+    ids = batches()
 
     def step() -> torch.Tensor:
-        ids = next(order)
-        while len(ids) < case.batch_size:
-            ids = next(order)
-        loss = loss_of(torch.bernoulli(images[ids]))
+        loss = loss_of(torch.bernoulli(images[next(ids)]))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         return loss.detach()
 
-    losses = [step() for _ in range(case.num_steps)][-case.num_steps // 5 :]
+    def train() -> np.ndarray:
+        return torch.stack([step() for _ in range(case.steps_per_call)]).numpy()
 
-    def more() -> int:
-        for _ in range(100):
-            step()
-        return 100
-
-    size = sum(p.numel() for p in model.parameters())
-    return size, float(torch.stack(losses).mean()), more
+    return Trainer(_size(network), train, functools.partial(_evaluate_torch, network))
 
 
-def _torch_eager(case: Case) -> Ready:
-    return _torch(case, compiled=False)
+def _size(network: Any) -> int:
+    return sum(p.numel() for p in network.parameters())
 
 
-def _torch_compile(case: Case) -> Ready:
-    return _torch(case, compiled=True)
+def _evaluate_torch(network: Any) -> tuple[float, float]:
+    """`Trainer.evaluate` of an `MLPVAE`: the images and bits that this project is measured on."""
+    import jax.numpy as jnp
+    import torch
+
+    from dgm_jax.data.dataset import held_out_batch
+
+    split = dataset().splits["validation"]
+    arrays = jnp.asarray(split.images), jnp.asarray(split.labels)
+    x = held_out_batch(dataset(), "validation", *arrays, jnp.arange(len(split)))["x"]
+    generator, log_w = torch.Generator().manual_seed(0), []
+    with torch.no_grad():
+        for part in torch.tensor(np.asarray(x)).reshape(-1, 784).split(50):
+            shape = (NUM_DRAWS, len(part), network.latents)
+            log_w.append(network.log_weights(part, torch.randn(shape, generator=generator)))
+    log_w = torch.cat(log_w, 1)
+    bound = torch.logsumexp(log_w, 0) - math.log(NUM_DRAWS)
+    return -float(log_w.mean()), -float(bound.mean())
 
 
-def _pythae(case: Case) -> Ready:
-    """pythae's own trainer with its default network; an epoch at a time, its own loss."""
-    import logging
-    import os
-
+def pythae_trainer(
+    case: MLPCase, network: Any = None, learning_rate: float = LEARNING_RATE, seed: int = 0
+) -> Trainer:
+    """pythae's own trainer, an epoch at a time, with its default network or that of an `MLPVAE`."""
+    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+    import torch
+    from pythae.data.datasets import BaseDataset, DatasetOutput
     from pythae.models import VAE, VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
     from pythae.trainers import BaseTrainer, BaseTrainerConfig
 
     logging.disable(logging.CRITICAL)
-    os.environ["TQDM_DISABLE"] = "1"
-    images = _images().splits["train"].images.transpose(0, 3, 1, 2) / np.float32(255)
-    sizes = {"input_dim": (1, 28, 28), "latent_dim": case.latents}
-    model = VAE(VAEConfig(**sizes, reconstruction_loss="bce"))
-    config = BaseTrainerConfig(
-        output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=case.batch_size,
-        learning_rate=LEARNING_RATE,
+
+    class Binarised(BaseDataset):
+        def __getitem__(self, index: int) -> DatasetOutput:
+            return DatasetOutput(data=torch.bernoulli(self.data[index]), labels=self.labels[index])
+
+    class Encoder(BaseEncoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: torch.Tensor) -> ModelOutput:
+            mu, sigma = self.network.posterior(x.flatten(1))
+            return ModelOutput(embedding=mu, log_covariance=2 * sigma.log())
+
+    class Decoder(BaseDecoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = network.decoder
+
+        def forward(self, z: torch.Tensor) -> ModelOutput:
+            mean = torch.sigmoid(self.decoder(z))
+            return ModelOutput(reconstruction=mean.reshape(-1, 1, 28, 28))
+
+    images = train_images().reshape(-1, 1, 28, 28)
+    config = VAEConfig((1, 28, 28), case.latents, reconstruction_loss="bce")
+    model = VAE(config, Encoder(), Decoder()) if network else VAE(config)
+    trainer = BaseTrainer(
+        model,
+        Binarised(images, torch.zeros(len(images))),
+        training_config=BaseTrainerConfig(
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=case.batch_size,
+            learning_rate=learning_rate,
+            seed=seed,
+        ),
     )
-    trainer = BaseTrainer(model, _dataset(images), training_config=config)
     trainer.prepare_training()
+    losses: list[torch.Tensor] = []
+    model.register_forward_hook(lambda module, inputs, output: losses.append(output.loss.detach()))
     epochs = itertools.count(1)
 
-    def more() -> int:
+    def train() -> np.ndarray:
+        losses.clear()
         trainer.train_step(next(epochs))
-        return -(-len(images) // case.batch_size)
+        return torch.stack(losses).numpy()
 
-    return sum(p.numel() for p in model.parameters()), float("nan"), more
-
-
-def _dataset(images: np.ndarray) -> Any:
-    import torch
-    from pythae.data.datasets import BaseDataset
-
-    return BaseDataset(torch.tensor(images), torch.zeros(len(images)))
+    return Trainer(_size(model), train, functools.partial(_evaluate_torch, network))
 
 
-def _products(case: Case) -> Ready:
+def _products(case: MLPCase) -> Trainer:
     """The matrix products of a step, forward and backward, in one scan with nothing else.
 
     Each takes what the one before gave, and the gradients take the place of the weights: no
@@ -286,20 +376,21 @@ def _products(case: Case) -> Ready:
                 g = jnp.tile(g[: case.batch_size], (1, 2))
         return gradients[::-1], None
 
-    run = jax.jit(lambda weights: jax.lax.scan(step, weights, None, length=100)[0])
+    num_steps = case.steps_per_call
+    run = jax.jit(lambda weights: jax.lax.scan(step, weights, None, length=num_steps)[0])
 
-    def more() -> int:
+    def train() -> np.ndarray:
         jax.block_until_ready(run(weights))
-        return 100
+        return np.full(num_steps, np.nan)  # no loss
 
-    return 0, float("nan"), more
+    return Trainer(0, train)
 
 
-CONTESTANTS: dict[str, Callable[[Case], Ready]] = {
+CONTESTANTS: dict[str, Callable[[Case], Trainer]] = {
     "dgm_jax": _dgm_jax,
-    "dgm_jax, a dispatch per step": _dgm_jax_by_step,
-    "PyTorch eager": _torch_eager,
-    "torch.compile": _torch_compile,
-    "pythae": _pythae,
+    "dgm_jax, a dispatch per step": functools.partial(_dgm_jax, by_step=True),
+    "PyTorch eager": torch_trainer,
+    "torch.compile": functools.partial(torch_trainer, compiled=True),
+    "pythae": pythae_trainer,
     "matrix products alone": _products,
 }
