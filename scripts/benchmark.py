@@ -1,31 +1,40 @@
 """Train the same network in several programs, in turn, and write how fast each is.
 
     pip install -r requirements-benchmark.txt
-    python scripts/benchmark.py                 # all of it: about a quarter of an hour
-    python scripts/benchmark.py --rounds=1 --seconds=1 --cases='MLP VAE, batch 100'
+    python scripts/benchmark.py --keep              # images/s of every case
+    python scripts/benchmark.py --quality --keep    # seconds until a VAE is good
+    python scripts/benchmark.py --rounds=1 --seconds=1 --cases 'MLP VAE, batch 100'
 
-Each measurement is a process of its own; they take turns, A B A B, and medians are compared. What
-was measured goes to docs/results/benchmark.json, and from there to docs/performance.md.
+Each measurement is a process of its own; they take turns, A B A B, and medians are compared. With
+--keep, what was measured goes to its section of docs/results/benchmark.json, and as a table between
+that section's marks in docs/performance.md; the other section stays as it was.
 """
 
 import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from contestants import CASES, TopDownCase
+from contestants import CASES, NUM_DRAWS, TopDownCase
+from quality import RECIPES, TARGETS, seconds_to
 
 REPO = Path(__file__).resolve().parent.parent
 RECORD = REPO / "docs" / "results" / "benchmark.json"
 PAGE = REPO / "docs" / "performance.md"
 PYTHAE, LIMIT, OURS = "pythae", "matrix products alone", "dgm_jax"
+FLOW = "dgm_jax, flow prior"
+LOSS_TOLERANCE = 0.05  # relative; other noise and initial draws change a loss by 1 % or so
+
+Measured = dict[str, Any]  # what one process found
 
 
 def contestants_of(case: str) -> list[str]:
@@ -36,35 +45,65 @@ def contestants_of(case: str) -> list[str]:
     return programs if isinstance(CASES[case], TopDownCase) else [*programs, LIMIT]
 
 
-def one_process(contestant: str, case: str, seconds: float) -> dict[str, float]:
-    """`measure` in a process of its own."""
-    code = f"from contestants import measure; import json; print(json.dumps(measure({contestant!r},"
-    code += f" {case!r}, {seconds})))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": str(REPO)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def in_a_process(function: str, *args: Any) -> Measured:
+    """The result of `module.function(*args)` in a process of its own, compiled from nothing."""
+    module = function.partition(".")[0]
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import json, {module}; print(json.dumps({function}{args}))"],
+            cwd=Path(__file__).parent,
+            env={**os.environ, "PYTHONPATH": str(REPO), "TORCHINDUCTOR_CACHE_DIR": cache},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if done.returncode:
-        sys.exit(f"{contestant}, {case}:\n{done.stderr[-3000:]}")
+        sys.exit(f"{function}{args}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(cases: list[str], rounds: int, seconds: float) -> dict[str, Any]:
+def measure_speed(cases: list[str], rounds: int, seconds: float) -> dict[str, Any]:
     """Every contestant of every case, `rounds` times in turn."""
     found: dict[str, Any] = {}
     for case in cases:
-        each: dict[str, list[dict]] = {name: [] for name in contestants_of(case)}
+        each: dict[str, list[Measured]] = {name: [] for name in contestants_of(case)}
         for turn in range(rounds):
             for name, taken in each.items():
-                taken.append(one_process(name, case, seconds))
+                taken.append(in_a_process("contestants.measure", name, case, seconds))
                 speed = taken[-1]["images_per_second"]
                 print(f"{case}, round {turn + 1}: {name} {speed:,.0f} images/s", flush=True)
+            refuse_unlike(case, {name: taken[-1] for name, taken in each.items() if name != LIMIT})
         found[case] = each
-    return found
+    return {"machine": machine(), "rounds": rounds, "seconds": seconds, "cases": found}
+
+
+def measure_time_to_quality(rounds: int, limit: float) -> dict[str, Any]:
+    """Every program's own recipe, `rounds` times in turn, each round with another seed."""
+    each: dict[str, list[Measured]] = {name: [] for name in RECIPES}
+    for seed in range(rounds):
+        for name, taken in each.items():
+            taken.append(in_a_process("quality.measure_quality", name, limit, seed))
+            cells = ", ".join(_time_to(target, taken[-1:], limit) for target in TARGETS)
+            print(f"quality, round {seed + 1}: {name} {cells}", flush=True)
+        same = {name: taken[-1] for name, taken in each.items() if name != FLOW}
+        refuse_unlike("quality", same)
+    return {"machine": machine(), "rounds": rounds, "limit_seconds": limit, "programs": each}
+
+
+def refuse_unlike(case: str, each: dict[str, Measured]) -> None:
+    """End the run where the contestants did not train the same network.
+
+    Numbers of parameters must be equal, and losses, where there are some, agree; pythae's need not:
+    it starts its layers in its own way.
+    """
+    sizes = {name: measured["num_parameters"] for name, measured in each.items()}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        sys.exit(f"{case}: the networks differ in their number of parameters: {listed}")
+    losses = {name: m["loss"] for name, m in each.items() if name != PYTHAE and "loss" in m}
+    if not all(abs(loss / losses[OURS] - 1) <= LOSS_TOLERANCE for loss in losses.values()):
+        listed = ", ".join(f"{name} {loss:.1f}" for name, loss in losses.items())
+        sys.exit(f"{case}: the losses differ by more than {LOSS_TOLERANCE:.0%}: {listed}")
 
 
 def machine() -> dict[str, Any]:
@@ -82,61 +121,133 @@ def machine() -> dict[str, Any]:
     }
 
 
-def table(record: dict[str, Any]) -> str:
-    """Markdown: medians of images/s, and ratios to this project within the run."""
-    about = record["machine"]
-    lines = [
-        "| case | program | images/s | dgm_jax is faster by | loss | parameters |",
-        "|---|---|---|---|---|---|",
-    ]
+def speed_table(record: dict[str, Any]) -> str:
+    """Medians of images/s, and ratios to this project within the run."""
+    head = ("case", "program", "images/s", "dgm_jax is faster by", "loss", "parameters")
+    rows = []
     for case, each in record["cases"].items():
         speeds = {n: statistics.median(m["images_per_second"] for m in t) for n, t in each.items()}
         for name, taken in each.items():
-            ratio = speeds[OURS] / speeds[name]
-            loss = taken[0]["loss"]
-            cells = [case, name, f"{speeds[name]:,.0f}", f"{ratio:.2f} ×"]
-            cells += ["" if loss is None else f"{loss:.1f}"]
-            cells += [f"{taken[0]['num_parameters']:,}" if taken[0]["num_parameters"] else ""]
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"Medians of {record['rounds']} rounds of {record['seconds']} s each. {about['processor']},"
-        f" {about['cores']} cores; Python {about['python']}, jax {about['jax']}, torch"
-        f" {about['torch']}, pythae {about['pythae']}; {about['date']}.",
-    ]
-    return "\n".join(lines)
+            cells = [case, name, f"{speeds[name]:,.0f}", f"{speeds[OURS] / speeds[name]:.2f} ×"]
+            if name == LIMIT:
+                cells += ["", ""]
+            else:
+                loss = statistics.median(m["loss"] for m in taken)
+                cells += [f"{loss:.1f}", f"{taken[0]['num_parameters']:,}"]
+            rows.append([*cells, _memory(taken)])
+    about = f"Medians of {record['rounds']} rounds of {record['seconds']} s each."
+    return _markdown((*head, "memory, MiB"), rows, f"{about} {_describe(record['machine'])}")
 
 
-def write_page(record: dict[str, Any]) -> None:
-    """Put the table between the marks in docs/performance.md."""
-    start, end = "<!-- benchmark: start -->\n", "<!-- benchmark: end -->"
-    text = PAGE.read_text()
-    before, _, rest = text.partition(start)
-    after = rest.partition(end)[2]
-    PAGE.write_text(f"{before}{start}{table(record)}\n{end}{after}")
+def quality_table(record: dict[str, Any]) -> str:
+    """Medians of seconds until each target, and ratios to this project within the run."""
+    limit, programs = record["limit_seconds"], record["programs"]
+    head = ["program", "to ELBO −{negative_elbo:.0f}", "to NLL {nll:.0f}", "of it compilation"]
+    head = [title.format(**TARGETS) for title in head]
+    rows = []
+    for name, taken in programs.items():
+        cells = [_time_to(target, taken, limit, programs[OURS]) for target in TARGETS]
+        compilation = statistics.median(m["compilation_seconds"] for m in taken)
+        cells += [f"{max(0, compilation):.1f} s", f"{taken[0]['num_parameters']:,}", _memory(taken)]
+        rows.append([name, *cells])
+    below = (
+        f"Time of training, compilation included; in brackets how many times as long as {OURS}. "
+        f"Medians of {record['rounds']} runs of at most {limit:.0f} s. ELBO and NLL are by "
+        f"{NUM_DRAWS} draws for each validation image. {_describe(record['machine'])}"
+    )
+    return _markdown((*head, "parameters", "memory, MiB"), rows, below)
+
+
+def _time_to(
+    target: str, taken: list[Measured], limit: float, ours: list[Measured] | None = None
+) -> str:
+    """`41.3 s`, with `ours` given also the ratio to them; or how near it came."""
+
+    def median(runs: list[Measured]) -> float:
+        return statistics.median(seconds_to(target, run["history"]) for run in runs)
+
+    if math.isinf(seconds := median(taken)):
+        best = min(at[target] for run in taken for at in run["history"])
+        return f"not within {limit:.0f} s, best {best:.1f}"
+    if ours is None or math.isinf(median(ours)):
+        return f"{seconds:.1f} s"
+    return f"{seconds:.1f} s ({seconds / median(ours):.2f} ×)"
+
+
+def _memory(taken: list[Measured]) -> str:
+    """Resident memory before and after, the run that grew most."""
+    before, after = max((m["memory_mib"] for m in taken), key=lambda pair: pair[1] - pair[0])
+    return f"{before:,} → {after:,}"
+
+
+def _describe(about: dict[str, Any]) -> str:
+    return (
+        f"{about['processor']}, {about['cores']} cores; Python {about['python']}, "
+        f"jax {about['jax']}, torch {about['torch']}, pythae {about['pythae']}; {about['date']}."
+    )
+
+
+def _markdown(head: tuple[str, ...], rows: list[list[str]], below: str) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", below])
+
+
+TABLES = {"benchmark": speed_table, "quality": quality_table}
+
+
+def keep(section: str, record: dict[str, Any]) -> None:
+    """Put a section's record into the file, and its table into the page."""
+    records = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    RECORD.write_text(json.dumps({**records, section: record}, indent=2) + "\n")
+    before, after = around(section)
+    PAGE.write_text(f"{before}{TABLES[section](record)}\n{after}")
+
+
+def around(section: str) -> tuple[str, str]:
+    """The page up to and from a section's table, marks included.
+
+    Raises:
+      SystemExit: there is no such page, or the marks are not in it.
+    """
+    start, end = f"<!-- {section}: start -->\n", f"<!-- {section}: end -->"
+    text = PAGE.read_text() if PAGE.exists() else ""
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        sys.exit(f"{PAGE}: needs the lines {start.strip()} and {end}, in this order")
+    return before + start, end + after
 
 
 def main() -> None:
-    """Measure, keep, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="how often each is measured")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of timed steps each time")
-    parser.add_argument("--cases", nargs="*", default=list(CASES), help=f"of: {'; '.join(CASES)}")
+    """Measure, show, and keep."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, help="measurements of each (3; with --quality 1)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of timed steps each time (5)")
+    parser.add_argument(
+        "--cases", nargs="+", default=list(CASES), metavar="CASE", help=f"of: {'; '.join(CASES)}"
+    )
+    parser.add_argument(
+        "--quality", action="store_true", help="time to quality in place of images/s"
+    )
+    parser.add_argument(
+        "--quality_limit", type=float, default=600.0, help="seconds of training at most (600)"
+    )
     parser.add_argument("--keep", action="store_true", help="write the record and the page")
     chosen = parser.parse_args()
     if unknown := [case for case in chosen.cases if case not in CASES]:
         parser.error(f"no case {unknown[0]!r}; there are: {'; '.join(CASES)}")
-    cases = run(chosen.cases, chosen.rounds, chosen.seconds)
-    record = {
-        "machine": machine(),
-        "rounds": chosen.rounds,
-        "seconds": chosen.seconds,
-        "cases": cases,
-    }
-    print("\n" + table(record))
+    section = "quality" if chosen.quality else "benchmark"
     if chosen.keep:
-        RECORD.write_text(json.dumps(record, indent=2) + "\n")
-        write_page(record)
+        around(section)  # raises where the page could not be written, before an hour is spent
+    if chosen.quality:
+        record = measure_time_to_quality(chosen.rounds or 1, chosen.quality_limit)
+    else:
+        record = measure_speed(chosen.cases, chosen.rounds or 3, chosen.seconds)
+    print("\n" + TABLES[section](record))
+    if chosen.keep:
+        keep(section, record)
 
 
 if __name__ == "__main__":

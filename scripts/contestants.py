@@ -97,7 +97,7 @@ CASES: dict[str, Case] = {
     "MLP VAE, batch 100": MLPCase(100),
     "MLP VAE, batch 512": MLPCase(512, 600),
     "IWAE, K = 50, batch 20": MLPCase(20, 300, num_samples=50),
-    "top-down VAE, batch 32": TopDownCase(32, 100),
+    "top-down VAE, batch 32": TopDownCase(32, 200),
     "pythae's MLP, batch 100": MLPCase(100, hidden=(512,), activation="relu"),
 }
 
