@@ -48,11 +48,12 @@ def contestants_of(case: str) -> list[str]:
 def in_a_process(function: str, *args: Any) -> Measured:
     """The result of `module.function(*args)` in a process of its own, compiled from nothing."""
     module = function.partition(".")[0]
+    quiet = {"TQDM_DISABLE": "1"}  # pythae's progress bar
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
             [sys.executable, "-c", f"import json, {module}; print(json.dumps({function}{args}))"],
             cwd=Path(__file__).parent,
-            env={**os.environ, "PYTHONPATH": str(REPO), "TORCHINDUCTOR_CACHE_DIR": cache},
+            env={**os.environ, **quiet, "PYTHONPATH": str(REPO), "TORCHINDUCTOR_CACHE_DIR": cache},
             capture_output=True,
             text=True,
             check=False,

@@ -1,14 +1,14 @@
 """The same training in several programs: what `benchmark.py` times, a process for each.
 
 All train one network on the same images, binarised anew at every visit, with Adam. This project
-also clips and logs the gradient's norm; the others do neither.
+also computes the gradient's norm, to log it and to clip by it, though at a norm never reached; the
+others do neither.
 """
 
 import functools
 import itertools
 import logging
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -176,6 +176,7 @@ def _dgm_jax(case: Case, by_step: bool = False) -> Trainer:
             "train.steps_per_dispatch": 1 if by_step else case.steps_per_call,
             "optimizer.learning_rate": LEARNING_RATE,
             "optimizer.warmup": 0.0,
+            "optimizer.clip_norm": 1e9,
             "optimizer.ema": 0.0,
             **{f"model.{field}": value for field, value in case.model.items()},
         },
@@ -286,7 +287,6 @@ def pythae_trainer(
     case: MLPCase, network: Any = None, learning_rate: float = LEARNING_RATE, seed: int = 0
 ) -> Trainer:
     """pythae's own trainer, an epoch at a time, with its default network or that of an `MLPVAE`."""
-    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
     import torch
     from pythae.data.datasets import BaseDataset, DatasetOutput
     from pythae.models import VAE, VAEConfig
