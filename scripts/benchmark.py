@@ -32,7 +32,8 @@ RECORD = REPO / "docs" / "results" / "benchmark.json"
 PAGE = REPO / "docs" / "performance.md"
 PYTHAE, LIMIT, OURS = "pythae", "matrix products alone", "dgm_jax"
 FLOW = "dgm_jax, flow prior"
-LOSS_TOLERANCE = 0.05  # relative; other noise and initial draws change a loss by 1 % or so
+# Relative. Other seeds change an MLP's loss by 1 %, the top-down VAE's after 200 steps by 7 %.
+LOSS_TOLERANCE = 0.1
 
 Measured = dict[str, Any]  # what one process found
 

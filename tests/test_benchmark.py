@@ -97,7 +97,7 @@ def test_unlike_contestants_are_refused(benchmark):
     refuse("MLP", {"dgm_jax": speed(1, 100.0), "pythae": speed(1, 120.0)})  # other initial draws
     with pytest.raises(SystemExit, match=r"MLP: .* parameters: dgm_jax 10, PyTorch eager 11"):
         refuse("MLP", {"dgm_jax": speed(1), "PyTorch eager": speed(1, num_parameters=11)})
-    for loss in (110.0, math.nan):
+    for loss in (85.0, 115.0, math.nan):
         with pytest.raises(SystemExit, match="MLP: the losses differ"):
             refuse("MLP", {"dgm_jax": speed(1), "PyTorch eager": speed(1, loss)})
 
