@@ -16,7 +16,7 @@ from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import ais, likelihood
 from dgm_jax.progress import Progress, say
 from dgm_jax.rng import stream
-from dgm_jax.train import Experiment, abstract_state, initial_state, measure_speed, prepare, train
+from dgm_jax.train import Experiment, abstract_state, measure_speed, prepare, train
 from dgm_jax.train_state import TrainState, num_parameters
 from dgm_jax.workdir import Workdir, write_json
 
@@ -313,7 +313,8 @@ def _say_header(experiment: Experiment, workdir: Workdir) -> None:
     config, num_steps = experiment.config, experiment.num_steps
     usual = models.defaults(config.model.name)
     chosen = [f"{k}={v}" for k, v in config.model.items() if v != usual[k]]
-    count = num_parameters(jax.eval_shape(lambda: initial_state(experiment)).params)
+    model, optimizer, spec = experiment.model, experiment.optimizer, experiment.dataset.spec
+    count = num_parameters(abstract_state(config, model, optimizer, spec, experiment.mesh).params)
     epochs = num_steps / experiment.steps_per_epoch
     say(f"model       {', '.join([config.model.name, *chosen])} (the rest as the model's defaults)")
     say(f"parameters  {count:,}")

@@ -177,17 +177,34 @@ def abstract_state(
     mesh: Mesh,
 ) -> TrainState:
     """Shapes of the state, for restoring it without data."""
-    x = jnp.zeros((config.train.batch_size, *spec.event_shape))
+    size = config.train.batch_size
+    batch = {"x": jnp.zeros((size, *spec.event_shape)), "label": jnp.zeros(size, jnp.int32)}
     state = jax.eval_shape(
-        lambda: init_state(model, optimizer, config.seed, {"x": x}, config.optimizer.ema > 0)
+        lambda: init_state(model, optimizer, config.seed, batch, config.optimizer.ema > 0)
     )
     return abstract(state, sharding.replicated(mesh))
+
+
+def step_products(experiment: Experiment) -> limit.Products:
+    """The matrix products of a device's share of one step, forward and backward."""
+    split = experiment.dataset.splits["train"]
+    step = train_steps(
+        experiment.model_at,
+        experiment.optimizer,
+        experiment.ema_decay,
+        experiment.dataset,
+        experiment.config.train.batch_size // experiment.mesh.size,
+        num_steps=1,
+    )
+    of = (experiment.config, experiment.model, experiment.optimizer, experiment.dataset.spec)
+    state = abstract_state(*of, experiment.mesh)
+    return limit.products_of(step, state, {"images": split.images, "labels": split.labels})
 
 
 def measure_speed(experiment: Experiment, images_per_second: float) -> dict[str, float]:
     """How fast training was, beside what its matrix products alone would allow on this machine.
 
-    Takes some seconds: it compiles the products of a device's share of one step and times them.
+    Takes some seconds: it compiles the products of one step and times them.
 
     Args:
       experiment: what was trained.
@@ -197,22 +214,12 @@ def measure_speed(experiment: Experiment, images_per_second: float) -> dict[str,
       `images_per_second`; `gflops` of its products, 10⁹ operations a second; and `share_of_limit`,
       the part of the step's time that its products would take alone.
     """
-    split, config = experiment.dataset.splits["train"], experiment.config
-    share = config.train.batch_size // experiment.mesh.size
-    step = train_steps(
-        experiment.model_at,
-        experiment.optimizer,
-        experiment.ema_decay,
-        experiment.dataset,
-        share,
-        num_steps=1,
-    )
-    state = jax.eval_shape(lambda: initial_state(experiment))
-    products = limit.products_of(step, state, {"images": split.images, "labels": split.labels})
-    steps_per_second = images_per_second / config.train.batch_size
+    products = step_products(experiment)
+    operations = limit.num_operations(products) * experiment.mesh.size
+    steps_per_second = images_per_second / experiment.config.train.batch_size
     return {
         "images_per_second": images_per_second,
-        "gflops": limit.num_operations(products) * experiment.mesh.size * steps_per_second / 1e9,
+        "gflops": operations * steps_per_second / 1e9,
         "share_of_limit": limit.seconds_alone(products) * steps_per_second,
     }
 

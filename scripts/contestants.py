@@ -106,7 +106,7 @@ class Trainer(NamedTuple):
     """A program that is ready to train.
 
     Attributes:
-      num_parameters: of the network; 0 where nothing is trained.
+      num_parameters: of the network.
       train: makes some steps, waits for them, and gives the loss of each, float `[steps]`, nats per
         image.
       evaluate: `() -> (-ELBO, NLL)` of the validation split, nats per image, from the same
@@ -123,8 +123,7 @@ def measure(contestant: str, case: str, seconds: float) -> dict[str, Any]:
 
     Returns:
       `images_per_second`; `loss`, nats per image, of training, mean of the last fifth of the case's
-      steps, None where nothing is trained; `num_parameters`; `memory_mib`, resident before and
-      after the timed steps.
+      steps; `num_parameters`; `memory_mib`, resident before and after the timed steps.
     """
     batch_size, num_steps, *_ = CASES[case]
     trainer, losses = CONTESTANTS[contestant](CASES[case]), np.zeros(0)
@@ -136,7 +135,7 @@ def measure(contestant: str, case: str, seconds: float) -> dict[str, Any]:
         steps += len(trainer.train())
     return {
         "images_per_second": steps * batch_size / (time.perf_counter() - began),
-        "loss": loss if trainer.num_parameters else None,
+        "loss": loss,
         "num_parameters": trainer.num_parameters,
         "memory_mib": [before, resident_mib()],
     }
@@ -165,10 +164,15 @@ def train_images() -> Any:
 
 
 def _dgm_jax(case: Case, by_step: bool = False) -> Trainer:
-    """This project with the optimizer that all have, or the same step dispatched `by_step`."""
+    """This project, or its step dispatched `by_step`."""
+    return compiled_run(config_of(case, by_step), case.steps_per_call)
+
+
+def config_of(case: Case, by_step: bool = False) -> Any:
+    """The case with the optimizer that all contestants have, for this project."""
     from dgm_jax import config as configs
 
-    config = configs.override(
+    return configs.override(
         configs.experiment(case.model["name"]),
         {
             "train.batch_size": case.batch_size,
@@ -181,7 +185,6 @@ def _dgm_jax(case: Case, by_step: bool = False) -> Trainer:
             **{f"model.{field}": value for field, value in case.model.items()},
         },
     )
-    return compiled_run(config, case.steps_per_call)
 
 
 def compiled_run(config: Any, steps_per_call: int) -> Trainer:
@@ -344,46 +347,20 @@ def pythae_trainer(
     return Trainer(_size(model), train, functools.partial(_evaluate_torch, network))
 
 
-def _products(case: MLPCase) -> Trainer:
-    """The matrix products of a step, forward and backward, in one scan with nothing else.
+def measure_limit(case: str, seconds: float) -> dict[str, Any]:
+    """`measure` of nothing but the matrix products of this project's step, back to back."""
+    from dgm_jax import limit
+    from dgm_jax.train import prepare, step_products
 
-    Each takes what the one before gave, and the gradients take the place of the weights: no
-    product can be left out or made once for all steps. The numbers overflow after a few steps;
-    how long a product takes does not depend on them.
-    """
-    import jax
-    import jax.numpy as jnp
-
-    encoder = (784, *case.hidden, 2 * case.latents)
-    decoder = (case.latents, *case.hidden[::-1], 784)
-    x = jnp.ones((case.batch_size, 784))
-    weights = [jnp.ones(pair) for s in (encoder, decoder) for pair in itertools.pairwise(s)]
-    bottleneck = len(encoder) - 1
-
-    def step(weights: list[jax.Array], _: None) -> tuple[list[jax.Array], None]:
-        inputs, h = [], x
-        for i, w in enumerate(weights):
-            if i == bottleneck:
-                h = jnp.tile(h[:, : case.latents], (case.num_samples, 1))
-            inputs.append(h)
-            h = h @ w
-        gradients, g = [], h
-        for i in reversed(range(len(weights))):
-            gradients.append(inputs[i].T @ g)
-            if i:  # nobody asks for the gradient at the images
-                g = g @ weights[i].T
-            if i == bottleneck:
-                g = jnp.tile(g[: case.batch_size], (1, 2))
-        return gradients[::-1], None
-
-    num_steps = case.steps_per_call
-    run = jax.jit(lambda weights: jax.lax.scan(step, weights, None, length=num_steps)[0])
-
-    def train() -> np.ndarray:
-        jax.block_until_ready(run(weights))
-        return np.full(num_steps, np.nan)  # no loss
-
-    return Trainer(0, train)
+    chosen = CASES[case]
+    products = step_products(prepare(config_of(chosen), dataset()))
+    before = resident_mib()
+    alone = limit.seconds_alone(products, seconds)
+    return {
+        "images_per_second": chosen.batch_size / alone,
+        "gflops": limit.num_operations(products) / alone / 1e9,
+        "memory_mib": [before, resident_mib()],
+    }
 
 
 CONTESTANTS: dict[str, Callable[[Case], Trainer]] = {
@@ -392,5 +369,4 @@ CONTESTANTS: dict[str, Callable[[Case], Trainer]] = {
     "PyTorch eager": torch_trainer,
     "torch.compile": functools.partial(torch_trainer, compiled=True),
     "pythae": pythae_trainer,
-    "matrix products alone": _products,
 }

@@ -13,6 +13,8 @@ from dgm_jax import models, run, writers
 from dgm_jax.core import masked_mean
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood
+from dgm_jax.train import abstract_state, prepare
+from dgm_jax.train_step import init_state
 from dgm_jax.workdir import Workdir
 
 CONFIGS = sorted(REPO.glob("configs/*.py"))
@@ -27,6 +29,21 @@ def case(request, tiny_dataset):
     model = models.build(fields, tiny_dataset.spec)
     batch = data.some(tiny_dataset, "test", BATCH)
     return fields, model, model.init(jax.random.key(0), batch), batch
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [*((name, {}) for name in models.names()), ("vae", {"model.conditional": True})],
+)
+def test_a_state_is_restored_without_data(name, values, tiny_dataset):
+    """Its shapes are those of the state that training starts from."""
+    config = configs.override(configs.experiment(name), {"train.batch_size": BATCH, **values})
+    made = prepare(config, tiny_dataset)
+    batch = data.some(tiny_dataset, "train", BATCH)
+    start = jax.eval_shape(lambda b: init_state(made.model, made.optimizer, 0, b, True), batch)
+    known = abstract_state(config, made.model, made.optimizer, tiny_dataset.spec, made.mesh)
+    shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), state) for state in (start, known)]
+    assert shapes[0] == shapes[1]
 
 
 def test_loss_is_a_float32_scalar_of_finite_per_example_terms(case):
