@@ -199,10 +199,15 @@ def _markdown(head: tuple[str, ...], rows: list[list[str]], below: str) -> str:
 TABLES = {"benchmark": speed_table, "quality": quality_table}
 
 
-def keep(section: str, record: dict[str, Any]) -> None:
-    """Put a section's record into the file, and its table into the page."""
+def keep_record(section: str, record: dict[str, Any]) -> None:
+    """Put a section's record into the file; the others stay."""
     records = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     RECORD.write_text(json.dumps({**records, section: record}, indent=2) + "\n")
+
+
+def keep(section: str, record: dict[str, Any]) -> None:
+    """Put a section's record into the file, and its table into the page."""
+    keep_record(section, record)
     before, after = around(section)
     PAGE.write_text(f"{before}{TABLES[section](record)}\n{after}")
 

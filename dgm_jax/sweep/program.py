@@ -93,7 +93,7 @@ def train(
       UserError: a value that makes no sense; names it.
     """
     experiment, *_ = [prepare(config, dataset) for config in members]  # each is checked
-    state, run_steps, arrays = _compile(experiment, members)
+    state, run_steps, arrays = compile_steps(experiment, members)
     checkpoints = Checkpoints(folder)
     members_axis = NamedSharding(experiment.mesh, PartitionSpec("data"))
     restored = checkpoints.restore(abstract(state, members_axis), say)
@@ -127,7 +127,7 @@ def train(
     return [Outcome(s, log.seconds, f) for s, f in zip(own, log.failures, strict=True)]
 
 
-def _compile(experiment: Experiment, members: Sequence[ConfigDict]) -> tuple:
+def compile_steps(experiment: Experiment, members: Sequence[ConfigDict]) -> tuple:
     """The first state of all members, K updates of each as one jitted function, and its data."""
     # The devices share the members equally: copies of the last fill up the last share.
     mesh = experiment.mesh
