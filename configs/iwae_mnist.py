@@ -16,7 +16,7 @@ _OBJECTIVES = {"vae": "stl", "iwae": "iwae", "dreg": "dreg"}
 # K -> epochs, batch size and learning rate: at most an hour of two cores, and 410 epochs.
 _SCHEDULES = {
     1: ("400 epochs", 500, 6e-3),
-    5: ("200 epochs", 300, 5e-3),
+    5: ("400 epochs", 500, 6e-3),
     50: ("50 epochs", 100, 3e-3),
 }
 
