@@ -1,17 +1,23 @@
 """Orbax checkpoints of a run, verified when they are read back."""
 
+import functools
 import hashlib
 import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from dgm_jax.core import UserError
 from dgm_jax.train_state import TrainState
+
+if (
+    TYPE_CHECKING
+):  # its import takes as long as JAX's: only where there is something to read or save
+    import orbax.checkpoint as ocp
 
 
 class Checkpoints:
@@ -29,15 +35,22 @@ class Checkpoints:
           keep: how many to keep, the newest ones; at least 2, so that there is one to fall back
             to.
         """
-        self._directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(
+        self._directory, self._keep = directory.absolute(), keep
+
+    @functools.cached_property
+    def _manager(self) -> "ocp.CheckpointManager":
+        import orbax.checkpoint as ocp
+
+        return ocp.CheckpointManager(
             self._directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=False),
+            options=ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=False),
             item_names=("state", "digest"),
         )
 
     def save(self, state: TrainState) -> None:
         """Start saving `state` and return; a save still running is waited for first."""
+        import orbax.checkpoint as ocp
+
         self._directory.mkdir(parents=True, exist_ok=True)
         self._manager.save(
             int(np.max(state.step)),  # of a sweep's members, some may have stopped
@@ -60,6 +73,8 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and every one is damaged.
         """
+        if not self._directory.exists():
+            return None
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
@@ -90,10 +105,13 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        if "_manager" in vars(self):
+            self._manager.wait_until_finished()
+            self._manager.close()
 
     def _read(self, step: int, abstract_state: TrainState) -> TrainState:
+        import orbax.checkpoint as ocp
+
         item = self._manager.restore(
             step,
             args=ocp.args.Composite(
