@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,11 +206,11 @@ def keep_record(section: str, record: dict[str, Any]) -> None:
     RECORD.write_text(json.dumps({**records, section: record}, indent=2) + "\n")
 
 
-def keep(section: str, record: dict[str, Any]) -> None:
+def keep(section: str, record: dict[str, Any], table: Callable[[dict[str, Any]], str]) -> None:
     """Put a section's record into the file, and its table into the page."""
     keep_record(section, record)
     before, after = around(section)
-    PAGE.write_text(f"{before}{TABLES[section](record)}\n{after}")
+    PAGE.write_text(f"{before}{table(record)}\n{after}")
 
 
 def around(section: str) -> tuple[str, str]:
@@ -256,7 +257,7 @@ def main() -> None:
         record = measure_speed(chosen.cases, chosen.rounds or 3, chosen.seconds)
     print("\n" + TABLES[section](record))
     if chosen.keep:
-        keep(section, record)
+        keep(section, record, TABLES[section])
 
 
 if __name__ == "__main__":

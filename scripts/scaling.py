@@ -1,17 +1,25 @@
 """How the cost of a step grows: measured points beside the law they should follow.
 
-    python scripts/scaling.py           # some 6 minutes; docs/pictures/scaling.png and the record
+    python scripts/scaling.py    # some 6 minutes; docs/pictures/scaling.png, docs/benchmark.json
 
 The law is that a step costs what its matrix products cost: its operations (2 · M · N · K of each
 product, forward and backward), at the speed of the largest point. Each point is a process.
 """
 
 import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+REPO = Path(__file__).resolve().parent.parent
 
 NETWORK = {"model.encoder": (200, 200), "model.decoder": (200, 200), "model.latents": 50}
 SECONDS = 1.5
@@ -93,7 +101,7 @@ def measure_point(name: str, value: int) -> dict[str, float]:
         members = [configs.override(config, {"seed": i}) for i in range(value)]
         state, run, arrays = compile_steps(experiment, members)
     else:
-        state, run, arrays = _solo(experiment)
+        state, run, arrays = solo(experiment)
     state, *_ = jax.block_until_ready(run(state, arrays))
     steps, began = 0, time.perf_counter()
     while time.perf_counter() - began < SECONDS:
@@ -104,7 +112,7 @@ def measure_point(name: str, value: int) -> dict[str, float]:
     return {"value": value, "seconds": seconds, "operations": operations * axis.law(value)}
 
 
-def _solo(experiment: Any) -> tuple:
+def solo(experiment: Any) -> tuple:
     """The state of one run, K of its updates as one jitted function, and its data."""
     import jax
 
@@ -154,6 +162,29 @@ def measure_program(members: int) -> dict[str, float]:
     return {"kernels": kernels, "flops": cost["flops"], "bytes_accessed": cost["bytes accessed"]}
 
 
+def seconds_to_first_step(programs: str) -> float:
+    """From the command to the first update that is done, one update a dispatch.
+
+    Args:
+      programs: folder of compiled programs; empty for a cold start.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "dgm_jax.main", "--config=configs/vae_mnist.py"]
+        command += ["--config.train.steps_per_dispatch=1", f"--workdir={folder}/run"]
+        rows, began = Path(folder) / "run" / "metrics.jsonl", time.perf_counter()
+        env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": programs}
+        env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"  # as dgm_jax.cache sets it
+        process = subprocess.Popen(command, env=env, cwd=REPO, stdout=subprocess.DEVNULL)
+        while not (rows.exists() and rows.stat().st_size):
+            if process.poll() is not None:
+                raise RuntimeError(f"{' '.join(command)} ended before its first step")
+            time.sleep(0.01)
+        seconds = time.perf_counter() - began
+        process.terminate()
+        process.wait()
+    return seconds
+
+
 def draw(found: dict[str, list[dict[str, float]]], path: Any) -> None:
     """A panel for each axis."""
     from matplotlib.figure import Figure
@@ -178,8 +209,15 @@ def draw(found: dict[str, list[dict[str, float]]], path: Any) -> None:
 
 def main() -> None:
     """Measure every point, keep the record and draw the picture."""
-    from benchmark import REPO, in_a_process, keep_record, machine
+    from benchmark import in_a_process, keep_record, machine
 
+    starts: dict[str, list[float]] = {"cold": [], "warm": []}
+    for _ in range(3):
+        with tempfile.TemporaryDirectory() as programs:
+            for kind, taken in starts.items():  # the second finds what the first compiled
+                taken.append(seconds_to_first_step(programs))
+                print(f"first step, {kind}: {taken[-1]:.1f} s", flush=True)
+    first = {kind: statistics.median(taken) for kind, taken in starts.items()}
     found: dict[str, list[dict[str, float]]] = {}
     for name, axis in AXES.items():
         found[name] = []
@@ -192,7 +230,8 @@ def main() -> None:
     programs = {n: in_a_process("scaling.measure_program", n) for n in (1, 16)}
     for num, cost in programs.items():
         print(f"{num} members: " + ", ".join(f"{k} {v:,.0f}" for k, v in cost.items()))
-    keep_record("scaling", {"machine": machine(), "axes": found, "sweep_programs": programs})
+    record = {"first_step": first, "axes": found, "sweep_programs": programs}
+    keep_record("scaling", {"machine": machine(), **record})
     draw(found, REPO / "docs" / "pictures" / "scaling.png")
 
 

@@ -58,10 +58,11 @@ def records():
 
 def test_a_section_is_kept_and_the_other_left_alone(benchmark, records):
     benchmark.PAGE.write_text(MARKS)
-    benchmark.keep("benchmark", records["benchmark"])
+    benchmark.keep("benchmark", records["benchmark"], benchmark.speed_table)
     assert "-->\nold\n<!--" in benchmark.PAGE.read_text()
-    benchmark.keep("quality", records["quality"])
-    benchmark.keep("quality", records["quality"])  # again: in place of what is there
+    benchmark.keep("quality", records["quality"], benchmark.quality_table)
+    # again: in place of what is there
+    benchmark.keep("quality", records["quality"], benchmark.quality_table)
     assert json.loads(benchmark.RECORD.read_text()) == records
     tables = {name: table(records[name]) for name, table in benchmark.TABLES.items()}
     filled = MARKS.replace(
