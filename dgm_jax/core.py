@@ -140,6 +140,18 @@ class Model(NamedTuple):
     decode: Callable[[Params, jax.Array], jax.Array] | None = None
     reconstruct: Callable[[Params, Batch, jax.Array], jax.Array] | None = None
 
+    def require(self, name: str) -> Any:
+        """The field `name`, for what cannot be done without it.
+
+        Raises:
+          UserError: this family has no such thing; names what it has.
+        """
+        if (found := getattr(self, name)) is None:
+            optional = [field for field, usual in self._field_defaults.items() if usual is None]
+            there = [field for field in optional if getattr(self, field) is not None]
+            raise UserError(f"this model has no {name}; it has: {', '.join(there)}")
+        return found
+
     @property
     def loss_fn(self) -> Callable[[Params, Batch, jax.Array], tuple[jax.Array, Aux]]:
         """The loss of the only player, for the many models that have one."""

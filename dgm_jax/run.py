@@ -223,11 +223,8 @@ def draw(
     Raises:
       UserError: the model cannot sample.
     """
-    if model.sample is None:
-        raise UserError("this model cannot sample")
-    one_batch = jax.jit(
-        lambda params, i: model.sample(params, stream(seed, "sample", i), batch_size)
-    )
+    sample = model.require("sample")
+    one_batch = jax.jit(lambda params, i: sample(params, stream(seed, "sample", i), batch_size))
     parts = []
     with Progress("sampling" if num > 10 * batch_size else None, num) as progress:
         for i in range(-(-num // batch_size)):

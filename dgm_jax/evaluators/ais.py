@@ -69,10 +69,8 @@ def evaluate(
     Raises:
       UserError: the model has no continuous latents.
     """
-    if model.latents is None:
-        raise UserError("this model has no latent variables to anneal")
     num = len(batch["x"])
-    z, simulated = model.latents.draw_joint(params, stream(seed, "ais/simulate"), num)
+    z, simulated = model.require("latents").draw_joint(params, stream(seed, "ais/simulate"), num)
     if not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(z)):
         raise UserError("annealed importance sampling needs continuous latents")
     _, unravel = ravel_pytree(jax.tree.map(lambda a: a[0], z))

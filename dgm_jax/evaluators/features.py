@@ -17,7 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dgm_jax.core import Model, Params, UserError
+from dgm_jax.core import Model, Params
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.metrics import Metric
@@ -46,8 +46,7 @@ def encode(
     Raises:
       UserError: the model has no features.
     """
-    if model.encode is None:
-        raise UserError("this model has no features: it cannot encode")
+    model.require("encode")
     found = {}
     for split in ("train", "test"):
         fn = likelihood.posterior_means(model)
