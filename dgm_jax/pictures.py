@@ -109,7 +109,7 @@ def save_learning_curve(path: Path, rows: list[dict]) -> None:
     for row in rows:
         for name, value in row.items():
             who, _, what = name.partition("/")
-            if what and what not in ("grad_norm", "perplexity"):
+            if what and what not in ("grad_norm", "perplexity", "penalty"):
                 curves.setdefault(what, {}).setdefault(who, []).append((row["step"], value))
     figure = Figure(figsize=(3.5 * len(curves), 3.2), dpi=150, layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(curves)))

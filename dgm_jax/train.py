@@ -309,6 +309,7 @@ class _Log:
 
     def __init__(self, experiment: Experiment, workdir: Workdir, step: int) -> None:
         self._experiment = experiment
+        self._several = len(experiment.model.players) > 1
         self._writer = writers.Writer(workdir.metrics, workdir.tensorboard, step)
         earlier = [row for row in writers.read(workdir.metrics) if "seconds" in row]
         last = earlier[-1] if earlier else {"seconds": 0.0, "cpu_seconds": 0.0}
@@ -330,7 +331,7 @@ class _Log:
         times = {"seconds": self.seconds["training"], "cpu_seconds": self.seconds["training_cpu"]}
         self._writer.write(step, {**row, "images_per_second": images_per_second, **times})
         shown = "  ".join(
-            f"{name.partition('/')[2]} {value:.2f}"
+            f"{name if self._several else name.partition('/')[2]} {value:.2f}"
             for name, value in row.items()
             if not name.endswith("grad_norm")
         )

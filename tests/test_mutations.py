@@ -26,6 +26,7 @@ class Mutant(NamedTuple):
 
 
 OBJECTIVES, DISTRIBUTIONS = ("objectives.py", "distributions.py")
+GAN = "models/gan.py"
 PRIORS, POSTERIORS = ("nn/priors.py", "nn/posteriors.py")
 
 MUTANTS = {
@@ -273,6 +274,35 @@ MUTANTS = {
     "collapsed codes vote": Mutant(
         "evaluators/disentanglement.py", "variance > _COLLAPSED * variance.max()",
         "variance > 0", "evaluators/test_disentanglement.py",
+    ),
+    # Adversarial.
+    "pair the wrong way round": Mutant(
+        GAN, "Costs(nn.softplus(fake - real), nn.softplus(real - fake))",
+        "Costs(nn.softplus(real - fake), nn.softplus(fake - real))", "models/test_gan.py",
+    ),
+    "hinge without its margin": Mutant(
+        GAN, "nn.relu(1 - real)", "nn.relu(-real)", "models/test_gan.py"
+    ),
+    "R1 without its half": Mutant(
+        GAN, "return squared_slope(critic, real) / 2", "return squared_slope(critic, real)",
+        "models/test_gan.py",
+    ),
+    "R2 at the data": Mutant(
+        GAN, "squared_slope(critic, fake)) / 2", "squared_slope(critic, real)) / 2",
+        "models/test_gan.py",
+    ),
+    "slopes pulled to zero": Mutant(
+        GAN, "(jnp.sqrt(squared + 1e-12) - 1) ** 2", "squared", "models/test_gan.py"
+    ),
+    "slopes beyond the data": Mutant(
+        GAN, "(1 - weight) * fake", "(1 + weight) * fake", "models/test_gan.py"
+    ),
+    "a generator that teaches its judge": Mutant(
+        GAN, "critic(jax.lax.stop_gradient(params), label)", "critic(params, label)",
+        "models/test_gan.py",
+    ),
+    "a judge deaf to the label": Mutant(
+        GAN, "(h) * label, axis=1)", "(h), axis=1)", "models/test_gan.py"
     ),
     "average without its warm-up": Mutant(
         "optim.py", "rate = jnp.maximum(1 - decay, 9 / (10 + step))", "rate = 1 - decay",
