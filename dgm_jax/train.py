@@ -1,7 +1,7 @@
 """The training loop."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -185,6 +185,26 @@ def abstract_state(
     return abstract(state, sharding.replicated(mesh))
 
 
+def training_arrays(experiment: Experiment) -> dict[str, jax.Array]:
+    """`images` uint8 `[N, *event]` and `labels` int32 `[N]` to train on, whole on every device."""
+    split = experiment.dataset.splits["train"]
+    arrays = {"images": split.images, "labels": split.labels}
+    return jax.device_put(arrays, sharding.replicated(experiment.mesh))
+
+
+def compile_steps(experiment: Experiment) -> Callable[..., tuple[TrainState, Metrics]]:
+    """K updates, `(state, training_arrays) -> (state, metrics [K])`, jitted; donates the state."""
+    return compile_train_steps(
+        experiment.model_at,
+        experiment.optimizer,
+        experiment.ema_decay,
+        experiment.dataset,
+        experiment.config.train.batch_size,
+        experiment.steps_per_dispatch,
+        experiment.mesh,
+    )
+
+
 def step_products(experiment: Experiment) -> limit.Products:
     """The matrix products of a device's share of one step, forward and backward."""
     split = experiment.dataset.splits["train"]
@@ -253,19 +273,7 @@ def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, dict[st
     first = int(state.step)
     log = _Log(experiment, workdir, first)
 
-    split = experiment.dataset.splits["train"]
-    arrays = jax.device_put(
-        {"images": split.images, "labels": split.labels}, sharding.replicated(mesh)
-    )
-    run_steps = compile_train_steps(
-        experiment.model_at,
-        experiment.optimizer,
-        experiment.ema_decay,
-        experiment.dataset,
-        config.train.batch_size,
-        experiment.steps_per_dispatch,
-        mesh,
-    )
+    arrays, run_steps = training_arrays(experiment), compile_steps(experiment)
     validate = None
     if len(experiment.dataset.splits["validation"]):
         validate = passes.compile_pass(

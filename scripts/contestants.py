@@ -191,25 +191,12 @@ def compiled_run(config: Any, steps_per_call: int) -> Trainer:
     """A run of this project."""
     import jax
 
-    from dgm_jax import sharding
     from dgm_jax.evaluators import likelihood, passes
-    from dgm_jax.train import initial_state, prepare
+    from dgm_jax.train import compile_steps, initial_state, prepare, training_arrays
     from dgm_jax.train_state import num_parameters
-    from dgm_jax.train_step import compile_train_steps
 
     experiment = prepare(config, dataset())
-    split, mesh = experiment.dataset.splits["train"], experiment.mesh
-    arrays = {"images": split.images, "labels": split.labels}
-    arrays = jax.device_put(arrays, sharding.replicated(mesh))
-    run = compile_train_steps(
-        experiment.model_at,
-        experiment.optimizer,
-        experiment.ema_decay,
-        experiment.dataset,
-        config.train.batch_size,
-        experiment.steps_per_dispatch,
-        mesh,
-    )
+    arrays, run = training_arrays(experiment), compile_steps(experiment)
     state = initial_state(experiment)
 
     def train() -> np.ndarray:
@@ -221,7 +208,7 @@ def compiled_run(config: Any, steps_per_call: int) -> Trainer:
         return np.concatenate(jax.device_get(losses))
 
     bound = likelihood.importance_weighted(experiment.model, NUM_DRAWS, config.eval.chunk)
-    evaluation = (experiment.dataset, "validation", config.eval.batch_size, mesh)
+    evaluation = (experiment.dataset, "validation", config.eval.batch_size, experiment.mesh)
     bounds = passes.compile_pass(bound, *evaluation)
 
     def evaluate() -> tuple[float, float]:

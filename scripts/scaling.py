@@ -80,8 +80,8 @@ def measure_point(name: str, value: int) -> dict[str, float]:
 
     from dgm_jax import config as configs
     from dgm_jax import limit
-    from dgm_jax.sweep.program import compile_steps
-    from dgm_jax.train import prepare, step_products
+    from dgm_jax.sweep import program
+    from dgm_jax.train import compile_steps, initial_state, prepare, step_products, training_arrays
 
     axis = AXES[name]
     shape = NETWORK if axis.model == "vae" else {}
@@ -99,9 +99,10 @@ def measure_point(name: str, value: int) -> dict[str, float]:
     experiment = prepare(config, dataset())
     if name == "members":
         members = [configs.override(config, {"seed": i}) for i in range(value)]
-        state, run, arrays = compile_steps(experiment, members)
+        state, run, arrays = program.compile_members(experiment, members)
     else:
-        state, run, arrays = solo(experiment)
+        state, run = initial_state(experiment), compile_steps(experiment)
+        arrays = training_arrays(experiment)
     state, *_ = jax.block_until_ready(run(state, arrays))
     steps, began = 0, time.perf_counter()
     while time.perf_counter() - began < SECONDS:
@@ -110,29 +111,6 @@ def measure_point(name: str, value: int) -> dict[str, float]:
     seconds = (time.perf_counter() - began) / steps
     operations = limit.num_operations(step_products(experiment)) * experiment.mesh.size
     return {"value": value, "seconds": seconds, "operations": operations * axis.law(value)}
-
-
-def solo(experiment: Any) -> tuple:
-    """The state of one run, K of its updates as one jitted function, and its data."""
-    import jax
-
-    from dgm_jax import sharding
-    from dgm_jax.train import initial_state
-    from dgm_jax.train_step import compile_train_steps
-
-    split, mesh = experiment.dataset.splits["train"], experiment.mesh
-    arrays = {"images": split.images, "labels": split.labels}
-    run = compile_train_steps(
-        experiment.model_at,
-        experiment.optimizer,
-        experiment.ema_decay,
-        experiment.dataset,
-        experiment.config.train.batch_size,
-        experiment.steps_per_dispatch,
-        mesh,
-    )
-    arrays = jax.device_put(arrays, sharding.replicated(mesh))
-    return initial_state(experiment), run, arrays
 
 
 def measure_program(members: int) -> dict[str, float]:
@@ -148,12 +126,12 @@ def measure_program(members: int) -> dict[str, float]:
     from contestants import MLPCase, config_of, dataset
 
     from dgm_jax import config as configs
-    from dgm_jax.sweep.program import compile_steps
+    from dgm_jax.sweep.program import compile_members
     from dgm_jax.train import prepare
 
     config = configs.override(config_of(MLPCase(100)), {"train.steps_per_dispatch": 1})
     several = [configs.override(config, {"seed": i}) for i in range(members)]
-    state, run, arrays = compile_steps(prepare(config, dataset()), several)
+    state, run, arrays = compile_members(prepare(config, dataset()), several)
     compiled = run.lower(state, arrays).compile()
     cost = compiled.cost_analysis()
     kinds = (" fusion(", " dot(", " custom-call(", " convolution(", " reduce(", " sort(")

@@ -46,14 +46,15 @@ def measure(case: Case) -> dict[str, Any]:
     Kernels of one step may overlap; a matrix product, and what else is large, has all threads.
     """
     import jax
-    from scaling import solo
 
     from dgm_jax import config as configs
-    from dgm_jax.train import prepare
+    from dgm_jax.train import compile_steps, initial_state, prepare, training_arrays
 
     steps = case.steps_per_call
     config = configs.override(config_of(case), {"train.steps_per_dispatch": steps})
-    state, run, arrays = solo(prepare(config, dataset()))
+    experiment = prepare(config, dataset())
+    state, arrays = initial_state(experiment), training_arrays(experiment)
+    run = compile_steps(experiment)
     text = run.lower(state, arrays).compile().as_text()
     kinds = dict(re.findall(r"^ *(?:ROOT )?%(\S+) = (.*)$", text, re.MULTILINE))
     state, _ = jax.block_until_ready(run(state, arrays))

@@ -13,13 +13,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
-from dgm_jax import sharding, writers
+from dgm_jax import writers
 from dgm_jax.checkpoint import Checkpoints, abstract
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.progress import Progress, say
-from dgm_jax.train import Experiment, prepare, refuse_non_finite
+from dgm_jax.train import Experiment, prepare, refuse_non_finite, training_arrays
 from dgm_jax.train_state import TrainState
 from dgm_jax.train_step import Metrics, init_state, train_steps
 from dgm_jax.workdir import Workdir
@@ -93,7 +93,7 @@ def train(
       UserError: a value that makes no sense; names it.
     """
     experiment, *_ = [prepare(config, dataset) for config in members]  # each is checked
-    state, run_steps, arrays = compile_steps(experiment, members)
+    state, run_steps, arrays = compile_members(experiment, members)
     checkpoints = Checkpoints(folder)
     members_axis = NamedSharding(experiment.mesh, PartitionSpec("data"))
     restored = checkpoints.restore(abstract(state, members_axis), say)
@@ -127,7 +127,7 @@ def train(
     return [Outcome(s, log.seconds, f) for s, f in zip(own, log.failures, strict=True)]
 
 
-def compile_steps(experiment: Experiment, members: Sequence[ConfigDict]) -> tuple:
+def compile_members(experiment: Experiment, members: Sequence[ConfigDict]) -> tuple:
     """The first state of all members, K updates of each as one jitted function, and its data."""
     # The devices share the members equally: copies of the last fill up the last share.
     mesh = experiment.mesh
@@ -165,10 +165,8 @@ def compile_steps(experiment: Experiment, members: Sequence[ConfigDict]) -> tupl
         return jax.vmap(steps_of_one, (0, 0, None))(numbers, state, arrays)
 
     state = jax.jit(jax.vmap(initial), out_shardings=by_member)(numbers, seeds)
-    split = dataset.splits["train"]
-    arrays = {"images": split.images, "labels": split.labels}
-    arrays = jax.device_put(arrays, sharding.replicated(mesh))
-    return state, jax.jit(run_steps, donate_argnums=0, out_shardings=by_member), arrays
+    run = jax.jit(run_steps, donate_argnums=0, out_shardings=by_member)
+    return state, run, training_arrays(experiment)
 
 
 def _compile_validation(experiment: Experiment, members: Sequence[ConfigDict]) -> Any:
