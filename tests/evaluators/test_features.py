@@ -101,7 +101,7 @@ def test_a_hierarchys_layers_are_its_posterior_means_from_the_data_up(tiny_datas
 
 def test_a_model_without_features_is_refused(tiny_dataset):
     model = models.build(models.defaults("vae"), tiny_dataset.spec)._replace(encode=None)
-    with pytest.raises(UserError, match="no features"):
+    with pytest.raises(UserError, match="no encode"):
         features.encode(model, {}, tiny_dataset, 8, sharding.make_mesh(), 0)
 
 
