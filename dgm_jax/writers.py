@@ -1,7 +1,12 @@
 """Metrics over time: `metrics.jsonl` for programs, TensorBoard event files for people."""
 
+import functools
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 
 class Writer:
@@ -9,12 +14,18 @@ class Writer:
 
     def __init__(self, jsonl: Path, tensorboard: Path, step: int) -> None:
         """Open both, dropping rows after `step`: they are about to be written again."""
-        from tensorboardX import SummaryWriter  # late: sampling and evaluating do not need it
-
         rows = [row for row in read(jsonl) if row["step"] <= step]
         jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self._jsonl = jsonl.open("a")
-        self._events = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
+        self._folder, self._purge = str(tensorboard), step + 1 if step else None
+
+    @functools.cached_property
+    def _events(self) -> "SummaryWriter":
+        # With the first row: importing it, and PyTorch with it where there is one, then takes its
+        # time while the devices work.
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(self._folder, purge_step=self._purge)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write one row of `values` measured after update number `step`."""
@@ -26,7 +37,8 @@ class Writer:
     def close(self) -> None:
         """Flush everything to disk."""
         self._jsonl.close()
-        self._events.close()
+        if "_events" in vars(self):
+            self._events.close()
 
 
 def read(jsonl: Path) -> list[dict]:

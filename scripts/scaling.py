@@ -3,9 +3,11 @@
     python scripts/scaling.py    # some 6 minutes; docs/pictures/scaling.png, docs/benchmark.json
 
 The law is that a step costs what its matrix products cost: its operations (2 · M · N · K of each
-product, forward and backward), at the speed of the largest point. Each point is a process.
+product, forward and backward), at the speed of the fastest point. Each point is a process.
 """
 
+import argparse
+import json
 import math
 import os
 import statistics
@@ -166,6 +168,7 @@ def seconds_to_first_step(programs: str) -> float:
 def draw(found: dict[str, list[dict[str, float]]], path: Any) -> None:
     """A panel for each axis."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(11, 6.4), dpi=150, layout="constrained")
     panels = figure.subplots(2, math.ceil(len(found) / 2)).ravel()
@@ -173,20 +176,22 @@ def draw(found: dict[str, list[dict[str, float]]], path: Any) -> None:
         values = np.array([point["value"] for point in points])
         measured = np.array([point["seconds"] for point in points]) * 1e3
         operations = np.array([point["operations"] for point in points])
-        law = measured[-1] * operations / operations[-1]
+        law = operations * (measured / operations).min()
         panel.loglog(values, law, color="0.6", label="as its matrix products")
         panel.loglog(values, measured, "o", color="C0", label="measured")
         panel.set(xlabel=AXES[name].title, ylabel="ms a step", xticks=values)
         panel.set_xticklabels([f"{value:,}" for value in values])
+        panel.set_ylim(law.min() / 1.6, measured.max() * 1.6)
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.minorticks_off()
-        panel.set_ylim(min(law.min(), measured.min()) / 1.6, measured.max() * 1.6)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].legend(frameon=False)
     figure.savefig(path)
 
 
-def main() -> None:
-    """Measure every point, keep the record and draw the picture."""
+def measure() -> None:
+    """Measure every point and keep the record."""
     from benchmark import in_a_process, keep_record, machine
 
     starts: dict[str, list[float]] = {"cold": [], "warm": []}
@@ -210,6 +215,19 @@ def main() -> None:
         print(f"{num} members: " + ", ".join(f"{k} {v:,.0f}" for k, v in cost.items()))
     record = {"first_step": first, "axes": found, "sweep_programs": programs}
     keep_record("scaling", {"machine": machine(), **record})
+
+
+def main() -> None:
+    """Measure every point and keep the record, unless told not to; draw the picture."""
+    from benchmark import RECORD
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--draw", action="store_true", help="the picture alone, from the record")
+    if not parser.parse_args().draw:
+        measure()
+    found = json.loads(RECORD.read_text())["scaling"]["axes"]
     draw(found, REPO / "docs" / "pictures" / "scaling.png")
 
 
