@@ -33,11 +33,14 @@ class DataSpec(NamedTuple):
     """What a model may know about the data before it sees any.
 
     Attributes:
-      event_shape: shape of one example, e.g. `(28, 28, 1)`.
-      support: the set `x` lies in: `"binary"` ({0, 1}) or `"uint8"` ({0, ..., 255}).
+      event_shape: shape of one example: `(28, 28, 1)` of an image, `(T,)` of a text, `(D,)` of a
+        vector.
+      support: the set each entry of `x` lies in: `"binary"` ({0, 1}), `"uint8"` ({0, ..., 255}),
+        `"tokens"` ({0, ..., vocabulary - 1}, in no order) or `"real"`.
       mean: float32 `[*event]`, the training mean of `x`, for initialising output biases.
       num_examples: size of the training split.
       num_classes: labels are 0, ..., num_classes - 1; 0 where there are none.
+      vocabulary: number of different tokens; 0 of other data.
     """
 
     event_shape: tuple[int, ...]
@@ -45,6 +48,7 @@ class DataSpec(NamedTuple):
     mean: np.ndarray
     num_examples: int = 0
     num_classes: int = 0
+    vocabulary: int = 0
 
     @property
     def num_dims(self) -> int:
@@ -52,9 +56,14 @@ class DataSpec(NamedTuple):
         return int(np.prod(self.event_shape))
 
     @property
+    def num_values(self) -> int:
+        """How many values an entry of `x` can have; 0 where it is real."""
+        return {"binary": 2, "uint8": 256, "tokens": self.vocabulary, "real": 0}[self.support]
+
+    @property
     def scale(self) -> float:
-        """The largest value of `x`: networks see x / scale, in [0, 1]."""
-        return 1.0 if self.support == "binary" else 255.0
+        """What networks divide `x` by: the largest grey value, so that they see [0, 1]; else 1."""
+        return 255.0 if self.support == "uint8" else 1.0
 
     @property
     def unit_mean(self) -> np.ndarray:

@@ -186,9 +186,9 @@ def abstract_state(
 
 
 def training_arrays(experiment: Experiment) -> dict[str, jax.Array]:
-    """`images` uint8 `[N, *event]` and `labels` int32 `[N]` to train on, whole on every device."""
+    """`x` `[N, *event]` and `labels` int32 `[N]` to train on, whole on every device."""
     split = experiment.dataset.splits["train"]
-    arrays = {"images": split.images, "labels": split.labels}
+    arrays = {"x": split.x, "labels": split.labels}
     return jax.device_put(arrays, sharding.replicated(experiment.mesh))
 
 
@@ -218,7 +218,7 @@ def step_products(experiment: Experiment) -> limit.Products:
     )
     of = (experiment.config, experiment.model, experiment.optimizer, experiment.dataset.spec)
     state = abstract_state(*of, experiment.mesh)
-    return limit.products_of(step, state, {"images": split.images, "labels": split.labels})
+    return limit.products_of(step, state, {"x": split.x, "labels": split.labels})
 
 
 def measure_speed(experiment: Experiment, images_per_second: float) -> dict[str, float]:

@@ -100,7 +100,7 @@ def train_steps(
       place: says on which devices a batch is.
 
     Returns:
-      `(state, arrays) -> (state, metrics)` where `arrays` holds `images` uint8 `[N, *event]` and
+      `(state, arrays) -> (state, metrics)` where `arrays` holds `x` `[N, *event]` and
       `labels` int32 `[N]`, and each metric is float32 `[K]`.
     """
     num_examples = len(dataset.splits["train"])
@@ -115,7 +115,7 @@ def train_steps(
 
         def body(state: TrainState, step: tuple) -> tuple[TrainState, Metrics]:
             ids, rng, rngs = step
-            batch = data.train_batch(dataset, arrays["images"], arrays["labels"], ids, rng)
+            batch = data.train_batch(dataset, arrays["x"], arrays["labels"], ids, rng)
             model = model_at(state.step)
             return train_step(model, optimizer, ema_decay, state, place(batch), rngs)
 

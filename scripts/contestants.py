@@ -160,7 +160,7 @@ def train_images() -> Any:
     """The training split for PyTorch: float `[N, 784]` in [0, 1]."""
     import torch
 
-    return torch.tensor(dataset().splits["train"].images).reshape(-1, 784) / 255
+    return torch.tensor(dataset().splits["train"].x).reshape(-1, 784) / 255
 
 
 def _dgm_jax(case: Case, by_step: bool = False) -> Trainer:
@@ -261,7 +261,7 @@ def _evaluate_torch(network: Any) -> tuple[float, float]:
     from dgm_jax.data.dataset import held_out_batch
 
     split = dataset().splits["validation"]
-    arrays = jnp.asarray(split.images), jnp.asarray(split.labels)
+    arrays = jnp.asarray(split.x), jnp.asarray(split.labels)
     x = held_out_batch(dataset(), "validation", *arrays, jnp.arange(len(split)))["x"]
     generator, log_w = torch.Generator().manual_seed(0), []
     with torch.no_grad():

@@ -70,5 +70,5 @@ def tiny_dataset():
         )
         for name, num in (("train", 128), ("validation", 24), ("test", 24))
     }
-    mean = splits["train"].images.mean(axis=0).astype(np.float32) / 255
+    mean = splits["train"].x.mean(axis=0).astype(np.float32) / 255
     return Dataset(DataConfig(), splits, DataSpec((4, 4, 1), "binary", mean, 128, 10), card={})

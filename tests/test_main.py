@@ -263,7 +263,7 @@ def test_the_model_beats_independent_pixels(finished):
     config = Workdir(finished.path).load_config()
     dataset = data.load(configs.section(config, "data"))
     mean = np.clip(dataset.spec.mean.astype(np.float64), 1e-3, 1 - 1e-3)
-    grey = dataset.splits["test"].images / 255.0
+    grey = dataset.splits["test"].x / 255.0
     independent = (grey * np.log(mean) + (1 - grey) * np.log1p(-mean)).sum(axis=(1, 2, 3)).mean()
     assert finished.results["metrics"]["elbo"]["value"] > independent + 10
 

@@ -36,7 +36,7 @@ def run(dataset, num_steps, per_dispatch, num_devices=1, seed=0, state=None, ema
             out_shardings=sharding.replicated(mesh),
         )(batch)
     split = dataset.splits["train"]
-    arrays = {"images": split.images, "labels": split.labels}
+    arrays = {"x": split.x, "labels": split.labels}
     arrays = jax.device_put(arrays, sharding.replicated(mesh))
     steps = compile_train_steps(
         lambda step: model, optimizer, ema, dataset, BATCH, per_dispatch, mesh
@@ -102,11 +102,11 @@ def test_first_update_is_the_gradient_of_the_loss_on_the_first_batch(tiny_datase
     ids = batch_ids(state.seed, state.step, BATCH, len(split))
     rng = stream(0, "data/binarise", 0)
     first = data.train_batch(
-        tiny_dataset, jnp.asarray(split.images), jnp.asarray(split.labels), ids, rng
+        tiny_dataset, jnp.asarray(split.x), jnp.asarray(split.labels), ids, rng
     )
     grads, _ = jax.grad(model.loss_fn, has_aux=True)(state.params, first, stream(0, "train/vae", 0))
 
-    arrays = {"images": jnp.asarray(split.images), "labels": jnp.asarray(split.labels)}
+    arrays = {"x": jnp.asarray(split.x), "labels": jnp.asarray(split.labels)}
     steps = compile_train_steps(
         lambda step: model, optimizer, 0.0, tiny_dataset, BATCH, 1, mesh_of(1)
     )
@@ -178,7 +178,7 @@ def test_a_ramp_rises_from_nothing_to_the_value(tiny_dataset):
         experiment.model_at, experiment.optimizer, 0.0, tiny_dataset, BATCH, 10, experiment.mesh
     )
     split = tiny_dataset.splits["train"]
-    arrays = {"images": jnp.asarray(split.images), "labels": jnp.asarray(split.labels)}
+    arrays = {"x": jnp.asarray(split.x), "labels": jnp.asarray(split.labels)}
     _, rows = steps(initial_state(experiment).replace(ema=None), arrays)
     beta = 0.5 * np.minimum(1, np.arange(10) / 4)
     expected = rows["vae/distortion"] + beta * rows["vae/rate"]

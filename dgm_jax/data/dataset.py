@@ -44,23 +44,23 @@ class Split(NamedTuple):
 
     Attributes:
       name: `train`, `validation` or `test`.
-      images: uint8 `[N, H, W, C]`.
+      x: `[N, *event]`: uint8 images and tokens, float32 vectors.
       labels: int32 `[N]`.
       factors: int32 `[N, G]`, what the images were generated from; G = 0 where nobody knows.
     """
 
     name: str
-    images: np.ndarray
+    x: np.ndarray
     labels: np.ndarray
     factors: np.ndarray
 
     def part(self, name: str, rows: np.ndarray) -> "Split":
         """The examples of the given row numbers as a split of their own."""
-        return Split(name, self.images[rows], self.labels[rows], self.factors[rows])
+        return Split(name, self.x[rows], self.labels[rows], self.factors[rows])
 
     def __len__(self) -> int:
         """Number of examples."""
-        return len(self.images)
+        return len(self.x)
 
 
 class Dataset(NamedTuple):
@@ -109,9 +109,9 @@ def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
         "test": Split("test", arrays.test_images, arrays.test_labels, test_factors),
     }
     binary = config.binarisation != "none"
-    mean = splits["train"].images.mean(axis=0, dtype=np.float64).astype(np.float32)
+    mean = splits["train"].x.mean(axis=0, dtype=np.float64).astype(np.float32)
     spec = DataSpec(
-        event_shape=splits["train"].images.shape[1:],
+        event_shape=splits["train"].x.shape[1:],
         support="binary" if binary else "uint8",
         mean=mean / 255 if binary else mean,
         num_examples=len(splits["train"]),
@@ -238,7 +238,7 @@ def some(dataset: Dataset, split: str, num: int) -> Batch:
     chosen = dataset.splits[split]
     # One program: its many small operations would be compiled one by one.
     make = jax.jit(lambda *arrays: held_out_batch(dataset, split, *arrays))
-    return make(chosen.images, chosen.labels, _spread(len(chosen), num))
+    return make(chosen.x, chosen.labels, _spread(len(chosen), num))
 
 
 def spread(dataset: Dataset, split: str, num: int) -> Dataset:

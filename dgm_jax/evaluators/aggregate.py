@@ -72,7 +72,7 @@ def compile_evaluation(
 
     draw = passes.compile_pass(one_draw, dataset, split, batch_size, mesh)
     chosen = dataset.splits[split]
-    arrays = jax.device_put((chosen.images, chosen.labels), sharding.replicated(mesh))
+    arrays = jax.device_put((chosen.x, chosen.labels), sharding.replicated(mesh))
     starts = jnp.arange(0, len(chosen), batch_size)
 
     @jax.jit

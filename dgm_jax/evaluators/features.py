@@ -72,7 +72,7 @@ def layers(codes: Codes, sizes: tuple[int, ...]) -> dict[str, Codes]:
 def pixels(dataset: data.Dataset) -> Codes:
     """The grey values themselves, scaled to [0, 1], `[N, D]`."""
     return {
-        split: dataset.splits[split].images.reshape(len(dataset.splits[split]), -1) / 255.0
+        split: dataset.splits[split].x.reshape(len(dataset.splits[split]), -1) / 255.0
         for split in ("train", "test")
     }
 

@@ -39,7 +39,7 @@ def compile_pass(
       progress under `title`.
     """
     chosen = dataset.splits[split]
-    arrays = jax.device_put((chosen.images, chosen.labels), sharding.replicated(mesh))
+    arrays = jax.device_put((chosen.x, chosen.labels), sharding.replicated(mesh))
 
     @jax.jit
     def one_batch(params: Params, arrays: Any, seed: jax.Array, start: jax.Array) -> dict:

@@ -170,7 +170,7 @@ def _rows(*splits):
     return {
         (image.tobytes(), int(label))
         for s in splits
-        for image, label in zip(s.images, s.labels, strict=True)
+        for image, label in zip(s.x, s.labels, strict=True)
     }
 
 
@@ -193,9 +193,7 @@ def test_the_validation_split_depends_on_its_seed_alone(embedded):
     again = data.load(dataclasses.replace(config, binarisation="none"))
     other = data.load(dataclasses.replace(config, seed=1))
     for name in ("train", "validation", "test"):
-        np.testing.assert_array_equal(
-            again.splits[name].images, embedded.splits[name].images, strict=True
-        )
+        np.testing.assert_array_equal(again.splits[name].x, embedded.splits[name].x, strict=True)
 
     def rows(dataset, *names):
         return _rows(*(dataset.splits[name] for name in names))
@@ -217,7 +215,7 @@ def test_validation_may_be_empty_but_not_everything():
 
 
 def test_the_spec_is_of_the_training_images_as_the_model_sees_them(embedded):
-    mean = embedded.splits["train"].images.astype(np.float64).mean(axis=0)
+    mean = embedded.splits["train"].x.astype(np.float64).mean(axis=0)
     assert embedded.spec.event_shape == (28, 28, 1) and embedded.spec.num_dims == 784
     assert embedded.spec.support == "binary" and embedded.spec.mean.dtype == np.float32
     np.testing.assert_allclose(embedded.spec.mean, mean / 255, rtol=1e-6)
@@ -247,7 +245,7 @@ def test_factors_stay_with_their_images():
     }
     for split in dataset.splits.values():
         rows = np.array([0, len(split) // 2, len(split) - 1])
-        np.testing.assert_array_equal(split.images[rows], shapes.render(split.factors[rows]))
+        np.testing.assert_array_equal(split.x[rows], shapes.render(split.factors[rows]))
         np.testing.assert_array_equal(split.labels, split.factors[:, 0])
     assert dataset.factor_names == ["shape", "scale", "rotation", "x", "y"]
     assert dataset.spec.num_classes == 3

@@ -108,7 +108,5 @@ def test_a_model_without_features_is_refused(tiny_dataset):
 def test_pixels_are_grey_values(tiny_dataset):
     found = features.pixels(tiny_dataset)
     assert found["test"].shape == (24, 16)
-    np.testing.assert_allclose(
-        255 * found["test"][3], tiny_dataset.splits["test"].images[3].ravel()
-    )
+    np.testing.assert_allclose(255 * found["test"][3], tiny_dataset.splits["test"].x[3].ravel())
     assert jax.tree.all(jax.tree.map(lambda a: a.min() >= 0 and a.max() <= 1, found))

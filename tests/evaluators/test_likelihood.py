@@ -41,7 +41,7 @@ def _dataset(num, seed=0):
 
 def _exact(dataset):
     """log p(x) `[N]` = log N(x; b, WW' + s² I)."""
-    x = dataset.splits["test"].images.reshape(-1, D).astype(float)
+    x = dataset.splits["test"].x.reshape(-1, D).astype(float)
     covariance = W @ W.T + NOISE**2 * np.eye(D)
     return stats.multivariate_normal(PARAMS["linear"], covariance).logpdf(x)
 
@@ -162,7 +162,7 @@ def test_with_the_exact_posterior_every_weight_is_the_likelihood():
     """Whatever z is drawn, and so the bound for any number of them."""
     dataset, model = _dataset(37), _linear_gaussian(EXACT)
     exact = _exact(dataset)
-    x = dataset.splits["test"].images.astype(float)
+    x = dataset.splits["test"].x.astype(float)
     log_weight = jax.jit(model.log_weight)
     for seed in range(3):
         weights = log_weight(PARAMS, {"x": x}, jax.random.key(seed))
@@ -244,7 +244,7 @@ def test_no_result_depends_on_batch_size_chunk_or_devices(reference, chunk, batc
 
 
 def test_codes_are_the_posterior_means_of_the_examples_in_order(reference):
-    x = _dataset(37).splits["test"].images.reshape(37, D)
+    x = _dataset(37).splits["test"].x.reshape(37, D)
     expected = (x - PARAMS["linear"]) @ GAIN.T + CHOL @ WRONG.shift
     np.testing.assert_allclose(reference["codes"], expected, rtol=1e-10)
 
@@ -329,7 +329,7 @@ def test_padding_never_enters():
     dataset = _dataset(37)
     found = _run(seen, dataset, batch_size=16)
     np.testing.assert_array_equal(found["id"], np.arange(37))
-    np.testing.assert_array_equal(found["x"], dataset.splits["test"].images)
+    np.testing.assert_array_equal(found["x"], dataset.splits["test"].x)
     assert found["mask"].all()
 
 

@@ -278,14 +278,14 @@ def _start(model, num_steps, per_dispatch, batch_size, ema):
     dataset = _grid()
     optimizer = optim.build(optim.Config(learning_rate=5e-3, b1=0.0, b2=0.99), num_steps)
     split = dataset.splits["train"]
-    batch = {"x": jnp.asarray(split.images[:8], jnp.float32)}
+    batch = {"x": jnp.asarray(split.x[:8], jnp.float32)}
     state = jax.jit(lambda batch: init_state(model, optimizer, 0, batch, True))(batch)
     axis = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((1,), ("data",), axis_types=axis, devices=jax.devices()[:1])
     steps = compile_train_steps(
         lambda step: model, optimizer, ema, dataset, batch_size, per_dispatch, mesh
     )
-    return state, lambda state: steps(state, {"images": split.images, "labels": split.labels})[0]
+    return state, lambda state: steps(state, {"x": split.x, "labels": split.labels})[0]
 
 
 def test_every_mode_of_a_grid_is_found_and_little_else():
