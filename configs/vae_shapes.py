@@ -25,7 +25,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.beta = 8.0
     config.eval.num_samples = 100
     smoke = {
-        "data.source": "auto",  # shapes are generated, there is nothing embedded
         "train.batch_size": 64,
         "model.encoder": (100, 100),
         "model.decoder": (100, 100),

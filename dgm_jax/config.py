@@ -81,7 +81,10 @@ def variant(config: ConfigDict, arg: str | None, **variants: Mapping[str, Any]) 
     Raises:
       UserError: no such variant; lists those that there are.
     """
-    variants = {**variants, "smoke": {**_SMOKE, **variants.get("smoke", {})}}
+    smoke = {**_SMOKE, **variants.get("smoke", {})}
+    if config.data.dataset in data.GENERATED:
+        del smoke["data.source"]  # there is nothing to read
+    variants = {**variants, "smoke": smoke}
     if not arg:
         return config
     if arg not in variants:

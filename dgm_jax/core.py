@@ -7,7 +7,8 @@ Conventions, used throughout the project:
 
 * `params`: `dict[str, PyTree]`, one entry per player, e.g. `{"vae": ...}`. Variables that no
   player trains (an EMA codebook) live in an entry `"state"`.
-* `batch`: dict of arrays with a leading axis B. `x` is `[B, *event]`. Optional: `label` int32
+* `batch`: dict of arrays with a leading axis B. `x` is `[B, *event]`, float32, of tokens int32.
+  Optional: `label` int32
   `[B]`, `mask` bool `[B]` (the row is real, not padding), `id` int32 `[B]` (index in the split).
 * `rng`: one typed key. Keys are derived by purpose, step and id (see `rng.py`), never stored.
 * A *cost* is lower-is-better, a *log-likelihood* or a bound on one is higher-is-better; both are
@@ -54,6 +55,11 @@ class DataSpec(NamedTuple):
     def num_dims(self) -> int:
         """Number of scalar dimensions of one example (the D of bits/dim)."""
         return int(np.prod(self.event_shape))
+
+    @property
+    def dtype(self) -> Any:
+        """Of `x` in a batch."""
+        return jnp.int32 if self.support == "tokens" else jnp.float32
 
     @property
     def num_values(self) -> int:

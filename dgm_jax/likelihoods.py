@@ -215,6 +215,11 @@ def check(name: str, spec: DataSpec) -> None:
     if name not in LIKELIHOODS:
         raise UserError(f"model.likelihood={name!r}: choose one of {', '.join(LIKELIHOODS)}")
     support = LIKELIHOODS[name]().support
+    if spec.support not in ("binary", "uint8"):
+        raise UserError(
+            f"model.likelihood={name!r} needs {support} data, and these are {spec.support}: "
+            "choose images as data.dataset, or another model"
+        )
     if support != spec.support:
         binary, grey = "'dynamic' or 'fixed'", "'none'"
         given, wanted = (grey, binary) if support == "binary" else (binary, grey)
@@ -237,3 +242,9 @@ def refuse_outside_support(x: jax.Array, spec: DataSpec) -> None:
         raise UserError("a Bernoulli decoder needs x in {0, 1}, and this batch has other values")
     if spec.support == "uint8" and not ((x >= 0) & (x <= 255) & (x == np.round(x))).all():
         raise UserError("x must be whole numbers from 0 to 255, and this batch has other values")
+    if spec.support == "tokens" and not ((x >= 0) & (x < spec.vocabulary)).all():
+        raise UserError(
+            f"tokens must be from 0 to {spec.vocabulary - 1}, and this batch has others"
+        )
+    if spec.support == "real" and not np.isfinite(x).all():
+        raise UserError("x must be finite, and this batch has other values")

@@ -44,12 +44,20 @@ def mean_over_examples(values: np.ndarray, unit: str, num_samples: int | None = 
 
 def bits_per_dim(log_likelihood: Metric, num_dims: int) -> Metric:
     """-log2 p(x) / D from a log-likelihood in nats; the uniform model of bytes has 8 bits/dim."""
-    scale = 1 / (num_dims * math.log(2))
+    return _cost_per(log_likelihood, num_dims * math.log(2), "bits/dim")
+
+
+def nats_per_token(log_likelihood: Metric, num_tokens: int) -> Metric:
+    """-log p(x) / T from the log-likelihood of a window of T tokens in nats."""
+    return _cost_per(log_likelihood, num_tokens, "nats/token")
+
+
+def _cost_per(log_likelihood: Metric, size: float, unit: str) -> Metric:
     error = log_likelihood.standard_error
     return log_likelihood._replace(
-        value=-log_likelihood.value * scale,
-        unit="bits/dim",
-        standard_error=None if error is None else error * scale,
+        value=-log_likelihood.value / size,
+        unit=unit,
+        standard_error=None if error is None else error / size,
     )
 
 
@@ -64,7 +72,7 @@ def table(metrics: dict[str, Metric]) -> str:
             details += [f"± {metric.repeat_error:.3f} over {metric.num_repeats:,} repeats"]
         if metric.parts is not None:
             details += [f"{min(metric.parts):.2f} to {max(metric.parts):.2f} of each latent"]
-        value = f"{metric.value:.4f}" if metric.unit == "bits/dim" else f"{metric.value:.3f}"
+        value = f"{metric.value:.4f}" if "/" in metric.unit else f"{metric.value:.3f}"
         rows.append((name, value, error, metric.unit, ", ".join(details)))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return "\n".join(

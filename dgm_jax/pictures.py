@@ -1,10 +1,12 @@
 """Pictures of what a model has learned, from whatever the model can do."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dgm_jax.core import Batch, Model, Params
@@ -34,13 +36,63 @@ def save_grid(path: Path, rows: np.ndarray, title: str) -> None:
 
 
 def save_samples(path: Path, samples: dict[str, np.ndarray], title: str, most: int = 100) -> None:
-    """A square grid of samples; of the decoder's means where the model gives them."""
+    """A square grid of samples; of the decoder's means where the model gives them.
+
+    Of points in the plane, all of them.
+    """
+    if samples["x"].ndim == 2:
+        figure, axes = _panels(1)
+        _scatter(axes[0], samples["x"], f"{title}: {len(samples['x']):,} samples x")
+        figure.savefig(path)
+        return
     images = np.asarray(samples.get("mean", samples["x"]))[:most]
     columns = int(np.ceil(np.sqrt(len(images))))
     missing = -len(images) % columns
     images = np.concatenate([images, np.ones((missing, *images.shape[1:]), images.dtype)])
     what = "means E[x | z]" if "mean" in samples else "samples x"
     save_grid(path, images.reshape(-1, columns, *images.shape[1:]), f"{title}: {what}")
+
+
+def save_plane(
+    path: Path,
+    data: np.ndarray,
+    samples: np.ndarray,
+    log_density: Callable[[np.ndarray], np.ndarray] | None,
+    side: int = 150,
+) -> None:
+    """Data and samples `[N, 2]` side by side, and the density that the model gives to the plane.
+
+    Args:
+      path: the .png.
+      data: held-out points.
+      samples: of the model.
+      log_density: `[M, 2] -> [M]`, nats; None where the model has none.
+      side: points of the density's grid along each axis.
+    """
+    figure, axes = _panels(2 if log_density is None else 3)
+    centre, reach = data.mean(axis=0), 1.15 * np.abs(data - data.mean(axis=0)).max()
+    for panel, points, title in zip(axes, (data, samples), ("data", "samples"), strict=False):
+        _scatter(panel, points, title)
+        panel.set(xlim=centre[0] + reach * np.array([-1, 1]))
+        panel.set(ylim=centre[1] + reach * np.array([-1, 1]))
+    if log_density is not None:
+        steps = np.linspace(-reach, reach, side, dtype=np.float32)
+        x, y = np.meshgrid(centre[0] + steps, centre[1] + steps)
+        density = np.exp(log_density(np.stack([x, y], axis=-1).reshape(-1, 2)))
+        axes[2].pcolormesh(x, y, density.reshape(side, side), rasterized=True)
+        axes[2].set(title="density p(x)", aspect="equal")
+    figure.savefig(path)
+
+
+def _panels(num: int) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(3.5 * num, 3.6), dpi=150, layout="constrained")
+    return figure, np.atleast_1d(figure.subplots(1, num))
+
+
+def _scatter(axes: Axes, points: np.ndarray, title: str) -> None:
+    axes.plot(*points.T, ".", markersize=1.5, alpha=0.5)
+    axes.set(aspect="equal")
+    axes.set_title(title, fontsize=10)
 
 
 def save_reconstructions(
@@ -111,8 +163,7 @@ def save_learning_curve(path: Path, rows: list[dict]) -> None:
             who, _, what = name.partition("/")
             if what and what not in ("grad_norm", "perplexity", "penalty"):
                 curves.setdefault(what, {}).setdefault(who, []).append((row["step"], value))
-    figure = Figure(figsize=(3.5 * len(curves), 3.2), dpi=150, layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(curves)))
+    figure, panels = _panels(len(curves))
     for axes, (what, by_who) in zip(panels, curves.items(), strict=True):
         shown = []
         for who, points in by_who.items():

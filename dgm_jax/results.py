@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def collect(
     seconds: dict[str, float],
     files: list[str],
     speed: dict[str, float] | None = None,
+    texts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A result by the schema in `docs/results_schema.md`.
 
@@ -42,8 +44,9 @@ def collect(
       seconds: wall-clock time by part.
       files: names of the files written, relative to the work directory.
       speed: of training, where it was measured.
+      texts: a few samples, where they are texts.
     """
-    return {
+    result = {
         "schema": SCHEMA,
         "split": split,
         "step": step,
@@ -62,6 +65,7 @@ def collect(
         "git_revision": git_revision(),
         "files": files,
     }
+    return result | ({"samples": list(texts)} if texts else {})
 
 
 def git_revision() -> str | None:

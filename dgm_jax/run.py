@@ -1,6 +1,7 @@
 """What the command line can do with a work directory: train, evaluate, sample, and more."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,15 +14,17 @@ from dgm_jax import metrics, models, optim, results, sharding, writers
 from dgm_jax.checkpoint import Checkpoints
 from dgm_jax.core import DataSpec, Model, Params, UserError
 from dgm_jax.data import dataset as data
+from dgm_jax.data import text
 from dgm_jax.evaluators import ais, likelihood
 from dgm_jax.progress import Progress, say
 from dgm_jax.rng import stream
 from dgm_jax.train import Experiment, abstract_state, measure_speed, prepare, train
-from dgm_jax.train_state import TrainState, num_parameters
-from dgm_jax.workdir import Workdir, write_json
+from dgm_jax.train_state import num_parameters
+from dgm_jax.workdir import Workdir, write_json, write_text
 
 # Seconds of training beside which those that `measure_speed` takes are little.
 _LONG_ENOUGH = 60
+_RULE = "-" * 40  # between texts
 
 
 class Trained(NamedTuple):
@@ -44,15 +47,7 @@ def restore(path: str | Path) -> Trained:
     """
     workdir = Workdir(Path(path))
     config, card = workdir.load_config(), workdir.load_card()
-    shape = tuple(card["event_shape"])
-    # The mean only sets initial biases, and these are about to be replaced.
-    spec = DataSpec(
-        event_shape=shape,
-        support=card["support"],
-        mean=np.full(shape, 0.5, np.float32),
-        num_examples=card["counts"]["train"],
-        num_classes=card["num_classes"],
-    )
+    spec = data.spec_of_card(card)
     model = models.build(config.model, spec)
     optimizer = optim.build(configs.section(config, "optimizer"), num_steps=1)
     mesh = sharding.make_mesh()
@@ -88,13 +83,13 @@ def train_mode(config: ConfigDict, workdir: Workdir) -> None:
     found = _likelihoods(trained, experiment.dataset)
     seconds["evaluation"] = time.monotonic() - began
     began = time.monotonic()
-    _draw_pictures(experiment, state, workdir)
+    texts = _draw_pictures(trained, experiment.dataset, workdir)
     seconds["pictures"] = time.monotonic() - began
     seconds["this process"] = time.monotonic() - started
     files = sorted(str(p.relative_to(workdir.path)) for p in workdir.path.iterdir())
     files += [workdir.results.name]
     result = write_result(
-        workdir.results, trained, experiment.dataset, found, seconds, files, speed
+        workdir.results, trained, experiment.dataset, found, seconds, files, speed, texts
     )
     _say_table(found, result, workdir)
 
@@ -114,15 +109,13 @@ def evaluate_mode(workdir: Workdir) -> None:
 
 def sample_mode(workdir: Workdir, num: int, seed: int) -> None:
     """Draw `num` samples; write `samples.npz` and `samples.png`."""
-    from dgm_jax import pictures  # matplotlib: only where a picture is drawn
-
     if num < 1:
         raise UserError(f"--num={num}: draw at least one sample")
     restored = restore(workdir.path)
     samples = draw(restored.model, restored.params, num, seed)
     np.savez_compressed(workdir.path / "samples.npz", **samples)
-    pictures.save_samples(workdir.path / "samples.png", samples, f"step {restored.step:,}")
-    say(f"{num:,} samples in {workdir.path / 'samples.npz'} and {workdir.path / 'samples.png'}")
+    _show_samples(workdir, "samples", samples, f"step {restored.step:,}")
+    say(f"{num:,} samples in {workdir.path}: samples.npz, and to look at, samples.*")
 
 
 def ais_mode(workdir: Workdir, num: int) -> None:
@@ -256,6 +249,7 @@ def write_result(
     seconds: dict[str, float],
     files: list[str],
     speed: dict[str, float] | None = None,
+    texts: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write what was measured on the test split, with all that says what it is about."""
     result = results.collect(
@@ -268,6 +262,7 @@ def write_result(
         seconds=seconds,
         files=files,
         speed=speed,
+        texts=texts,
     )
     write_json(path, result)
     return result
@@ -285,25 +280,67 @@ def _speed(experiment: Experiment, workdir: Workdir) -> dict[str, float]:
     return found
 
 
-def _draw_pictures(experiment: Experiment, state: TrainState, workdir: Workdir) -> None:
-    """Whatever the model can show: samples, reconstructions, latents at work, the curve."""
+def _draw_pictures(trained: Trained, dataset: data.Dataset, workdir: Workdir) -> list[str]:
+    """Whatever the model can show: samples, reconstructions, latents at work, the curve.
+
+    Returns:
+      A few samples, where they are texts.
+    """
     from dgm_jax import pictures  # matplotlib: only where a picture is drawn
 
     say("drawing pictures")
-    model, params, seed = experiment.model, state.eval_params, experiment.config.seed
-    batch, rng = data.some(experiment.dataset, "test", 20), stream(seed, "pictures")
+    model, params, seed = trained.model, trained.params, trained.config.seed
+    batch, rng = data.some(dataset, "test", 20), stream(seed, "pictures")
+    texts = []
     if model.sample is not None:
-        samples = draw(model, params, 100, seed)
-        pictures.save_samples(workdir.path / "prior_samples.png", samples, "prior samples")
+        num = 100 if dataset.toy is None else 2000
+        samples = draw(model, params, num, seed)
+        texts = _show_samples(workdir, "prior_samples", samples, "prior samples")
+    if dataset.toy is not None and model.sample is not None:
+        _draw_plane(trained, dataset, workdir)
     if model.reconstruct is not None:
         target = workdir.path / "reconstructions.png"
         pictures.save_reconstructions(target, model, params, batch, rng)
-    if model.encode is not None and model.decode is not None:
+    if model.encode is not None and model.decode is not None and batch["x"].ndim == 4:
         target = workdir.path / "interpolation.png"
         pictures.save_interpolation(target, model, params, batch, rng)
-        many = data.some(experiment.dataset, "test", 500)
+        many = data.some(dataset, "test", 500)
         pictures.save_traversals(workdir.path / "traversals.png", model, params, many, rng)
     pictures.save_learning_curve(workdir.path / "learning_curve.png", writers.read(workdir.metrics))
+    return texts
+
+
+def _show_samples(
+    workdir: Workdir, stem: str, samples: dict[str, np.ndarray], title: str
+) -> list[str]:
+    """Draw samples, or where they are texts write them, say the first, and return a few."""
+    from dgm_jax import pictures
+
+    card = workdir.load_card()
+    if card["support"] != "tokens":
+        pictures.save_samples(workdir.path / f"{stem}.png", samples, title)
+        return []
+    texts = text.decode(card["alphabet"], samples["x"])
+    write_text(workdir.path / f"{stem}.txt", f"\n{_RULE}\n".join(texts) + "\n")
+    say(f"{title}, the first of {len(texts):,}:\n{_RULE}\n{texts[0]}\n{_RULE}")
+    return texts[:3]
+
+
+def _draw_plane(trained: Trained, dataset: data.Dataset, workdir: Workdir) -> None:
+    """Points in the plane: data, samples, and the model's density where it has one."""
+    from dgm_jax import pictures
+
+    model, params, seed = trained.model, trained.params, trained.config.seed
+    points = dataset.splits["test"].x[:2000]
+    samples = draw(model, params, len(points), seed)["x"]
+    exact, log_density = model.log_likelihood_fns.get("log_prob"), None
+    if exact is not None:
+
+        def log_density(x: np.ndarray) -> np.ndarray:
+            rng = stream(seed, "pictures")
+            return np.asarray(jax.jit(exact)(params, {"x": x}, rng), np.float64)
+
+    pictures.save_plane(workdir.path / "plane.png", points, samples, log_density)
 
 
 def _say_header(experiment: Experiment, workdir: Workdir) -> None:
@@ -318,7 +355,7 @@ def _say_header(experiment: Experiment, workdir: Workdir) -> None:
     say(f"data        {data.describe(experiment.dataset.card)}")
     say(f"devices     {jax.device_count()} x {jax.devices()[0].device_kind}")
     say(
-        f"training    {num_steps:,} steps of {config.train.batch_size} images "
+        f"training    {num_steps:,} steps of {config.train.batch_size} examples "
         f"({epochs:.1f} epochs), {experiment.steps_per_dispatch} a dispatch"
     )
     say(f"output      {workdir.path}")

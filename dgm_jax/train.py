@@ -178,7 +178,8 @@ def abstract_state(
 ) -> TrainState:
     """Shapes of the state, for restoring it without data."""
     size = config.train.batch_size
-    batch = {"x": jnp.zeros((size, *spec.event_shape)), "label": jnp.zeros(size, jnp.int32)}
+    x = jnp.zeros((size, *spec.event_shape), spec.dtype)
+    batch = {"x": x, "label": jnp.zeros(size, jnp.int32)}
     state = jax.eval_shape(
         lambda: init_state(model, optimizer, config.seed, batch, config.optimizer.ema > 0)
     )

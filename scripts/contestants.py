@@ -156,7 +156,7 @@ def dataset() -> Any:
     return load(Config(), announce=lambda line: None)
 
 
-def train_images() -> Any:
+def train_x() -> Any:
     """The training split for PyTorch: float `[N, 784]` in [0, 1]."""
     import torch
 
@@ -224,7 +224,7 @@ def torch_trainer(case: Case, compiled: bool = False, seed: int = 0) -> Trainer:
     import torch
 
     torch.manual_seed(seed)
-    images = train_images()
+    images = train_x()
     network = case.torch_network(images.mean(0))
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
     loss_of = torch.compile(network) if compiled else network
@@ -308,7 +308,7 @@ def pythae_trainer(
             mean = torch.sigmoid(self.decoder(z))
             return ModelOutput(reconstruction=mean.reshape(-1, 1, 28, 28))
 
-    images = train_images().reshape(-1, 1, 28, 28)
+    images = train_x().reshape(-1, 1, 28, 28)
     config = VAEConfig((1, 28, 28), case.latents, reconstruction_loss="bce")
     model = VAE(config, Encoder(), Decoder()) if network else VAE(config)
     trainer = BaseTrainer(

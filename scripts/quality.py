@@ -20,7 +20,7 @@ from contestants import (
     pythae_trainer,
     resident_mib,
     torch_trainer,
-    train_images,
+    train_x,
 )
 
 REPO = Path(__file__).resolve().parent.parent
@@ -88,7 +88,7 @@ def _pythae(seed: int) -> Trainer:
     import torch
 
     torch.manual_seed(seed)
-    network = PLAIN.torch_network(train_images().mean(0))
+    network = PLAIN.torch_network(train_x().mean(0))
     return pythae_trainer(PLAIN._replace(batch_size=64), network, learning_rate=1e-4, seed=seed)
 
 

@@ -10,7 +10,7 @@ from conftest import REPO, on_one_device
 
 from dgm_jax import config as configs
 from dgm_jax import models, run, writers
-from dgm_jax.core import Model, UserError, masked_mean
+from dgm_jax.core import DataSpec, Model, UserError, masked_mean
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood
 from dgm_jax.train import abstract_state, prepare
@@ -34,14 +34,33 @@ def dataset(fields, tiny_dataset):
 
 
 def _accepted(fields, binary):
-    """Binary images, or, where the model refuses them, the grey ones that they are drawn from."""
-    try:
-        models.check(fields, binary.spec)
-    except UserError:
-        spec = binary.spec._replace(support="uint8", mean=255 * binary.spec.mean)
-        models.check(fields, spec)
-        return binary._replace(config=data.Config(binarisation="none"), spec=spec)
-    return binary
+    """The first that the model does not refuse: binary images, grey ones, points, or tokens."""
+    for dataset in (binary, *_otherwise(binary)):
+        try:
+            models.check(fields, dataset.spec)
+        except UserError as error:
+            refused = error
+        else:
+            return dataset
+    raise refused
+
+
+def _otherwise(binary):
+    """The grey images that the tiny data are drawn from, and as many points and texts."""
+    config, rng = data.Config(binarisation="none"), np.random.default_rng(1)
+    grey = binary.spec._replace(support="uint8", mean=255 * binary.spec.mean)
+    yield binary._replace(config=config, spec=grey)
+    for support, event in (("real", (2,)), ("tokens", (6,))):
+        splits = {}
+        for name, split in binary.splits.items():
+            shape = (len(split), *event)
+            x = rng.normal(size=shape).astype(np.float32)
+            x = x if support == "real" else rng.integers(0, 5, shape, np.int32)
+            splits[name] = split._replace(x=x)
+        vocabulary = 5 if support == "tokens" else 0
+        mean = np.zeros(event, np.float32)
+        spec = DataSpec(event, support, mean, 128, 10, vocabulary)
+        yield binary._replace(config=config, splits=splits, spec=spec)
 
 
 @pytest.fixture
@@ -96,8 +115,9 @@ def test_masked_rows_do_not_count(case, dataset):
     """Whatever stands in a padded row, the loss is that of the real rows."""
     model, params, batch = case
     mask = jnp.arange(BATCH) < 5
-    negative = dataset.spec.scale - batch["x"]
-    junk = jnp.where(mask.reshape(-1, 1, 1, 1), batch["x"], negative)
+    largest = max(dataset.spec.num_values - 1, 1)
+    mask_of_x = mask.reshape(-1, *[1] * (batch["x"].ndim - 1))
+    junk = jnp.where(mask_of_x, batch["x"], largest - batch["x"])
     for player in model.players:
         results = [
             player.loss_fn(params, {**batch, "x": x, "mask": mask}, jax.random.key(1))[0]
@@ -167,7 +187,10 @@ def test_functions_return_what_they_promise(case, dataset):
     if model.sample is not None:
         samples = model.sample(params, rng, 5)
         assert samples["x"].shape == (5, *event)
-        assert np.isin(samples["x"], np.arange(dataset.spec.scale + 1)).all()
+        if dataset.spec.support == "real":
+            assert np.isfinite(samples["x"]).all()
+        else:
+            assert np.isin(samples["x"], np.arange(dataset.spec.num_values)).all()
         assert not np.array_equal(samples["x"][0], samples["x"][1])
     if model.encode is not None:
         codes = model.encode(params, batch, rng)
@@ -233,7 +256,9 @@ def test_smoke_variant_trains_evaluates_and_draws(path, tmp_path):
         run.train_mode(config, Workdir(tmp_path / "run"))
     result = Workdir(tmp_path / "run").results.read_text()
     assert "NaN" not in result and "Infinity" not in result
-    assert len(list((tmp_path / "run").glob("*.png"))) >= 2
+    assert (tmp_path / "run" / "learning_curve.png").exists()
+    if models.build(config.model, data.load(configs.section(config, "data")).spec).sample:
+        assert list((tmp_path / "run").glob("prior_samples.*"))
     rows = [r for r in writers.read(Workdir(tmp_path / "run").metrics) if "seconds" in r]
     losses = [name for name in rows[0] if name.endswith("/loss")]
     if len(losses) == 1:  # where players play against each other, no loss need fall

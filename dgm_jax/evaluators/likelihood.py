@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dgm_jax import metrics, sharding
-from dgm_jax.core import Batch, Model, Params, UserError
+from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import aggregate, passes
 from dgm_jax.evaluators.passes import PerExample, by_example
@@ -233,8 +233,11 @@ def compile_evaluation(
             found |= _bounds(bounds(params, seed), many)
         for name in ("log_prob", "importance_weighted_bound", *model.log_likelihood_fns):
             if name in found:  # the tightest that there is
-                found["bits_per_dim"] = metrics.bits_per_dim(found[name], dataset.spec.num_dims)
+                found |= _per_dim(found[name], dataset.spec)
                 break
+        if dataset.toy:  # of the very same points: what no model exceeds but by chance
+            true = dataset.toy.log_density(dataset.splits[split].x)
+            found["data_log_prob"] = metrics.mean_over_examples(true, "nats")
         if aggregated:
             found |= aggregated(params, seed)
         if correct:
@@ -245,6 +248,15 @@ def compile_evaluation(
         return found
 
     return evaluate
+
+
+def _per_dim(log_likelihood: metrics.Metric, spec: DataSpec) -> dict[str, metrics.Metric]:
+    """The same for each pixel or token; a density of real vectors has no such thing."""
+    if spec.support == "real":
+        return {}
+    if spec.support == "tokens":
+        return {"nats_per_token": metrics.nats_per_token(log_likelihood, spec.num_dims)}
+    return {"bits_per_dim": metrics.bits_per_dim(log_likelihood, spec.num_dims)}
 
 
 def _bounds(per_example: dict[str, np.ndarray], num_samples: int) -> dict[str, metrics.Metric]:

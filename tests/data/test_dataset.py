@@ -279,3 +279,15 @@ def test_a_data_set_that_there_is_not():
         data.load(data.Config(dataset="shapes", source="tfds"))
     with pytest.raises(UserError, match=r"data\.validation=20000.*19999"):
         data.load(data.Config(dataset="shapes", validation=20_000))
+
+
+def test_toys_are_points_with_a_known_density():
+    found = data.load(data.Config(dataset="grid", binarisation="none", validation=100))
+    assert (found.spec.support, found.spec.event_shape) == ("real", (2,))
+    assert found.spec.num_classes == 25 and found.spec.scale == 1 and found.toy.has_modes
+    batch = data.some(found, "validation", 7)
+    assert (
+        batch["x"].dtype == np.float32 and np.isin(batch["x"], found.splits["validation"].x).all()
+    )
+    assert "binarisation" not in data.describe(found.card)
+    assert data.spec_of_card(found.card)._replace(mean=found.spec.mean) == found.spec

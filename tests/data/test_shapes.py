@@ -92,16 +92,16 @@ def test_factors_are_uniform_and_independent(generated):
     np.testing.assert_array_equal(generated.arrays.test_labels, generated.test_factors[:, 0])
 
 
-def test_images_are_those_of_their_factors(generated):
+def test_x_are_those_of_their_factors(generated):
     rows = np.array([0, 999, 1000, 4999])  # also on both sides of a part's end
     np.testing.assert_array_equal(
-        generated.arrays.test_images[rows], shapes.render(generated.test_factors[rows])
+        generated.arrays.test_x[rows], shapes.render(generated.test_factors[rows])
     )
 
 
 def test_pictures_are_told_apart_by_their_factors(generated):
     """No two combinations give one picture."""
-    rows = generated.arrays.train_images.reshape(20_000, -1)
+    rows = generated.arrays.train_x.reshape(20_000, -1)
     assert len(np.unique(rows, axis=0)) == len(np.unique(generated.train_factors, axis=0))
 
 

@@ -85,14 +85,14 @@ def fault(source, **options):
 def test_full_mnist_has_the_published_numbers(full):
     images, _ = full
     assert images.source == "tfds"
-    assert images.train_images.shape == (60_000, 28, 28, 1)
-    assert images.test_images.shape == (10_000, 28, 28, 1)
-    assert images.train_images.dtype == images.test_images.dtype == np.uint8
+    assert images.train_x.shape == (60_000, 28, 28, 1)
+    assert images.test_x.shape == (10_000, 28, 28, 1)
+    assert images.train_x.dtype == images.test_x.dtype == np.uint8
     assert images.train_labels.dtype == images.test_labels.dtype == np.int32
     assert np.bincount(images.train_labels).tolist() == TRAIN_COUNTS
     assert np.bincount(images.test_labels).tolist() == TEST_COUNTS
-    assert images.train_images.mean() / 255 == pytest.approx(0.1307, abs=5e-5)
-    assert images.train_images.std() / 255 == pytest.approx(0.3081, abs=5e-5)
+    assert images.train_x.mean() / 255 == pytest.approx(0.1307, abs=5e-5)
+    assert images.train_x.std() / 255 == pytest.approx(0.3081, abs=5e-5)
 
 
 @needs_data
@@ -111,7 +111,7 @@ def test_tfds_and_the_original_files_give_the_same_arrays(full, monkeypatch):
 @pytest.mark.parametrize("part", [0, 1])
 def test_one_changed_pixel_or_label_is_noticed(full, part):
     images, _ = full
-    splits = [[images.train_images, images.train_labels], [images.test_images, images.test_labels]]
+    splits = [[images.train_x, images.train_labels], [images.test_x, images.test_labels]]
     sources._checked("mnist", *splits)
     splits[1][part] = splits[1][part].copy()
     splits[1][part].flat[7] ^= 1
@@ -138,8 +138,8 @@ def test_embedded_split_is_by_class_disjoint_and_fixed(tmp_path):
     again = load_mnist("embedded", cache_dir=tmp_path / "other")
     assert np.bincount(images.train_labels).tolist() == [450] * 10
     assert np.bincount(images.test_labels).tolist() == [50] * 10
-    train = {image.tobytes() for image in images.train_images}
-    test = {image.tobytes() for image in images.test_images}
+    train = {image.tobytes() for image in images.train_x}
+    test = {image.tobytes() for image in images.test_x}
     assert len(train | test) == 5_000  # all of them differ
     assert not train & test
     assert again.sha256 == images.sha256
@@ -149,9 +149,7 @@ def test_embedded_split_is_by_class_disjoint_and_fixed(tmp_path):
 
 @needs_data
 def test_embedded_images_are_labelled_mnist_images(full):
-    known = {
-        x.tobytes(): y for x, y in zip(full[0].train_images, full[0].train_labels, strict=True)
-    }
+    known = {x.tobytes(): y for x, y in zip(full[0].train_x, full[0].train_labels, strict=True)}
     images = load_mnist("embedded")
     for x, y in [*zip(*images[:2], strict=True), *zip(*images[2:4], strict=True)]:
         assert known[x.tobytes()] == y
@@ -215,9 +213,9 @@ def test_colour_images_are_read_with_their_labels(cifar10):
     images, labels = cifar10
     for source in ("tfds", "auto"):  # the second from the cache
         found = sources.load("cifar10", source)
-        assert found.train_images.shape == (6, 32, 32, 3) and found.train_images.dtype == np.uint8
-        assert found.test_images.shape == (4, 32, 32, 3) and found.source == "tfds"
-        read = np.concatenate([found.train_images, found.test_images])
+        assert found.train_x.shape == (6, 32, 32, 3) and found.train_x.dtype == np.uint8
+        assert found.test_x.shape == (4, 32, 32, 3) and found.source == "tfds"
+        read = np.concatenate([found.train_x, found.test_x])
         order = np.concatenate([found.train_labels, found.test_labels])
         assert sorted(order[:6]) == list(range(6))
         np.testing.assert_array_equal(labels[order], order)
@@ -255,7 +253,7 @@ def test_fashion_mnist_has_the_published_numbers(monkeypatch):
     images = sources.load("fashion_mnist")
     assert np.bincount(images.train_labels).tolist() == [6000] * 10
     assert np.bincount(images.test_labels).tolist() == [1000] * 10
-    assert images.train_images.mean() / 255 == pytest.approx(0.2860, abs=5e-5)
+    assert images.train_x.mean() / 255 == pytest.approx(0.2860, abs=5e-5)
 
 
 # Which source is taken, and what is said when it is not the first.
@@ -603,7 +601,7 @@ def write_without_key(path):
 def plant_a_pickle(path):
     bomb = np.empty(1, object)
     bomb[0] = Bomb()
-    rewrite(path, train_images=bomb)
+    rewrite(path, train_x=bomb)
 
 
 @pytest.mark.parametrize(
