@@ -56,7 +56,7 @@ def _otherwise(binary):
             shape = (len(split), *event)
             x = rng.normal(size=shape).astype(np.float32)
             x = x if support == "real" else rng.integers(0, 5, shape, np.int32)
-            splits[name] = split._replace(x=x)
+            splits[name] = data.Split(name, x, split.labels, split.factors)
         vocabulary = 5 if support == "tokens" else 0
         mean = np.zeros(event, np.float32)
         spec = DataSpec(event, support, mean, 128, 10, vocabulary)
