@@ -39,7 +39,38 @@ def test_seeds_of_one_experiment_make_one_row(tmp_path, monkeypatch):
         path = tmp_path / "results" / f"iwae_mnist-l1-vae-k1-seed{seed}.json"
         path.write_text(json.dumps(result))
     monkeypatch.setattr(report, "DOCS", tmp_path)
-    first, second = report.table().splitlines()[-2:]
-    assert "| 0, 1 |" in first and "| 85.00 ± 1.00 |" in first
-    assert "86.76" in first and "| -1.76 |" in first
-    assert "| 2 |" in second and "| 50.00 ± " in second
+    best, other = report.table().splitlines()[-2:]
+    assert "| 0, 1 |" in other and "| 85.00 ± 1.00 | bound: K = 10 |" in other
+    assert "86.76" in other and "| -1.76 |" in other
+    assert "| 2 |" in best and "| 50.00 ± " in best
+
+
+def test_families_are_ranked_by_the_tightest_that_each_knows(tmp_path, monkeypatch):
+    """Those with no likelihood are not there; other data have a table of their own."""
+    report = _report()
+    (tmp_path / "results").mkdir()
+
+    def keep(name, metrics, **card):
+        result = json.loads(RESULTS[0].read_text())
+        unit = {"unit": "nats", "standard_error": 0.1, "num_samples": 10}
+        result["metrics"] = {metric: {"value": v} | unit for metric, v in metrics.items()}
+        result["data"] |= card
+        (tmp_path / "results" / f"{name}-seed0.json").write_text(json.dumps(result))
+
+    keep("bounded", {"elbo": -90.0, "importance_weighted_bound": -81.0})
+    keep("exact", {"log_prob": -80.0, "elbo": -95.0})
+    keep("loose", {"elbo": -82.0})
+    keep("adversarial", {"discrimination": 0.7})
+    keep("written", {"log_prob": -70.0}, dataset="shakespeare", support="tokens")
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    lines = report.table().splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")]
+    found = [(row[0], row[4], row[5]) for row in rows if "±" in row[4]]
+    assert found == [
+        ("| exact", "80.00 ± 0.10", "exact"),
+        ("| bounded", "81.00 ± 0.10", "bound: K = 10"),
+        ("| loose", "82.00 ± 0.10", "bound: ELBO"),
+        ("| written", "70.00 ± 0.10", "exact"),
+    ]
+    titles = [line for line in lines if line.startswith("### ")]
+    assert "dynamic binarisation" in titles[0] and "shakespeare, characters" in titles[1]
