@@ -270,12 +270,12 @@ def write_result(
 
 def _speed(experiment: Experiment, workdir: Workdir) -> dict[str, float]:
     """Of the median dispatch; says it."""
-    rows = [row["images_per_second"] for row in writers.read(workdir.metrics) if "seconds" in row]
+    rows = [row["examples_per_second"] for row in writers.read(workdir.metrics) if "seconds" in row]
     found = measure_speed(experiment, float(np.median(rows)))
     fast, share = found["gflops"], found["share_of_limit"]
     say(
-        f"speed       {found['images_per_second']:,.0f} images/s, {fast:,.1f} GFLOP/s of matrix "
-        f"products, {share:.0%} of what these reach here alone"
+        f"speed       {found['examples_per_second']:,.0f} examples/s, {fast:,.1f} GFLOP/s of "
+        f"matrix products, {share:.0%} of what these reach here alone"
     )
     return found
 

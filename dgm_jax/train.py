@@ -222,24 +222,24 @@ def step_products(experiment: Experiment) -> limit.Products:
     return limit.products_of(step, state, {"x": split.x, "labels": split.labels})
 
 
-def measure_speed(experiment: Experiment, images_per_second: float) -> dict[str, float]:
+def measure_speed(experiment: Experiment, examples_per_second: float) -> dict[str, float]:
     """How fast training was, beside what its matrix products alone would allow on this machine.
 
     Takes some seconds: it compiles the products of one step and times them.
 
     Args:
       experiment: what was trained.
-      images_per_second: that it was trained at, over all devices.
+      examples_per_second: that it was trained at, over all devices.
 
     Returns:
-      `images_per_second`; `gflops` of its products, 10⁹ operations a second; and `share_of_limit`,
-      the part of the step's time that its products would take alone.
+      `examples_per_second`; `gflops` of its products, 10⁹ operations a second; and
+      `share_of_limit`, the part of the step's time that its products would take alone.
     """
     products = step_products(experiment)
     operations = limit.num_operations(products) * experiment.mesh.size
-    steps_per_second = images_per_second / experiment.config.train.batch_size
+    steps_per_second = examples_per_second / experiment.config.train.batch_size
     return {
-        "images_per_second": images_per_second,
+        "examples_per_second": examples_per_second,
         "gflops": operations * steps_per_second / 1e9,
         "share_of_limit": limit.seconds_alone(products) * steps_per_second,
     }
@@ -336,16 +336,16 @@ class _Log:
         self.seconds = {name: self.seconds[name] + spent[name] for name in now}
         elapsed = spent["training"]
         row = {name: float(np.mean(values)) for name, values in measured.items()}
-        images_per_second = steps * self._experiment.config.train.batch_size / elapsed
+        examples_per_second = steps * self._experiment.config.train.batch_size / elapsed
         times = {"seconds": self.seconds["training"], "cpu_seconds": self.seconds["training_cpu"]}
-        self._writer.write(step, {**row, "images_per_second": images_per_second, **times})
+        self._writer.write(step, {**row, "examples_per_second": examples_per_second, **times})
         shown = "  ".join(
             f"{name if self._several else name.partition('/')[2]} {value:.2f}"
             for name, value in row.items()
             if not name.endswith("grad_norm")
         )
         self._progress.advance(
-            steps, f"{steps / elapsed:,.0f} steps/s  {images_per_second:,.0f} images/s  {shown}"
+            steps, f"{steps / elapsed:,.0f} steps/s  {examples_per_second:,.0f} examples/s  {shown}"
         )
 
     @staticmethod

@@ -498,7 +498,7 @@ TINY = {
     "eval.elbo_samples": 1,
     "eval.chunk": 2,
 }
-TIMING = {"seconds", "cpu_seconds", "images_per_second"}
+TIMING = {"seconds", "cpu_seconds", "examples_per_second"}
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ FILES = {
     "results.json",
     *PICTURES,
 }
-TIMING = {"seconds", "cpu_seconds", "images_per_second"}
+TIMING = {"seconds", "cpu_seconds", "examples_per_second"}
 
 
 class Run(NamedTuple):
@@ -164,7 +164,7 @@ def test_it_says_what_it_will_do_before_the_first_step(finished):
 def test_progress_is_plain_lines_where_there_is_no_terminal(finished):
     assert not set("\r\x1b\b") & set(finished.stdout + finished.stderr)
     (last,) = (line for line in finished.stdout.splitlines() if line.startswith("training 400/400"))
-    for words in ("left", "steps/s", "images/s", "distortion", "rate"):
+    for words in ("left", "steps/s", "examples/s", "distortion", "rate"):
         assert words in last
 
 

@@ -101,6 +101,6 @@ def test_the_speed_counts_each_product_of_a_step(judged):
     kernels = [p for p in jax.tree.leaves(restored.params) if p.ndim == 2]
     (first,) = (kernel for kernel in kernels if kernel.shape[0] == restored.spec.num_dims)
     operations = 2 * (3 * sum(kernel.size for kernel in kernels) - first.size)  # of one image
-    expected = operations * speed["images_per_second"] / 1e9
+    expected = operations * speed["examples_per_second"] / 1e9
     np.testing.assert_allclose(speed["gflops"], expected, rtol=1e-6)
     assert 0 < speed["share_of_limit"] < np.inf

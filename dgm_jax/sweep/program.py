@@ -212,7 +212,7 @@ class _Log:
             self.seconds[name] += (after - before) / num
         self._mark = now
         config, steps = self._experiment.config, self._experiment.steps_per_dispatch
-        images_per_second = num * steps * config.train.batch_size / elapsed
+        examples_per_second = num * steps * config.train.batch_size / elapsed
         losses = []
         for i, writer in enumerate(self._writers):
             own = {name: values[i] for name, values in measured.items()}
@@ -226,7 +226,7 @@ class _Log:
                 continue
             row = {name: float(np.mean(values)) for name, values in own.items()}
             losses += [value for name, value in row.items() if name.endswith("/loss")]
-            row |= {"images_per_second": images_per_second / num}
+            row |= {"examples_per_second": examples_per_second / num}
             row |= {"seconds": self.seconds["training"]}
             row |= {"cpu_seconds": self.seconds["training_cpu"]}
             writer.write(step, row)
@@ -234,7 +234,7 @@ class _Log:
         losses = f"losses {min(losses):.2f} to {max(losses):.2f}" if losses else "none is left"
         self._progress.advance(
             steps,
-            f"{num} members  {images_per_second:,.0f} images/s  {losses}"
+            f"{num} members  {examples_per_second:,.0f} examples/s  {losses}"
             + (f"  {stopped} diverged" if stopped else ""),
         )
 

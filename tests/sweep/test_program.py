@@ -75,7 +75,7 @@ def test_each_member_is_its_solo_run(tiny_dataset, tmp_path):
         for row, other in zip(rows, expected, strict=True):
             assert row.keys() == other.keys()
             for name in row:
-                if name not in ("seconds", "cpu_seconds", "images_per_second"):
+                if name not in ("seconds", "cpu_seconds", "examples_per_second"):
                     assert row[name] == pytest.approx(other[name], rel=1e-4)
     # And they are not all the same.
     first = [jax.tree.leaves(outcome.state.params)[1] for outcome in outcomes]
