@@ -14,9 +14,8 @@ import numpy as np
 from dgm_jax.core import UserError
 from dgm_jax.train_state import TrainState
 
-if (
-    TYPE_CHECKING
-):  # its import takes as long as JAX's: only where there is something to read or save
+# Its import takes as long as JAX's: at run time only where there is something to read or save.
+if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
 

@@ -20,6 +20,7 @@ from ml_collections import config_flags
 from dgm_jax import cache, run
 from dgm_jax import config as configs
 from dgm_jax.core import UserError
+from dgm_jax.interruption import Interrupted
 from dgm_jax.workdir import Workdir, default_path
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -92,5 +93,8 @@ if __name__ == "__main__":
         app.run(main, flags_parser=_parse)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        sys.exit(interrupted.status)
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")

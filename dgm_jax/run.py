@@ -71,26 +71,27 @@ def train_mode(config: ConfigDict, workdir: Workdir) -> None:
         return
     started = time.monotonic()
     experiment = prepare(config, load_data(config))
-    workdir.claim(config, experiment.dataset.card)
+    with workdir.claimed(config, experiment.dataset.card):
+        _train(experiment, workdir, started)
+
+
+def _train(experiment: Experiment, workdir: Workdir, started: float) -> None:
+    """As `train_mode`, in a work directory that is this process's own."""
+    config, dataset = experiment.config, experiment.dataset
     _say_header(experiment, workdir)
     state, seconds = train(experiment, workdir)
     speed = _speed(experiment, workdir) if seconds["training"] > _LONG_ENOUGH else None
 
     began = time.monotonic()
-    trained = Trained(
-        config, experiment.model, state.eval_params, experiment.dataset.spec, int(state.step)
-    )
-    found = _likelihoods(trained, experiment.dataset)
+    trained = Trained(config, experiment.model, state.eval_params, dataset.spec, int(state.step))
+    found = _likelihoods(trained, dataset)
     seconds["evaluation"] = time.monotonic() - began
     began = time.monotonic()
-    texts = _draw_pictures(trained, experiment.dataset, workdir)
+    texts = _draw_pictures(trained, dataset, workdir)
     seconds["pictures"] = time.monotonic() - began
     seconds["this process"] = time.monotonic() - started
-    files = sorted(str(p.relative_to(workdir.path)) for p in workdir.path.iterdir())
-    files += [workdir.results.name]
-    result = write_result(
-        workdir.results, trained, experiment.dataset, found, seconds, files, speed, texts
-    )
+    files = [*workdir.files(), workdir.results.name]
+    result = write_result(workdir.results, trained, dataset, found, seconds, files, speed, texts)
     _say_table(found, result, workdir)
 
 

@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
-from dgm_jax import limit, models, optim, sharding, writers
+from dgm_jax import interruption, limit, models, optim, sharding, writers
 from dgm_jax.checkpoint import Checkpoints, abstract
 from dgm_jax.core import DataSpec, Model, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood, passes
+from dgm_jax.interruption import Interrupted
 from dgm_jax.nn import precision
 from dgm_jax.progress import Progress, say
 from dgm_jax.train_state import TrainState
@@ -262,6 +263,7 @@ def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, dict[st
 
     Raises:
       UserError: a loss, term or gradient is not finite; names step and term.
+      Interrupted: SIGTERM or Ctrl-C came; what was reached is saved.
     """
     config, model, mesh = experiment.config, experiment.model, experiment.mesh
     state = initial_state(experiment)
@@ -289,23 +291,26 @@ def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, dict[st
 
     pending: tuple[int, Metrics] | None = None
     try:
-        for step in range(first, experiment.num_steps, experiment.steps_per_dispatch):
-            state, measured = run_steps(state, arrays)
-            if pending is not None:
-                log.dispatch(*pending)
-            done = step + experiment.steps_per_dispatch
-            pending = done, measured
-            last = done == experiment.num_steps
-            validating = validate is not None and (done % validate_every == 0 or last)
-            saving = done % checkpoint_every == 0 or last
-            if validating or saving:
-                log.dispatch(*pending)
-                pending = None
-            if validating:
-                log.validation(done, validate(state.eval_params, config.seed))
-            if saving:
-                _refuse_non_finite_parameters(done, state)
-                checkpoints.save(state)
+        with interruption.noted() as asked_to_stop:
+            for step in range(first, experiment.num_steps, experiment.steps_per_dispatch):
+                state, measured = run_steps(state, arrays)
+                if pending is not None:
+                    log.dispatch(*pending)
+                done = step + experiment.steps_per_dispatch
+                pending = done, measured
+                last, signum = done == experiment.num_steps, asked_to_stop()
+                validating = validate is not None and (done % validate_every == 0 or last)
+                saving = done % checkpoint_every == 0 or last or signum
+                if validating or saving:
+                    log.dispatch(*pending)
+                    pending = None
+                if validating:
+                    log.validation(done, validate(state.eval_params, config.seed))
+                if saving:
+                    _refuse_non_finite_parameters(done, state)
+                    checkpoints.save(state)
+                if signum and not last:
+                    raise Interrupted(signum, done)
     finally:
         # Also after an error or an interrupt: a save under way is finished, rows are kept.
         checkpoints.close()

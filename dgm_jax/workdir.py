@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +57,10 @@ class Workdir(NamedTuple):
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
         return self.results.exists() or self.failure.exists()
+
+    def files(self) -> list[str]:
+        """Names of what is there to be looked at, sorted."""
+        return sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
 
     def load_config(self) -> ConfigDict:
         """The config that made the run.
@@ -122,13 +128,34 @@ class Workdir(NamedTuple):
                 "available again, or choose another --workdir"
             )
 
-    def claim(self, config: ConfigDict, card: dict[str, Any]) -> None:
-        """Make the directory and write what it is about."""
+    @contextmanager
+    def claimed(self, config: ConfigDict, card: dict[str, Any]) -> Iterator[None]:
+        """Make the directory, write what it is about, and keep other processes from it meanwhile.
+
+        The lock ends with the process that holds it, however that ends.
+
+        Raises:
+          UserError: it is about other data, or another process is at work there.
+        """
+        import filelock
+
         self.check_card(card)
         self.path.mkdir(parents=True, exist_ok=True)
-        # The config first: with it alone the directory is still known for what it is.
-        write_text(self.config, configs.to_json(config))
-        write_json(self.data_card, card)
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            raise UserError(
+                f"another process is at work in {self.path}: wait for it, or choose another "
+                "--workdir"
+            ) from None
+        try:
+            # The config first: with it alone the directory is still known for what it is.
+            write_text(self.config, configs.to_json(config))
+            write_json(self.data_card, card)
+            yield
+        finally:
+            lock.release()
 
 
 def default_path(config_file: str, mode: str) -> Path:

@@ -96,8 +96,8 @@ def tfds(directory: str) -> dict:
 def _claim(path: Path) -> Workdir:
     config = configs.load(SMOKE, {"model.latents": 7})
     workdir = Workdir(path / "run")
-    workdir.claim(config, data.load(configs.section(config, "data")).card)
-    return workdir
+    with workdir.claimed(config, data.load(configs.section(config, "data")).card):
+        return workdir
 
 
 def _foreign(path: Path) -> None:

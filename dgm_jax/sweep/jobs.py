@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dgm_jax.core import UserError
+from dgm_jax.interruption import TRY_AGAIN
 from dgm_jax.progress import Progress, say
 
 # Seconds; clusters kill what is left of a job they take away after KillWait, 30 s by default.
@@ -28,7 +29,7 @@ class Job:
         command = [sys.executable, "-m", "dgm_jax.main", "--mode=sweep"]
         command += [f"--workdir={self._folder}", f"--program={self._program}"]
         status = subprocess.run(command, check=False).returncode
-        if status == -signal.SIGTERM:
+        if status in (TRY_AGAIN, -signal.SIGTERM):
             # The cluster takes the job away: it will kill this process as well and queue the job
             # again. To return now would say that the job has failed.
             time.sleep(_KILL_WAIT)

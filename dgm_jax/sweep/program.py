@@ -13,11 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
-from dgm_jax import writers
+from dgm_jax import interruption, writers
 from dgm_jax.checkpoint import Checkpoints, abstract
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood, passes
+from dgm_jax.interruption import Interrupted
 from dgm_jax.progress import Progress, say
 from dgm_jax.train import Experiment, prepare, refuse_non_finite, training_arrays
 from dgm_jax.train_state import TrainState
@@ -91,6 +92,7 @@ def train(
 
     Raises:
       UserError: a value that makes no sense; names it.
+      Interrupted: SIGTERM or Ctrl-C came; what was reached is saved.
     """
     experiment, *_ = [prepare(config, dataset) for config in members]  # each is checked
     state, run_steps, arrays = compile_members(experiment, members)
@@ -108,17 +110,20 @@ def train(
     validate = _compile_validation(experiment, members)
     every = {name: experiment.steps(name) for name in ("validate_every", "checkpoint_every")}
     try:
-        for step in range(first, experiment.num_steps, experiment.steps_per_dispatch):
-            state, measured, finite = run_steps(state, arrays)
-            done = step + experiment.steps_per_dispatch
-            last = done == experiment.num_steps
-            log.dispatch(done, *jax.device_get((measured, finite)))
-            if validate is not None and (done % every["validate_every"] == 0 or last):
-                log.validation(done, validate(state, [config.seed for config in members]))
-            if None not in log.failures:  # nothing left to train
-                break
-            if done % every["checkpoint_every"] == 0 or last:
-                checkpoints.save(state)
+        with interruption.noted() as asked_to_stop:
+            for step in range(first, experiment.num_steps, experiment.steps_per_dispatch):
+                state, measured, finite = run_steps(state, arrays)
+                done = step + experiment.steps_per_dispatch
+                last, signum = done == experiment.num_steps, asked_to_stop()
+                log.dispatch(done, *jax.device_get((measured, finite)))
+                if validate is not None and (done % every["validate_every"] == 0 or last):
+                    log.validation(done, validate(state, [config.seed for config in members]))
+                if None not in log.failures:  # nothing left to train
+                    break
+                if done % every["checkpoint_every"] == 0 or last or signum:
+                    checkpoints.save(state)
+                if signum and not last:
+                    raise Interrupted(signum, done)
     finally:
         checkpoints.close()
         log.close()

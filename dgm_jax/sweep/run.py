@@ -5,6 +5,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -143,8 +144,19 @@ def _run_program(
     dataset = load_data(members[0])
     for config, workdir in zip(members, workdirs, strict=True):
         workdir.check_config(config)
-        workdir.claim(config, dataset.card)
-    outcomes = program.train(members, dataset, workdirs, folder, title)
+    with ExitStack() as stack:
+        for config, workdir in zip(members, workdirs, strict=True):
+            stack.enter_context(workdir.claimed(config, dataset.card))
+        outcomes = program.train(members, dataset, workdirs, folder, title)
+        _finish_all(members, dataset, workdirs, outcomes)
+
+
+def _finish_all(
+    members: Sequence[ConfigDict],
+    dataset: data.Dataset,
+    workdirs: Sequence[Workdir],
+    outcomes: Sequence[program.Outcome],
+) -> None:
     evaluations: dict[str, Callable] = {}
     with Progress("measuring", len(members)) as progress:
         for config, workdir, outcome in zip(members, workdirs, outcomes, strict=True):
@@ -186,5 +198,5 @@ def _finish(
     seconds = {**outcome.seconds, "evaluation": time.monotonic() - began}
     model = models.build(config.model, dataset.spec)
     trained = Trained(config, model, state.eval_params, dataset.spec, int(state.step))
-    files = [*sorted(p.name for p in workdir.path.iterdir()), workdir.results.name]
+    files = [*workdir.files(), workdir.results.name]
     write_result(workdir.results, trained, dataset, found, seconds, files)

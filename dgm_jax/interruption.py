@@ -1,0 +1,56 @@
+"""SIGTERM and Ctrl-C: noted when they come, obeyed where nothing is lost."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# Exit status of a run that was told to go and may be started again: EX_TEMPFAIL of sysexits.h.
+TRY_AGAIN = 75
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(Exception):
+    """Training was told to stop, and has saved what it had."""
+
+    def __init__(self, signum: int, step: int) -> None:
+        """Stopped by signal number `signum` after update number `step`."""
+        super().__init__(
+            f"{signal.Signals(signum).name}: stopped after step {step:,}, which is saved; the same "
+            "command goes on from there"
+        )
+        self.status = TRY_AGAIN if signum == signal.SIGTERM else 128 + signum
+
+
+@contextmanager
+def noted() -> Iterator[Callable[[], int | None]]:
+    """Within it, the first SIGTERM or Ctrl-C is only noted; a second one does what it always does.
+
+    Yields:
+      What tells the number of the signal that came, or None. In a thread that is not the main one,
+      to which Python delivers no signals, always None.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        del frame
+        came.append(signum)
+        restore()
+
+    before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+
+    def restore() -> None:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+    for signum in _SIGNALS:
+        signal.signal(signum, note)
+    try:
+        yield lambda: came[0] if came else None
+    finally:
+        restore()

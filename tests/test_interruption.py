@@ -1,0 +1,95 @@
+"""Told to stop, a run saves what it has, and ends as if nobody had disturbed it."""
+
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPO, on_one_device
+
+from dgm_jax import config as configs
+from dgm_jax import interruption, train, writers
+from dgm_jax.core import UserError
+from dgm_jax.interruption import Interrupted
+from dgm_jax.workdir import Workdir
+
+TINY = {
+    "model.encoder": (8,),
+    "model.decoder": (8,),
+    "model.latents": 3,
+    "train.batch_size": 16,
+    "train.duration": "40 steps",
+    "train.steps_per_dispatch": 4,
+    "train.validate_every": "8 steps",
+    "train.checkpoint_every": "40 steps",
+    "eval.batch_size": 24,
+}
+
+
+def _train(dataset, path):
+    workdir = Workdir(path)
+    config = configs.override(configs.experiment("vae"), TINY)
+    with on_one_device(), workdir.claimed(config, {}):
+        return train.train(train.prepare(config, dataset), workdir)[0]
+
+
+def _rows(path):
+    timing = {"seconds", "cpu_seconds", "examples_per_second"}
+    return [
+        {name: value for name, value in row.items() if name not in timing}
+        for row in writers.read(Workdir(path).metrics)
+    ]
+
+
+def test_a_stopped_run_ends_as_the_undisturbed_one(tiny_dataset, tmp_path, monkeypatch):
+    """Bit for bit, each row once; stopped twice, between the checkpoints that it would save."""
+    undisturbed = _train(tiny_dataset, tmp_path / "undisturbed")
+    write, signals = train._Log.dispatch, {12: signal.SIGTERM, 24: signal.SIGINT}
+
+    def dispatch(self, step, measured):
+        write(self, step, measured)
+        if step in signals:
+            signal.raise_signal(signals.pop(step))
+
+    monkeypatch.setattr(train._Log, "dispatch", dispatch)
+    for signum, status in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
+        before = signal.getsignal(signum)
+        with pytest.raises(Interrupted, match=signum.name) as stopped:
+            _train(tiny_dataset, tmp_path / "stopped")
+        assert stopped.value.status == status
+        assert signal.getsignal(signum) is before
+    resumed = _train(tiny_dataset, tmp_path / "stopped")
+    assert int(resumed.step) == 40
+    jax.tree.map(np.testing.assert_array_equal, resumed, undisturbed)
+    assert _rows(tmp_path / "stopped") == _rows(tmp_path / "undisturbed")
+
+
+def test_the_second_signal_is_obeyed_at_once():
+    with interruption.noted() as asked:
+        assert asked() is None
+        signal.raise_signal(signal.SIGINT)
+        assert asked() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
+    """Also after a death that released nothing by itself."""
+    config = configs.experiment("vae")
+    code = (
+        "import sys, time; from pathlib import Path; from dgm_jax import config; "
+        "from dgm_jax.workdir import Workdir\n"
+        "with Workdir(Path(sys.argv[1])).claimed(config.experiment('vae'), {}):\n"
+        "    print('claimed', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "claimed\n"
+        workdir = Workdir(tmp_path / "run")
+        with pytest.raises(UserError, match="another process is at work"):
+            workdir.claimed(config, {}).__enter__()
+        process.kill()
+    with workdir.claimed(config, {}):
+        assert workdir.files() == ["config.json", "data_card.json"]
