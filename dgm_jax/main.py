@@ -6,6 +6,7 @@
     python -m dgm_jax.main --mode=sample --num=1000 --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=features --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=ais --num=100 --workdir=runs/vae_mnist
+    python -m dgm_jax.main --mode=plan --devices=1,8,64 --config=configs/vae_mnist.py
     python -m dgm_jax.main --mode=sweep --sweep='model.beta=1,4;seed=0:3' --config=...
 
 Any field of the config can be set on the command line: --config.model.latents=40.
@@ -32,11 +33,12 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "sample", "features", "ais", "sweep"],
+    ["train", "evaluate", "sample", "features", "ais", "sweep", "plan"],
     "What to do; see the examples above.",
 )
 _NUM = flags.DEFINE_integer("num", 100, "Samples of --mode=sample, images of --mode=ais.")
 _SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of --mode=sample.")
+_DEVICES = flags.DEFINE_list("devices", ["1", "8", "64"], "Numbers of devices of --mode=plan.")
 _SWEEP = flags.DEFINE_string(
     "sweep", None, "Grid of --mode=sweep: 'field=value,value;seed=0:3'. Default: the config's own."
 )
@@ -60,8 +62,13 @@ def main(argv: list[str]) -> None:
     if _WORKDIR.value is None and file is None:
         raise UserError(f"--mode={mode} needs --workdir or --config")
     path = Path(_WORKDIR.value) if _WORKDIR.value else default_path(file, mode)
-    if mode == "train" and config is None:
-        raise UserError("--mode=train needs --config, e.g. --config=configs/vae_mnist.py")
+    if mode in ("train", "plan") and config is None:
+        raise UserError(f"--mode={mode} needs --config, e.g. --config=configs/vae_mnist.py")
+    if mode == "plan":
+        from dgm_jax import plan
+
+        plan.plan_mode(config, _DEVICES.value)
+        return
     if mode == "sweep":
         from dgm_jax.sweep import run as sweep  # matplotlib and scipy: only where they are used
 

@@ -115,8 +115,13 @@ class Experiment(NamedTuple):
         )
 
 
-def prepare(config: ConfigDict, dataset: data.Dataset) -> Experiment:
+def prepare(config: ConfigDict, dataset: data.Dataset, mesh: Mesh | None = None) -> Experiment:
     """Check every value of a config against the data and the devices, and build what it says.
+
+    Args:
+      config: the config.
+      dataset: that it names.
+      mesh: of the devices; all that there are by default.
 
     Raises:
       UserError: names the value that is wrong.
@@ -124,7 +129,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset) -> Experiment:
     if not 0 <= config.seed < 2**31:
         raise UserError(f"seed={config.seed}: must be at least 0 and below 2^31")
     models.check(config.model, dataset.spec)
-    optimizer, mesh = configs.section(config, "optimizer"), sharding.make_mesh()
+    optimizer, mesh = configs.section(config, "optimizer"), mesh or sharding.make_mesh()
     optim.check(optimizer)
     likelihood.check(configs.section(config, "eval"), mesh)
     train, num_train = config.train, len(dataset.splits["train"])

@@ -1,0 +1,74 @@
+"""Plans: what a step costs is counted from its program, and predictions follow by hand."""
+
+import jax
+import pytest
+
+from dgm_jax import config as configs
+from dgm_jax import plan
+from dgm_jax.core import UserError
+from dgm_jax.train_state import num_parameters
+
+TINY = {"train.batch_size": 16, "model.encoder": (32,), "model.decoder": (32,), "model.latents": 4}
+
+
+@pytest.fixture(scope="module")
+def costs(tiny_dataset):
+    config = configs.override(configs.experiment("vae"), TINY)
+    return [plan.cost_of(config, tiny_dataset, num) for num in (1, 8)]
+
+
+def test_the_batch_is_shared_and_the_state_is_not(costs, tiny_dataset):
+    one, eight = costs
+    assert one.operations == 8 * eight.operations
+    # Encoder 16 x 32 and 32 x 8, decoder 4 x 32 and 32 x 16: thrice, but for the first's input.
+    assert one.operations == 2 * 16 * (3 * (16 * 32 + 32 * 8 + 4 * 32 + 32 * 16) - 16 * 32)
+    assert one.state_bytes == eight.state_bytes and one.data_bytes == eight.data_bytes
+    assert one.data_bytes == 128 * 16 + 128 * 4  # bytes of images, labels in 32 bits
+    assert eight.temporary_bytes < one.temporary_bytes
+
+
+def test_what_is_exchanged_is_the_gradient(costs, tiny_dataset):
+    """And the handful of numbers that are logged."""
+    one, eight = costs
+    config = configs.override(configs.experiment("vae"), TINY)
+    model = plan.prepare(config, tiny_dataset).model
+    batch = {"x": jax.numpy.zeros((1, 4, 4, 1))}
+    size = num_parameters(jax.eval_shape(model.init, jax.random.key(0), batch))
+    assert one.exchanged_bytes == 0
+    assert 4 * size <= eight.exchanged_bytes < 4 * size + 200
+
+
+def test_collectives_are_read_from_a_programs_text():
+    text = """
+  %a = f32[10,4]{1,0} all-reduce(f32[10,4]{1,0} %p), replica_groups={}
+  %b = (f32[3]{0}, bf16[2,2]{1,0}) all-reduce-start(%q, %r), channel_id=1
+  %c = f32[] add(f32[] %all-reduce, f32[] %y)
+"""
+    assert plan.exchanged(text) == 160 + 12 + 8
+
+
+def test_a_step_is_bounded_by_arithmetic_memory_and_network():
+    hardware = plan.Hardware(flops=100.0, memory_bandwidth=10.0, memory=1.0, network=2.0)
+    cost = plan.Cost(4, 1000.0, 50.0, 1.0, 1.0, 1.0, 8.0)
+    assert cost.seconds(hardware) == 1000 / 100 + 1.5 * 8 / 2
+    assert cost._replace(operations=10.0, devices=1).seconds(hardware) == 50 / 10
+    assert cost.memory == 3
+
+
+def test_predictions_say_what_does_not_fit(costs):
+    text = plan.predictions([costs[0], costs[1]._replace(state_bytes=100e9)])
+    (a100,) = (line for line in text.splitlines() if "A100" in line)
+    assert "(100%)" in a100 and "needs 100 GB" in a100
+    assert plan.table(costs).count("\n") == 3
+
+
+@pytest.mark.parametrize("devices", ["", "0", "two", "1,-8"])
+def test_numbers_of_devices_that_make_no_sense(devices):
+    with pytest.raises(UserError, match=f"--devices={devices}: give whole numbers"):
+        plan.plan_mode(configs.experiment("vae"), devices.split(","))
+
+
+def test_a_batch_that_cannot_be_shared(tiny_dataset):
+    config = configs.override(configs.experiment("vae"), {"train.batch_size": 20})
+    with pytest.raises(UserError, match=r"train\.batch_size=20.*16 or 24"):
+        plan.cost_of(config, tiny_dataset, 8)
