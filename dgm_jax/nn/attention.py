@@ -43,7 +43,7 @@ def check(width: int, heads: int, axes: int = 1) -> None:
 def grid_positions(*sides: int) -> jax.Array:
     """Positions of a grid in raster order: `[prod(sides), len(sides)]`; of a sequence `[T, 1]`."""
     axes = jnp.meshgrid(*(jnp.arange(side) for side in sides), indexing="ij")
-    return jnp.stack(axes, axis=-1).reshape(-1, len(sides)).astype(jnp.float32)
+    return jnp.stack(axes, axis=-1).reshape(-1, len(sides)).astype(float)
 
 
 def rotary_angles(positions: jax.Array, dim: int) -> jax.Array:

@@ -1,0 +1,304 @@
+"""Masked diffusion: tokens are hidden one by one, and a network is taught to bring them back.
+
+A time t hides each of the D tokens with probability m(t), which rises from 0 to 1. In the limit of
+ever more steps the bound on the likelihood is
+
+    log p(x) ≥ E_t [m'(t) / m(t) Σ_{i hidden} log p(x_i | x_visible)],   t ~ U(0, 1)
+
+(Sahoo et al. 2024, eq. 10; Shi et al. 2024, eq. 4). How many are hidden is all that the network can
+know of t, and those that are hidden are any as many: the mean over everything else is exact here,
+
+    E_n [1 / p(n) · 1/n Σ_{i hidden} log p(x_i | x_visible)],   n = 1, ..., D hidden with p(n),
+
+which has a finite variance where 1 / m(t) has none, and is the bound of a model of all orders
+(Uria et al. 2014; Hoogeboom et al. 2022; Ou et al. 2024). So a network without t suffices.
+
+References: Austin et al. 2021, "Structured denoising diffusion models in discrete state-spaces";
+Sahoo et al. 2024, "Simple and effective masked diffusion language models" (MDLM); Shi et al. 2024,
+"Simplified and generalized masked diffusion for discrete data" (MD4); Uria et al. 2014, "A deep and
+tractable density estimator"; Hoogeboom et al. 2022, "Autoregressive diffusion models"; Ou et al.
+2024, "Your absorbing discrete diffusion secretly models the conditional distributions of clean
+data".
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dgm_jax import likelihoods
+from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
+from dgm_jax.likelihoods import Likelihood
+from dgm_jax.nn import attention, networks
+from dgm_jax.nn.attention import Block, grid_positions, rms_norm, rotary_angles
+from dgm_jax.nn.precision import Dense
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The model's fields.
+
+    Attributes:
+      width: of embeddings and blocks.
+      depth: number of blocks.
+      heads: of each block's attention.
+      hidden: width of each block's feed-forward layer.
+      patch: side of the squares of pixels that are one position of the network; 1 for a text.
+      schedule: m(t), one of `SCHEDULES`: of the bound it decides the variance alone; in few steps
+        also what is drawn.
+      steps: of the model whose bound it is: 0 for the limit, which is one for each token.
+      sample_steps: of the sampler; 0 for one for each token.
+    """
+
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    hidden: int = 384
+    patch: int = 1
+    schedule: str = "linear"
+    steps: int = 0
+    sample_steps: int = 0
+
+
+class Schedule(NamedTuple):
+    """m: t in [0, 1] -> the probability that a token is hidden, in [0, 1], rising."""
+
+    hidden: Callable[[np.ndarray], np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray]
+
+
+SCHEDULES = {
+    "linear": Schedule(lambda t: t, lambda m: m),
+    # 1 - m = 1 - cos(π/2 (1 - t)), Shi et al. 2024, table 4.
+    "cosine": Schedule(
+        lambda t: np.sin(np.pi / 2 * t), lambda m: 2 / np.pi * np.arcsin(np.clip(m, 0, 1))
+    ),
+}
+
+
+class Levels(NamedTuple):
+    """The steps of a reverse process, from the last to the first.
+
+    Attributes:
+      hidden: int `[K]`, tokens hidden before the step, rising.
+      revealed: int `[K]`, how many of them the step reveals.
+      prob: float `[K]`, how often the bound looks at the step; sums to 1.
+    """
+
+    hidden: np.ndarray
+    revealed: np.ndarray
+    prob: np.ndarray
+
+
+def levels(schedule: str, dims: int, steps: int) -> Levels:
+    """The process of `steps` steps over `dims` tokens; 0 for one token a step.
+
+    Steps are equally long in t, and one that reveals nothing is left out. Of one token a step the
+    order of things is all that there is of t, and the schedule says how often each is looked at.
+    """
+    m, inverse = SCHEDULES[schedule]
+    if not steps:
+        edges = inverse(np.arange(dims + 1) / dims)
+        return Levels(np.arange(1, dims + 1), np.ones(dims, int), np.diff(edges))
+    counts = np.ceil(dims * m(np.arange(steps + 1) / steps) - 1e-9).astype(int)
+    counts = np.unique(counts)
+    return Levels(counts[1:], np.diff(counts), np.full(len(counts) - 1, 1 / (len(counts) - 1)))
+
+
+def check(config: Config, spec: DataSpec) -> None:
+    """Refuse values that make no sense.
+
+    Raises:
+      UserError: names the field, its value and what is allowed.
+    """
+    if not spec.num_values:
+        raise UserError(
+            "model.name='masked_diffusion' needs tokens or images, and these are real vectors"
+        )
+    sides = _sides(spec)
+    attention.check(config.width, config.heads, len(sides))
+    for field, lowest in (("depth", 1), ("hidden", 1), ("patch", 1), ("steps", 0)):
+        if getattr(config, field) < lowest:
+            raise UserError(f"model.{field}={getattr(config, field)}: must be at least {lowest}")
+    for field in ("steps", "sample_steps"):
+        if not 0 <= getattr(config, field) <= spec.num_dims:
+            raise UserError(
+                f"model.{field}={getattr(config, field)}: at most one for each of the "
+                f"{spec.num_dims} tokens, or 0 for that"
+            )
+    if any(side % config.patch for side in sides) or (len(sides) == 1 and config.patch > 1):
+        raise UserError(
+            f"model.patch={config.patch}: must divide the sides of an image, and be 1 for a text; "
+            f"these are {sides}"
+        )
+    if config.schedule not in SCHEDULES:
+        raise UserError(f"model.schedule={config.schedule!r}: choose one of {', '.join(SCHEDULES)}")
+
+
+def _sides(spec: DataSpec) -> tuple[int, ...]:
+    """(H, W) of an image, (T,) of a text."""
+    return spec.event_shape[:2] if len(spec.event_shape) == 3 else (spec.num_dims,)
+
+
+def likelihood_of(spec: DataSpec) -> Likelihood:
+    """What the network's outputs `[..., P]` for a hidden token mean."""
+    if spec.support == "binary":
+        return likelihoods.bernoulli()
+    if spec.support == "uint8":
+        return likelihoods.discretised_logistic_mixture()
+    return likelihoods.categorical(spec.vocabulary)
+
+
+class Denoiser(nn.Module):
+    """The visible tokens -> outputs for all, by a Transformer that sees both ways.
+
+    A position of the Transformer is a token, or a patch of pixels with all their channels.
+    """
+
+    config: Config
+    spec: DataSpec
+
+    @nn.compact
+    def __call__(self, x: jax.Array, hidden: jax.Array) -> jax.Array:
+        """Outputs `[B, D, P]`, where `x` `[B, D]` as the data hold it is `hidden` bool `[B, D]`."""
+        config, spec = self.config, self.spec
+        if spec.support == "tokens":
+            values = nn.one_hot(x.astype(jnp.int32), spec.vocabulary)
+        else:
+            values = networks.centred(x / spec.scale)[..., None]
+        visible = 1 - hidden[..., None].astype(jnp.float32)
+        seen = jnp.concatenate([values * visible, visible], axis=-1)
+        sides = tuple(side // config.patch for side in _sides(spec))
+        angles = rotary_angles(grid_positions(*sides), config.width // config.heads)
+        h = Dense(config.width)(self._patches(seen))
+        if spec.support != "tokens":  # a text may be cut anywhere
+            shape = (math.prod(sides), config.width)
+            h = h + self.param("place", nn.initializers.normal(0.02), shape)[None]
+        for _ in range(config.depth):
+            h = Block(config.width, config.heads, config.hidden)(h, angles)
+        initial = likelihood_of(spec).initial(spec.mean.ravel())
+        per_position = initial.size // math.prod(sides)
+        zeros = nn.initializers.zeros
+        out = Dense(per_position, use_bias=False, kernel_init=zeros)(rms_norm(h))
+        bias = self.param("bias", lambda key: jnp.asarray(initial, jnp.float32).ravel())
+        return self._pixels(out, initial.shape[1]) + bias.reshape(1, *initial.shape)
+
+    def _patches(self, seen: jax.Array) -> jax.Array:
+        """`[B, D, E]` -> `[B, positions, entries of a position · E]`."""
+        if len(self.spec.event_shape) != 3:
+            return seen
+        height, width, _ = self.spec.event_shape
+        p = self.config.patch
+        seen = seen.reshape(len(seen), height // p, p, width // p, p, -1)
+        return jnp.swapaxes(seen, 2, 3).reshape(len(seen), height * width // p**2, -1)
+
+    def _pixels(self, out: jax.Array, num_outputs: int) -> jax.Array:
+        """`[B, positions, entries of a position · P]` -> `[B, D, P]`."""
+        if len(self.spec.event_shape) == 3:
+            height, width, _ = self.spec.event_shape
+            p = self.config.patch
+            out = out.reshape(len(out), height // p, width // p, p, p, -1)
+            out = jnp.swapaxes(out, 2, 3)
+        return out.reshape(len(out), self.spec.num_dims, num_outputs)
+
+
+# (x [B, D], hidden bool [B, D]) -> outputs [B, D, P]
+Denoise = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def bound(
+    denoise: Denoise,
+    likelihood: Likelihood,
+    levels: Levels,
+    x: jax.Array,
+    rng: jax.Array,
+) -> jax.Array:
+    """One draw of the bound on log p(x) `[B]`, nats.
+
+    The times of the rows are spread evenly over all, whatever the first (Kingma et al. 2021).
+
+    Args:
+      denoise: the network.
+      likelihood: what its outputs mean.
+      levels: the steps of the process.
+      x: `[B, D]` as the data hold it.
+      rng: of the times and of what is hidden.
+    """
+    time_rng, place_rng = jax.random.split(rng)
+    t = (jax.random.uniform(time_rng) + jnp.arange(len(x)) / len(x)) % 1
+    step = jnp.searchsorted(jnp.cumsum(jnp.asarray(levels.prob, jnp.float32))[:-1], t)
+    num = jnp.asarray(levels.hidden)[step]
+    hidden = random_order(place_rng, x.shape) < num[:, None]
+    outputs = denoise(jnp.where(hidden, 0, x), hidden)
+    log_prob = likelihood.log_prob(outputs[..., None, :], x[..., None])
+    weight = jnp.asarray(levels.revealed / (levels.hidden * levels.prob), x.dtype)[step]
+    return weight * jnp.sum(jnp.where(hidden, log_prob, 0), axis=1)
+
+
+def random_order(rng: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """A permutation of 0, ..., D - 1 in each row: int32 `[B, D]`."""
+    return jnp.argsort(jnp.argsort(jax.random.bits(rng, shape), axis=1), axis=1)
+
+
+def draw(
+    denoise: Denoise, likelihood: Likelihood, levels: Levels, rng: jax.Array, shape: tuple[int, int]
+) -> jax.Array:
+    """Ancestral sampling: x `[B, D]`, all hidden at first, revealed in a random order.
+
+    Arguments as in `bound`. With one token a step these are draws from the mean over all orders of
+    Π p(x_i | x_before); with more, tokens of one step do not see each other.
+    """
+    order_rng, draw_rng = jax.random.split(rng)
+    order = random_order(order_rng, shape)
+
+    def reveal(x: jax.Array, step: tuple) -> tuple[jax.Array, None]:
+        before, num, key = step
+        drawn = likelihood.draw(key, denoise(x, order < before))
+        now = (order < before) & (order >= before - num)
+        return jnp.where(now, drawn, x), None
+
+    steps = jnp.asarray(levels.hidden), jnp.asarray(levels.revealed)
+    keys = jax.random.split(draw_rng, len(levels.hidden))
+    start = jnp.zeros(shape)
+    return jax.lax.scan(reveal, start, (*steps, keys), reverse=True)[0]
+
+
+def build(config: Config, spec: DataSpec) -> Model:
+    """Masked diffusion as pure functions; see `core.Model` for their contracts."""
+    net, likelihood = Denoiser(config, spec), likelihood_of(spec)
+    of_bound, of_sampler = (
+        levels(config.schedule, spec.num_dims, steps)
+        for steps in (config.steps, config.sample_steps)
+    )
+
+    def denoiser(params: Params) -> Denoise:
+        return lambda x, hidden: net.apply({"params": params["denoiser"]}, x, hidden)
+
+    def init(rng: jax.Array, batch: Batch) -> Params:
+        likelihoods.refuse_outside_support(batch["x"], spec)
+        x = jnp.zeros((1, spec.num_dims))
+        return {"denoiser": net.init(rng, x, x > 0)["params"]}
+
+    def elbo(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        x = batch["x"].reshape(len(batch["x"]), -1).astype(jnp.float32)
+        return bound(denoiser(params), likelihood, of_bound, x, rng)
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        return -masked_mean(elbo(params, batch, rng), batch), Aux({})
+
+    def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
+        x = draw(denoiser(params), likelihood, of_sampler, rng, (num, spec.num_dims))
+        x = x.reshape(num, *spec.event_shape)
+        return {"x": x.astype(jnp.int32) if spec.support == "tokens" else x}
+
+    return Model(
+        init=init,
+        players=(Player("denoiser", loss_fn),),
+        log_likelihood_fns={"elbo": elbo},
+        sample=sample,
+    )
