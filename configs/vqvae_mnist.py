@@ -10,7 +10,7 @@ from dgm_jax.config import ConfigDict, experiment, variant
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The default; `:gradient` or `:fsq` for other quantisers; `:smoke` for a run of seconds."""
+    """The default; `:gradient`, `:fsq` other quantisers; `:transformer` the prior; `:smoke`."""
     config = experiment("vqvae")
     config.train.duration = "20 epochs"
     config.train.batch_size = 200
@@ -24,5 +24,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         arg,
         gradient={"model.quantiser": "gradient"},
         fsq={"model.quantiser": "fsq"},
+        transformer={"model.prior": "transformer"},
         smoke={**smaller, "eval.num_samples": 1},
     )

@@ -27,6 +27,7 @@ class Mutant(NamedTuple):
 
 OBJECTIVES, DISTRIBUTIONS = ("objectives.py", "distributions.py")
 GAN = "models/gan.py"
+ATTENTION, MASKED = "nn/attention.py", "models/masked_diffusion.py"
 PRIORS, POSTERIORS = ("nn/priors.py", "nn/posteriors.py")
 
 MUTANTS = {
@@ -307,6 +308,35 @@ MUTANTS = {
     "average without its warm-up": Mutant(
         "optim.py", "rate = jnp.maximum(1 - decay, 9 / (10 + step))", "rate = 1 - decay",
         "test_optim.py",
+    ),
+    # Tokens.
+    "queries not turned": Mutant(
+        ATTENTION, "return rotate(query, angles), Cache", "return query, Cache",
+        "nn/test_attention.py",
+    ),
+    "a step that sees no further back than itself": Mutant(
+        ATTENTION, "seen = jnp.arange(cache.keys.shape[1])[None] <= index",
+        "seen = jnp.arange(cache.keys.shape[1])[None] == index", "nn/test_attention.py",
+    ),
+    "one start for all labels": Mutant(
+        "nn/autoregressive.py", "return self.start[label][:, None]",
+        "return self.start[label * 0][:, None]", "nn/test_autoregressive.py",
+    ),
+    "cached tokens out of place": Mutant(
+        "nn/autoregressive.py", "h = h + self.place[i][None, None]",
+        "h = h + self.place[i - 1][None, None]", "nn/test_autoregressive.py",
+    ),
+    "bound without its weight": Mutant(
+        MASKED, "levels.revealed / (levels.hidden * levels.prob)",
+        "levels.revealed / (1 * levels.prob)", "models/test_masked_diffusion.py",
+    ),
+    "hidden tokens seen": Mutant(
+        MASKED, "[values * visible, visible]", "[values, visible]",
+        "models/test_masked_diffusion.py",
+    ),
+    "tokens that see themselves as zeros": Mutant(
+        MASKED, "denoise(x, order < before)", "denoise(x, order < before - num)",
+        "models/test_masked_diffusion.py",
     ),
 }  # fmt: skip
 

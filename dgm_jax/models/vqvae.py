@@ -19,12 +19,13 @@ import jax.numpy as jnp
 
 from dgm_jax import likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
-from dgm_jax.nn import networks, quantise
-from dgm_jax.nn.autoregressive import AutoregressiveCategorical
+from dgm_jax.nn import attention, networks, quantise
+from dgm_jax.nn.autoregressive import AutoregressiveCategorical, AutoregressiveTransformer
 from dgm_jax.nn.conv import halvings
 from dgm_jax.nn.precision import Dense
 
 QUANTISERS = ("gradient", "ema", "fsq")
+PRIORS = ("masked_mlp", "transformer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,11 @@ class Config:
       levels: of `fsq`: levels of each entry of a vector; K is their product, D their number.
       commitment: β, weight of the vectors' squared distance to a codebook.
       ema_decay: γ of an `ema` codebook.
-      prior_hidden: widths of the hidden layers of the prior's masked network.
+      prior: one of `PRIORS`, which see the codes one after the other.
+      prior_hidden: of a `masked_mlp`: widths of its hidden layers.
+      prior_width: of a `transformer`: width of its blocks; their feed-forward layers have thrice.
+      prior_depth: of the same: number of blocks.
+      prior_heads: of the same: heads of each block's attention.
     """
 
     network: str = "mlp"
@@ -60,7 +65,11 @@ class Config:
     levels: tuple[int, ...] = (4, 4, 4)
     commitment: float = 0.25
     ema_decay: float = 0.99
+    prior: str = "masked_mlp"
     prior_hidden: tuple[int, ...] = (500, 500)
+    prior_width: int = 128
+    prior_depth: int = 4
+    prior_heads: int = 4
 
     @property
     def code_shape(self) -> tuple[int, int]:
@@ -89,9 +98,13 @@ def check(config: Config, spec: DataSpec) -> None:
         raise UserError(
             f"model.quantiser={config.quantiser!r}: choose one of {', '.join(QUANTISERS)}"
         )
-    for field, lowest in (("num_codes", 1), ("codebook_size", 2), ("code_dim", 1)):
+    lowest_of = {"num_codes": 1, "codebook_size": 2, "code_dim": 1, "prior_depth": 1}
+    for field, lowest in lowest_of.items():
         if getattr(config, field) < lowest:
             raise UserError(f"model.{field}={getattr(config, field)}: must be at least {lowest}")
+    if config.prior not in PRIORS:
+        raise UserError(f"model.prior={config.prior!r}: choose one of {', '.join(PRIORS)}")
+    attention.check(config.prior_width, config.prior_heads, len(grid(config, spec)), "prior_")
     if not config.levels or not all(isinstance(n, int) and n >= 2 for n in config.levels):
         raise UserError(
             f"model.levels={config.levels}: give one or more whole numbers, each at least 2"
@@ -102,11 +115,27 @@ def check(config: Config, spec: DataSpec) -> None:
         raise UserError(f"model.ema_decay={config.ema_decay}: must be at least 0 and below 1")
 
 
-def num_codes(config: Config, spec: DataSpec) -> int:
-    """N: codes of one example."""
+def grid(config: Config, spec: DataSpec) -> tuple[int, ...]:
+    """Sides of what the codes of one example make up: `(N,)` of an `mlp`."""
     if config.network == "mlp":
-        return config.num_codes
-    return math.prod(halvings(spec.event_shape[:2], len(config.encoder))[-1])
+        return (config.num_codes,)
+    return halvings(spec.event_shape[:2], len(config.encoder))[-1]
+
+
+def make_prior(config: Config, spec: DataSpec) -> nn.Module:
+    """p(c), with `log_prob` and `draw` of one-hot codes `[..., N, K]`."""
+    sides, size = grid(config, spec), config.code_shape[0]
+    if config.prior == "masked_mlp":
+        return AutoregressiveCategorical(math.prod(sides), size, config.prior_hidden)
+    return AutoregressiveTransformer(
+        num=math.prod(sides),
+        classes=size,
+        width=config.prior_width,
+        depth=config.prior_depth,
+        heads=config.prior_heads,
+        hidden=3 * config.prior_width,
+        grid=sides,
+    )
 
 
 class Net(nn.Module):
@@ -118,7 +147,7 @@ class Net(nn.Module):
     def setup(self) -> None:
         """A `conv` makes each vector at its position; an `mlp` all of them from all features."""
         config = self.config
-        self.grid, self.num = config.network == "conv", num_codes(config, self.spec)
+        self.grid, self.num = config.network == "conv", math.prod(grid(config, self.spec))
         self.encoder = networks.Encoder(config.network, config.encoder, config.activation)
         self.head = Dense(config.code_shape[1] * (1 if self.grid else self.num))
         self.decoder = networks.Decoder(
@@ -163,7 +192,7 @@ class Codes(NamedTuple):
 def build(config: Config, spec: DataSpec) -> Model:
     """The autoencoder and its prior as pure functions; see `core.Model` for their contracts."""
     net, (size, dim) = Net(config, spec), config.code_shape
-    prior = AutoregressiveCategorical(num_codes(config, spec), size, config.prior_hidden)
+    prior = make_prior(config, spec)
     likelihood = likelihoods.LIKELIHOODS[config.likelihood]()
 
     def bind(params: Params) -> Net:

@@ -20,23 +20,24 @@ from dgm_jax.core import UserError
 from dgm_jax.nn.precision import Dense, product
 
 
-def check(width: int, heads: int, axes: int = 1) -> None:
+def check(width: int, heads: int, axes: int = 1, prefix: str = "") -> None:
     """Refuse heads that do not share out the width, or whose numbers are not pairs for each axis.
 
     Args:
-      width: `model.width`.
-      heads: `model.heads`.
+      width: of the field `width`.
+      heads: of the field `heads`.
       axes: of the positions; see `rotary_angles`.
+      prefix: of both fields' names.
 
     Raises:
       UserError: names the field, its value and what is allowed.
     """
     if heads < 1:
-        raise UserError(f"model.heads={heads}: must be at least 1")
+        raise UserError(f"model.{prefix}heads={heads}: must be at least 1")
     if width < 1 or width % (2 * axes * heads):
         raise UserError(
-            f"model.width={width}: must be a multiple of {2 * axes * heads}, so that each of "
-            f"model.heads={heads} rotates pairs of numbers"
+            f"model.{prefix}width={width}: must be a multiple of {2 * axes * heads}, so that each "
+            f"of model.{prefix}heads={heads} rotates pairs of numbers"
         )
 
 

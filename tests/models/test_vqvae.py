@@ -54,9 +54,7 @@ def _parts(params, **fields):
     """The network, the prior and the vector of every code, taken from the parameters by hand."""
     config = vqvae.Config(**(FIELDS | fields))
     net = vqvae.Net(config, SPEC).bind({"params": params["vqvae"]["net"]})
-    num, size = vqvae.num_codes(config, SPEC), config.code_shape[0]
-    prior = vqvae.AutoregressiveCategorical(num, size, config.prior_hidden)
-    prior = prior.bind({"params": params["prior"]})
+    prior = vqvae.make_prior(config, SPEC).bind({"params": params["prior"]})
     codebook = {
         "gradient": lambda: params["vqvae"]["codebook"],
         "ema": lambda: params["state"]["codebook"],
@@ -78,7 +76,9 @@ def _log_joint(params, **fields):
 
 
 CONV = {"network": "conv", "encoder": (3,), "decoder": (4,)}  # a grid of one code
+TRANSFORMER = {"prior": "transformer", "prior_width": 8, "prior_depth": 1, "prior_heads": 2}
 CASES = [{"quantiser": name} for name in vqvae.QUANTISERS] + [{"quantiser": "fsq", **CONV}]
+CASES += [{"quantiser": "ema", **TRANSFORMER}, {"quantiser": "fsq", **CONV, **TRANSFORMER}]
 
 
 @pytest.mark.parametrize("fields", CASES)
@@ -108,13 +108,14 @@ def test_the_elbo_is_the_encoders_term_of_the_sum_over_codes_that_is_p_of_x(fiel
     np.testing.assert_allclose(model.reconstruct(params, BATCH, RNG), means, rtol=1e-10)
 
 
-def test_samples_have_the_models_distribution():
-    model = _build()
+@pytest.mark.parametrize("fields", [{}, TRANSFORMER])
+def test_samples_have_the_models_distribution(fields):
+    model = _build(**fields)
     params = _params(model)
     pairs = jax.jit(jax.vmap(lambda p, key: model.sample(p, key, 2)["x"], (None, 0)))
     x = np.asarray(pairs(params, jax.random.split(jax.random.key(3), 10_000)))
     index = x.reshape(-1, PIXELS).astype(int) @ 2 ** np.arange(PIXELS)[::-1]
-    expected = 20_000 * np.exp(special.logsumexp(_log_joint(params)[1], axis=0))
+    expected = 20_000 * np.exp(special.logsumexp(_log_joint(params, **fields)[1], axis=0))
     assert stats.chisquare(np.bincount(index, minlength=ROWS), expected).pvalue > 1e-4
 
 
@@ -228,7 +229,7 @@ def test_a_code_of_a_grid_stands_for_its_part_of_the_image():
     """Two stages on 8x8 pixels, their fresh blocks the identity: each code has a quarter."""
     spec = DataSpec((8, 8, 1), "binary", np.full((8, 8, 1), 0.5))
     config = vqvae.Config(**(FIELDS | {"network": "conv", "encoder": (3, 3), "decoder": (3, 3)}))
-    assert vqvae.num_codes(config, spec) == 4
+    assert vqvae.grid(config, spec) == (2, 2)
     net = vqvae.Net(config, spec)
 
     @jax.jit
@@ -248,6 +249,10 @@ def test_a_code_of_a_grid_stands_for_its_part_of_the_image():
         ("encoder", ()),
         ("decoder", (3, 0)),
         ("prior_hidden", (0,)),
+        ("prior", "vamp"),
+        ("prior_width", 12),
+        ("prior_depth", 0),
+        ("prior_heads", 0),
         ("network", "transformer"),
         ("activation", "swisch"),
         ("likelihood", "poisson"),
