@@ -36,7 +36,11 @@ from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError,
 from dgm_jax.likelihoods import Likelihood
 from dgm_jax.nn import attention, networks
 from dgm_jax.nn.attention import Block, grid_positions, rms_norm, rotary_angles
+from dgm_jax.nn.conv import Conv
 from dgm_jax.nn.precision import Dense
+from dgm_jax.nn.unet import UNet
+
+NETWORKS = ("transformer", "unet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,22 +48,28 @@ class Config:
     """The model's fields.
 
     Attributes:
-      width: of embeddings and blocks.
-      depth: number of blocks.
+      network: `transformer`, or of images `unet`.
+      width: of a `transformer`: of embeddings and blocks.
+      hidden: of the same: width of each block's feed-forward layer.
+      patch: of the same: side of the squares of pixels that are one position; 1 for a text.
+      channels: of a `unet`: of its stages, the finest first.
+      blocks: of the same: residual blocks of a stage, each way.
+      depth: number of a Transformer's blocks; of a `unet`, over its coarsest grid.
       heads: of each block's attention.
-      hidden: width of each block's feed-forward layer.
-      patch: side of the squares of pixels that are one position of the network; 1 for a text.
       schedule: m(t), one of `SCHEDULES`: of the bound it decides the variance alone; in few steps
         also what is drawn.
       steps: of the model whose bound it is: 0 for the limit, which is one for each token.
       sample_steps: of the sampler; 0 for one for each token.
     """
 
+    network: str = "transformer"
     width: int = 128
-    depth: int = 4
-    heads: int = 4
     hidden: int = 384
     patch: int = 1
+    channels: tuple[int, ...] = (16, 32, 128)
+    blocks: int = 1
+    depth: int = 4
+    heads: int = 4
     schedule: str = "linear"
     steps: int = 0
     sample_steps: int = 0
@@ -120,22 +130,31 @@ def check(config: Config, spec: DataSpec) -> None:
         raise UserError(
             "model.name='masked_diffusion' needs tokens or images, and these are real vectors"
         )
-    sides = _sides(spec)
-    attention.check(config.width, config.heads, len(sides))
-    for field, lowest in (("depth", 1), ("hidden", 1), ("patch", 1), ("steps", 0)):
+    if config.network not in NETWORKS:
+        raise UserError(f"model.network={config.network!r}: choose one of {', '.join(NETWORKS)}")
+    for field, lowest in (("depth", 0), ("hidden", 1), ("patch", 1), ("blocks", 0)):
         if getattr(config, field) < lowest:
             raise UserError(f"model.{field}={getattr(config, field)}: must be at least {lowest}")
     for field in ("steps", "sample_steps"):
         if not 0 <= getattr(config, field) <= spec.num_dims:
             raise UserError(
-                f"model.{field}={getattr(config, field)}: at most one for each of the "
-                f"{spec.num_dims} tokens, or 0 for that"
+                f"model.{field}={getattr(config, field)}: give at most one for each of the "
+                f"{spec.num_dims} tokens, or 0 for as many"
             )
-    if any(side % config.patch for side in sides) or (len(sides) == 1 and config.patch > 1):
-        raise UserError(
-            f"model.patch={config.patch}: must divide the sides of an image, and be 1 for a text; "
-            f"these are {sides}"
-        )
+    sides, is_image = _sides(spec), len(spec.event_shape) == 3
+    networks.check_widths("channels", config.channels)
+    if config.network == "unet":
+        if not is_image:
+            raise UserError(f"model.network='unet' needs images, and these are {spec.event_shape}")
+        fields = ("channels[-1]", "heads")
+        attention.check(config.channels[-1], config.heads, len(sides), fields)
+    else:
+        attention.check(config.width, config.heads, len(sides))
+        if any(side % config.patch for side in sides) or (config.patch > 1 and not is_image):
+            raise UserError(
+                f"model.patch={config.patch}: must divide the sides of an image, and be 1 for a "
+                f"text; these are {sides}"
+            )
     if config.schedule not in SCHEDULES:
         raise UserError(f"model.schedule={config.schedule!r}: choose one of {', '.join(SCHEDULES)}")
 
@@ -155,9 +174,9 @@ def likelihood_of(spec: DataSpec) -> Likelihood:
 
 
 class Denoiser(nn.Module):
-    """The visible tokens -> outputs for all, by a Transformer that sees both ways.
+    """The visible tokens -> outputs for all, by a network that sees in all directions.
 
-    A position of the Transformer is a token, or a patch of pixels with all their channels.
+    A position of the network is a token, or a patch of pixels with all their channels.
     """
 
     config: Config
@@ -172,28 +191,39 @@ class Denoiser(nn.Module):
         else:
             values = networks.centred(x / spec.scale)[..., None]
         visible = 1 - hidden[..., None].astype(jnp.float32)
-        seen = jnp.concatenate([values * visible, visible], axis=-1)
-        sides = tuple(side // config.patch for side in _sides(spec))
-        angles = rotary_angles(grid_positions(*sides), config.width // config.heads)
-        h = Dense(config.width)(self._patches(seen))
-        if spec.support != "tokens":  # a text may be cut anywhere
-            shape = (math.prod(sides), config.width)
-            h = h + self.param("place", nn.initializers.normal(0.02), shape)[None]
-        for _ in range(config.depth):
-            h = Block(config.width, config.heads, config.hidden)(h, angles)
+        seen = self._patches(jnp.concatenate([values * visible, visible], axis=-1))
+        sides = tuple(side // self._patch for side in _sides(spec))
+        if config.network == "unet":
+            h = self._placed(Conv(config.channels[0])(seen.reshape(len(x), *sides, -1)))
+            h = UNet(config.channels, config.blocks, config.depth, config.heads)(h)
+            h = h.reshape(len(x), math.prod(sides), -1)
+        else:
+            angles = rotary_angles(grid_positions(*sides), config.width // config.heads)
+            h = self._placed(Dense(config.width)(seen))
+            for _ in range(config.depth):
+                h = Block(config.width, config.heads, config.hidden)(h, angles)
+            h = rms_norm(h)
         initial = likelihood_of(spec).initial(spec.mean.ravel())
-        per_position = initial.size // math.prod(sides)
-        zeros = nn.initializers.zeros
-        out = Dense(per_position, use_bias=False, kernel_init=zeros)(rms_norm(h))
+        head = Dense(initial.size // h.shape[1], False, kernel_init=nn.initializers.zeros)
         bias = self.param("bias", lambda key: jnp.asarray(initial, jnp.float32).ravel())
-        return self._pixels(out, initial.shape[1]) + bias.reshape(1, *initial.shape)
+        return self._pixels(head(h), initial.shape[1]) + bias.reshape(1, *initial.shape)
+
+    def _placed(self, h: jax.Array) -> jax.Array:
+        """A vector for each position of an image is added; a text may be cut anywhere."""
+        if self.spec.support == "tokens":
+            return h
+        return h + self.param("place", nn.initializers.normal(0.02), h.shape[1:])[None]
+
+    @property
+    def _patch(self) -> int:
+        return 1 if self.config.network == "unet" else self.config.patch
 
     def _patches(self, seen: jax.Array) -> jax.Array:
         """`[B, D, E]` -> `[B, positions, entries of a position · E]`."""
         if len(self.spec.event_shape) != 3:
             return seen
         height, width, _ = self.spec.event_shape
-        p = self.config.patch
+        p = self._patch
         seen = seen.reshape(len(seen), height // p, p, width // p, p, -1)
         return jnp.swapaxes(seen, 2, 3).reshape(len(seen), height * width // p**2, -1)
 
@@ -201,7 +231,7 @@ class Denoiser(nn.Module):
         """`[B, positions, entries of a position · P]` -> `[B, D, P]`."""
         if len(self.spec.event_shape) == 3:
             height, width, _ = self.spec.event_shape
-            p = self.config.patch
+            p = self._patch
             out = out.reshape(len(out), height // p, width // p, p, p, -1)
             out = jnp.swapaxes(out, 2, 3)
         return out.reshape(len(out), self.spec.num_dims, num_outputs)

@@ -104,7 +104,8 @@ def check(config: Config, spec: DataSpec) -> None:
             raise UserError(f"model.{field}={getattr(config, field)}: must be at least {lowest}")
     if config.prior not in PRIORS:
         raise UserError(f"model.prior={config.prior!r}: choose one of {', '.join(PRIORS)}")
-    attention.check(config.prior_width, config.prior_heads, len(grid(config, spec)), "prior_")
+    axes, fields = len(grid(config, spec)), ("prior_width", "prior_heads")
+    attention.check(config.prior_width, config.prior_heads, axes, fields)
     if not config.levels or not all(isinstance(n, int) and n >= 2 for n in config.levels):
         raise UserError(
             f"model.levels={config.levels}: give one or more whole numbers, each at least 2"

@@ -20,24 +20,27 @@ from dgm_jax.core import UserError
 from dgm_jax.nn.precision import Dense, product
 
 
-def check(width: int, heads: int, axes: int = 1, prefix: str = "") -> None:
+def check(
+    width: int, heads: int, axes: int = 1, fields: tuple[str, str] = ("width", "heads")
+) -> None:
     """Refuse heads that do not share out the width, or whose numbers are not pairs for each axis.
 
     Args:
-      width: of the field `width`.
-      heads: of the field `heads`.
+      width: of the blocks.
+      heads: of their attention.
       axes: of the positions; see `rotary_angles`.
-      prefix: of both fields' names.
+      fields: of the model's config that say both.
 
     Raises:
       UserError: names the field, its value and what is allowed.
     """
+    of_width, of_heads = (f"model.{field}" for field in fields)
     if heads < 1:
-        raise UserError(f"model.{prefix}heads={heads}: must be at least 1")
+        raise UserError(f"{of_heads}={heads}: must be at least 1")
     if width < 1 or width % (2 * axes * heads):
         raise UserError(
-            f"model.{prefix}width={width}: must be a multiple of {2 * axes * heads}, so that each "
-            f"of model.{prefix}heads={heads} rotates pairs of numbers"
+            f"{of_width}={width}: must be a multiple of {2 * axes * heads}, so that each of "
+            f"{of_heads}={heads} rotates pairs of numbers"
         )
 
 

@@ -222,14 +222,24 @@ def test_orders_are_permutations_and_all_alike():
     assert len(counts) == 6 and stats.chisquare(counts).pvalue > 1e-4
 
 
-@pytest.mark.parametrize(("spec", "patch"), [(TEXT, 1), (BITS, 1), (BITS, 2), (GREY, 2)])
-def test_the_network_sees_what_is_visible_from_everywhere_and_nothing_else(spec, patch):
-    config = replace(CONFIG, patch=patch)
+@pytest.mark.parametrize(
+    ("spec", "fields"),
+    [
+        (TEXT, {}),
+        (BITS, {}),
+        (BITS, {"patch": 2}),
+        (BITS, {"network": "unet"}),
+        (GREY, {"patch": 2}),
+        (GREY, {"network": "unet"}),
+    ],
+)
+def test_the_network_sees_what_is_visible_from_everywhere_and_nothing_else(spec, fields):
+    config = replace(CONFIG, channels=(4, 5, 8), **fields)
     net, dims, rng = md.Denoiser(config, spec), spec.num_dims, np.random.default_rng(0)
     x = jnp.asarray(rng.integers(0, spec.num_values, (2, dims)), jnp.float32)
     hidden = jnp.asarray(rng.uniform(size=(2, dims)) < 0.5)
     leaves, structure = jax.tree.flatten(jax.eval_shape(net.init, RNG, x, hidden))
-    drawn = [jnp.asarray(0.6 * rng.normal(size=leaf.shape), jnp.float32) for leaf in leaves]
+    drawn = [jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32) for leaf in leaves]
     apply = jax.jit(lambda x, hidden: net.apply(jax.tree.unflatten(structure, drawn), x, hidden))
     outputs = apply(x, hidden)
     assert outputs.shape == (2, dims, md.likelihood_of(spec).num_outputs)
@@ -267,12 +277,15 @@ def test_samples_are_as_the_data_hold_them(spec, steps):
     [
         ("width", 9, "model.heads=2"),
         ("heads", 0, "at least 1"),
-        ("depth", 0, "at least 1"),
+        ("depth", -1, "at least 0"),
+        ("network", "mlp", "transformer, unet"),
+        ("channels", (4, 0), "at least 1"),
+        ("blocks", -1, "at least 0"),
         ("hidden", 0, "at least 1"),
         ("patch", 0, "at least 1"),
         ("patch", 4, "divide the sides"),
         ("schedule", "sine", "linear, cosine"),
-        ("steps", -1, "at least 0"),
+        ("steps", -1, "24 tokens"),
         ("steps", 25, "24 tokens"),
         ("sample_steps", 25, "24 tokens"),
     ],
@@ -291,3 +304,8 @@ def test_check_refuses_data_that_are_no_tokens():
         md.check(CONFIG, DataSpec((2,), "real", np.zeros(2, np.float32)))
     with pytest.raises(UserError, match=r"model\.patch=2.*1 for a text"):
         md.check(replace(CONFIG, patch=2), TEXT)
+    with pytest.raises(UserError, match=r"model\.network='unet' needs images.*\(4,\)"):
+        md.check(replace(CONFIG, network="unet"), TEXT)
+    md.check(replace(CONFIG, network="unet", width=9), BITS)
+    with pytest.raises(UserError, match=r"model\.channels\[-1\]=9: .*model\.heads=2"):
+        md.check(replace(CONFIG, network="unet", channels=(3, 9)), BITS)
