@@ -12,22 +12,24 @@ from dgm_jax.config import ConfigDict, experiment, variant
 def get_config(arg: str | None = None) -> ConfigDict:
     """The default; `:smoke` for a run of seconds."""
     config = experiment("masked_diffusion")
-    config.model.patch = 4
-    config.train.duration = "60 epochs"
+    config.model.network = "unet"
+    config.model.patch = 2
+    config.model.channels = (64, 128)
+    config.model.depth = 3
+    config.model.sample_steps = 196
+    config.train.duration = "25 epochs"
     config.train.batch_size = 100
     config.train.steps_per_dispatch = 50
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.b2 = 0.99
-    config.model.sample_steps = 196
+    config.optimizer.warmup = 0.02
     return variant(
         config,
         arg,
         smoke={
-            "model.width": 32,
-            "model.depth": 2,
-            "model.hidden": 64,
-            "model.patch": 7,
+            "model.channels": (16, 32),
+            "model.depth": 1,
             "model.sample_steps": 28,
             "eval.elbo_samples": 2,
         },

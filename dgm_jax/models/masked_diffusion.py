@@ -49,9 +49,9 @@ class Config:
 
     Attributes:
       network: `transformer`, or of images `unet`.
+      patch: side of the squares of pixels that are one position of the network; 1 for a text.
       width: of a `transformer`: of embeddings and blocks.
       hidden: of the same: width of each block's feed-forward layer.
-      patch: of the same: side of the squares of pixels that are one position; 1 for a text.
       channels: of a `unet`: of its stages, the finest first.
       blocks: of the same: residual blocks of a stage, each way.
       depth: number of a Transformer's blocks; of a `unet`, over its coarsest grid.
@@ -63,9 +63,9 @@ class Config:
     """
 
     network: str = "transformer"
+    patch: int = 1
     width: int = 128
     hidden: int = 384
-    patch: int = 1
     channels: tuple[int, ...] = (16, 32, 128)
     blocks: int = 1
     depth: int = 4
@@ -143,6 +143,11 @@ def check(config: Config, spec: DataSpec) -> None:
             )
     sides, is_image = _sides(spec), len(spec.event_shape) == 3
     networks.check_widths("channels", config.channels)
+    if any(side % config.patch for side in sides) or (config.patch > 1 and not is_image):
+        raise UserError(
+            f"model.patch={config.patch}: must divide the sides of an image, and be 1 for a text; "
+            f"these are {sides}"
+        )
     if config.network == "unet":
         if not is_image:
             raise UserError(f"model.network='unet' needs images, and these are {spec.event_shape}")
@@ -150,11 +155,6 @@ def check(config: Config, spec: DataSpec) -> None:
         attention.check(config.channels[-1], config.heads, len(sides), fields)
     else:
         attention.check(config.width, config.heads, len(sides))
-        if any(side % config.patch for side in sides) or (config.patch > 1 and not is_image):
-            raise UserError(
-                f"model.patch={config.patch}: must divide the sides of an image, and be 1 for a "
-                f"text; these are {sides}"
-            )
     if config.schedule not in SCHEDULES:
         raise UserError(f"model.schedule={config.schedule!r}: choose one of {', '.join(SCHEDULES)}")
 
@@ -192,7 +192,7 @@ class Denoiser(nn.Module):
             values = networks.centred(x / spec.scale)[..., None]
         visible = 1 - hidden[..., None].astype(jnp.float32)
         seen = self._patches(jnp.concatenate([values * visible, visible], axis=-1))
-        sides = tuple(side // self._patch for side in _sides(spec))
+        sides = tuple(side // config.patch for side in _sides(spec))
         if config.network == "unet":
             h = self._placed(Conv(config.channels[0])(seen.reshape(len(x), *sides, -1)))
             h = UNet(config.channels, config.blocks, config.depth, config.heads)(h)
@@ -214,16 +214,12 @@ class Denoiser(nn.Module):
             return h
         return h + self.param("place", nn.initializers.normal(0.02), h.shape[1:])[None]
 
-    @property
-    def _patch(self) -> int:
-        return 1 if self.config.network == "unet" else self.config.patch
-
     def _patches(self, seen: jax.Array) -> jax.Array:
         """`[B, D, E]` -> `[B, positions, entries of a position · E]`."""
         if len(self.spec.event_shape) != 3:
             return seen
         height, width, _ = self.spec.event_shape
-        p = self._patch
+        p = self.config.patch
         seen = seen.reshape(len(seen), height // p, p, width // p, p, -1)
         return jnp.swapaxes(seen, 2, 3).reshape(len(seen), height * width // p**2, -1)
 
@@ -231,7 +227,7 @@ class Denoiser(nn.Module):
         """`[B, positions, entries of a position · P]` -> `[B, D, P]`."""
         if len(self.spec.event_shape) == 3:
             height, width, _ = self.spec.event_shape
-            p = self._patch
+            p = self.config.patch
             out = out.reshape(len(out), height // p, width // p, p, p, -1)
             out = jnp.swapaxes(out, 2, 3)
         return out.reshape(len(out), self.spec.num_dims, num_outputs)

@@ -230,7 +230,7 @@ def test_orders_are_permutations_and_all_alike():
         (BITS, {"patch": 2}),
         (BITS, {"network": "unet"}),
         (GREY, {"patch": 2}),
-        (GREY, {"network": "unet"}),
+        (GREY, {"network": "unet", "patch": 2}),
     ],
 )
 def test_the_network_sees_what_is_visible_from_everywhere_and_nothing_else(spec, fields):
