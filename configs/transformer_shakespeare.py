@@ -3,7 +3,7 @@
 Papers: Vaswani et al. 2017; Su et al. 2021 (rotary positions); Shazeer 2020 (SwiGLU); Jordan et al.
         2024 (Muon). The data and the size of the network are those of nanoGPT's recipe for a CPU.
 Run:   python -m dgm_jax.main --config=configs/transformer_shakespeare.py
-Gives: docs/results.md; a window is 64 characters, so nats a character are -log_prob / 64.
+Gives: docs/results.md; `nats_per_token` is nats a character.
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant

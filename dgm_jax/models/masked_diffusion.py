@@ -5,13 +5,13 @@ ever more steps the bound on the likelihood is
 
     log p(x) ≥ E_t [m'(t) / m(t) Σ_{i hidden} log p(x_i | x_visible)],   t ~ U(0, 1)
 
-(Sahoo et al. 2024, eq. 10; Shi et al. 2024, eq. 4). How many are hidden is all that the network can
-know of t, and those that are hidden are any as many: the mean over everything else is exact here,
+(Sahoo et al. 2024; Shi et al. 2024). Of t only the number n of hidden tokens matters, and all sets
+of n are equally likely: t can be integrated out, which leaves
 
-    E_n [1 / p(n) · 1/n Σ_{i hidden} log p(x_i | x_visible)],   n = 1, ..., D hidden with p(n),
+    E_n [1 / p(n) · 1/n Σ_{i hidden} log p(x_i | x_visible)],   n = 1, ..., D with any p(n).
 
-which has a finite variance where 1 / m(t) has none, and is the bound of a model of all orders
-(Uria et al. 2014; Hoogeboom et al. 2022; Ou et al. 2024). So a network without t suffices.
+Its draws have a finite variance, and 1 / m(t) has none. It is also the bound of a model of all
+orders (Uria et al. 2014; Hoogeboom et al. 2022; Ou et al. 2024), and no network needs to know t.
 
 References: Austin et al. 2021, "Structured denoising diffusion models in discrete state-spaces";
 Sahoo et al. 2024, "Simple and effective masked diffusion language models" (MDLM); Shi et al. 2024,
@@ -84,7 +84,7 @@ class Schedule(NamedTuple):
 
 SCHEDULES = {
     "linear": Schedule(lambda t: t, lambda m: m),
-    # 1 - m = 1 - cos(π/2 (1 - t)), Shi et al. 2024, table 4.
+    # 1 - m = 1 - cos(π/2 (1 - t)), Shi et al. 2024.
     "cosine": Schedule(
         lambda t: np.sin(np.pi / 2 * t), lambda m: 2 / np.pi * np.arcsin(np.clip(m, 0, 1))
     ),

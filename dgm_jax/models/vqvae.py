@@ -124,7 +124,7 @@ def grid(config: Config, spec: DataSpec) -> tuple[int, ...]:
 
 
 def make_prior(config: Config, spec: DataSpec) -> nn.Module:
-    """p(c), with `log_prob` and `draw` of one-hot codes `[..., N, K]`."""
+    """p(c), with `log_prob` and `draw` of one-hot codes `[B, N, K]`."""
     sides, size = grid(config, spec), config.code_shape[0]
     if config.prior == "masked_mlp":
         return AutoregressiveCategorical(math.prod(sides), size, config.prior_hidden)

@@ -19,7 +19,7 @@ V, D = 3, 4
 TEXT = DataSpec((D,), "tokens", np.zeros(D, np.float32), 100, vocabulary=V)
 BITS = DataSpec((4, 6, 1), "binary", np.full((4, 6, 1), 0.5, np.float32), 100)
 GREY = DataSpec((4, 6, 3), "uint8", np.full((4, 6, 3), 100.0, np.float32), 100)
-CONFIG = md.Config(width=8, depth=2, heads=2, hidden=6)
+CONFIG = md.Config(width=8, depth=1, heads=2, hidden=6, channels=(4, 8))
 RNG = jax.random.key(0)
 ALL = np.array(list(itertools.product(range(V), repeat=D)))  # [V^D, D]
 CATEGORICAL = likelihoods.categorical(V)
@@ -234,7 +234,7 @@ def test_orders_are_permutations_and_all_alike():
     ],
 )
 def test_the_network_sees_what_is_visible_from_everywhere_and_nothing_else(spec, fields):
-    config = replace(CONFIG, channels=(4, 5, 8), **fields)
+    config = replace(CONFIG, **fields)
     net, dims, rng = md.Denoiser(config, spec), spec.num_dims, np.random.default_rng(0)
     x = jnp.asarray(rng.integers(0, spec.num_values, (2, dims)), jnp.float32)
     hidden = jnp.asarray(rng.uniform(size=(2, dims)) < 0.5)
