@@ -170,7 +170,7 @@ def test_the_sampler_draws_from_the_logits_of_the_scorer(num, classes, fields):
         codes = jit(lambda key: net.draw(key, 5, label))(jax.random.key(3))
         jax.effects_barrier()
     # A callback is told numbers of 32 bits.
-    np.testing.assert_allclose(np.stack(seen, axis=1), net.logits(codes, label), atol=1e-6)
+    np.testing.assert_allclose(np.stack(seen, axis=1), jit(net.logits)(codes, label), atol=1e-6)
     assert len(np.unique(np.asarray(codes).argmax(axis=-1), axis=0)) > 1
 
 
@@ -196,7 +196,7 @@ def test_a_cold_transformer_draws_the_likeliest_code_each_time():
     net, _, _ = _case(*TRANSFORMERS[0])
     for how in ({"temperature": 1e-6}, {"top_p": 1e-6}):
         codes = np.asarray(jit(lambda key, how=how: net.draw(key, 3, **how))(jax.random.key(5)))
-        logits = np.asarray(net.logits(jnp.asarray(codes)))
+        logits = np.asarray(jit(net.logits)(jnp.asarray(codes)))
         np.testing.assert_array_equal(codes.argmax(axis=-1), logits.argmax(axis=-1))
     warm = jit(lambda key: net.draw(key, 3000, temperature=1e6))(jax.random.key(6))
     share = np.asarray(warm).mean(axis=(0, 1))
