@@ -6,6 +6,7 @@
     python -m dgm_jax.main --mode=sample --num=1000 --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=features --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=ais --num=100 --workdir=runs/vae_mnist
+    python -m dgm_jax.main --mode=replay --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=plan --devices=1,8,64 --config=configs/vae_mnist.py
     python -m dgm_jax.main --mode=sweep --sweep='model.beta=1,4;seed=0:3' --config=...
 
@@ -33,7 +34,7 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "sample", "features", "ais", "sweep", "plan"],
+    ["train", "evaluate", "sample", "features", "ais", "sweep", "plan", "replay"],
     "What to do; see the examples above.",
 )
 _NUM = flags.DEFINE_integer("num", 100, "Samples of --mode=sample, images of --mode=ais.")
@@ -76,6 +77,11 @@ def main(argv: list[str]) -> None:
         sweep.sweep_mode(path, config, file, _SWEEP.value, *how)
         return
     workdir = Workdir(path)
+    if mode == "replay":
+        from dgm_jax import replay
+
+        replay.replay_mode(workdir)
+        return
     {
         "train": lambda: run.train_mode(config, workdir),
         "evaluate": lambda: run.evaluate_mode(workdir),

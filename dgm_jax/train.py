@@ -22,7 +22,7 @@ from dgm_jax.nn import precision
 from dgm_jax.progress import Progress, say
 from dgm_jax.train_state import TrainState
 from dgm_jax.train_step import Metrics, compile_train_steps, init_state, train_steps
-from dgm_jax.workdir import Workdir
+from dgm_jax.workdir import Workdir, write_json
 
 
 class Experiment(NamedTuple):
@@ -267,7 +267,8 @@ def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, dict[st
       `training_cpu` summed over the processors, which other work on the machine does not change.
 
     Raises:
-      UserError: a loss, term or gradient is not finite; names step and term.
+      NonFiniteError: a loss, term, gradient or parameter; names it and the step, of which
+        `replay.json` is left.
       Interrupted: SIGTERM or Ctrl-C came; what was reached is saved.
     """
     config, model, mesh = experiment.config, experiment.model, experiment.mesh
@@ -316,6 +317,9 @@ def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, dict[st
                     checkpoints.save(state)
                 if signum and not last:
                     raise Interrupted(signum, done)
+    except NonFiniteError as error:
+        write_json(workdir.replay, {"step": error.step, "what": error.what})
+        raise
     finally:
         # Also after an error or an interrupt: a save under way is finished, rows are kept.
         checkpoints.close()
@@ -376,30 +380,40 @@ class _Log:
         self._writer.close()
 
 
+class NonFiniteError(UserError):
+    """Training came to a number that is not finite.
+
+    Attributes:
+      step: number of the update in which it did.
+      what: is not finite.
+    """
+
+    def __init__(self, what: str, step: int) -> None:
+        """`what` is not finite in update number `step`."""
+        super().__init__(
+            f"{what} not finite at step {step:,}: training stopped and the last checkpoint is as "
+            "it was; try a lower optimizer.learning_rate or optimizer.clip_norm, or --mode=replay "
+            "to see where it comes from"
+        )
+        self.what, self.step = what, step
+
+
 def refuse_non_finite(step: int, num_steps: int, measured: Mapping[str, np.ndarray]) -> None:
     """Refuse metrics `[num_steps]` of the updates up to number `step` that are not finite.
 
     Raises:
-      UserError: names the metrics and the step at which they first are not.
+      NonFiniteError: names the metrics and the step at which they first are not.
     """
     bad = {name: np.flatnonzero(~np.isfinite(values)) for name, values in measured.items()}
     bad = {name: where[0] for name, where in bad.items() if where.size}
     if bad:
         at = min(bad.values())
         names = ", ".join(name for name, where in bad.items() if where == at)
-        raise UserError(
-            f"{names} is not finite at step {step - num_steps + at + 1:,}: training stopped and "
-            "the last checkpoint is as it was; "
-            "try a lower optimizer.learning_rate or optimizer.clip_norm"
-        )
+        raise NonFiniteError(f"{names} is", step - num_steps + int(at) + 1)
 
 
 def _refuse_non_finite_parameters(step: int, state: TrainState) -> None:
     """The last update's own loss was finite before it; its result need not be."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         if not np.isfinite(leaf).all():
-            raise UserError(
-                f"parameters {jax.tree_util.keystr(path)} are not finite after step {step:,}: "
-                "training stopped and the last checkpoint is as it was; "
-                "try a lower optimizer.learning_rate or optimizer.clip_norm"
-            )
+            raise NonFiniteError(f"parameters {jax.tree_util.keystr(path)} are", step)

@@ -1,7 +1,7 @@
 """One update, and K of them in one compiled program."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,20 @@ from dgm_jax.rng import stream
 from dgm_jax.train_state import TrainState
 
 Metrics = dict[str, jax.Array]
+
+
+class Inputs(NamedTuple):
+    """Of one update.
+
+    Attributes:
+      ids: int32 `[B]`, of the examples.
+      rng: of their binarisation.
+      rngs: a key for each player, by its name.
+    """
+
+    ids: jax.Array
+    rng: jax.Array
+    rngs: dict[str, jax.Array]
 
 
 def init_state(
@@ -78,6 +92,23 @@ def train_step(
     return state, metrics
 
 
+def inputs_of(
+    seed: jax.Array, step: jax.Array, batch_size: int, num_examples: int, names: Sequence[str]
+) -> Inputs:
+    """What update number `step` (from 0) looks at and draws from: nothing else decides it.
+
+    Args:
+      seed: int32 `[]`, the run's.
+      step: int32 `[]`.
+      batch_size: B.
+      num_examples: N, of the training split.
+      names: of the players.
+    """
+    ids = batch_ids(seed, step, batch_size, num_examples)
+    rngs = {name: stream(seed, f"train/{name}", step) for name in names}
+    return Inputs(ids, stream(seed, "data/binarise", step), rngs)
+
+
 def train_steps(
     model_at: Callable[[jax.Array], Model],
     optimizer: optax.GradientTransformation,
@@ -108,12 +139,10 @@ def train_steps(
     def run(state: TrainState, arrays: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         names = [player.name for player in model_at(state.step).players]
 
-        def before(step: jax.Array) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-            ids = batch_ids(state.seed, step, batch_size, num_examples)
-            rngs = {name: stream(state.seed, f"train/{name}", step) for name in names}
-            return ids, stream(state.seed, "data/binarise", step), rngs
+        def before(step: jax.Array) -> Inputs:
+            return inputs_of(state.seed, step, batch_size, num_examples, names)
 
-        def body(state: TrainState, step: tuple) -> tuple[TrainState, Metrics]:
+        def body(state: TrainState, step: Inputs) -> tuple[TrainState, Metrics]:
             ids, rng, rngs = step
             batch = data.train_batch(dataset, arrays["x"], arrays["labels"], ids, rng)
             model = model_at(state.step)

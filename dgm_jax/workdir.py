@@ -49,6 +49,21 @@ class Workdir(NamedTuple):
         return self.path / "results.json"
 
     @property
+    def replay(self) -> Path:
+        """The step in which training came to a number that is not finite."""
+        return self.path / "replay.json"
+
+    def load_replay(self) -> dict[str, Any]:
+        """`step`, and `what` was not finite in it.
+
+        Raises:
+          UserError: there is none, or it cannot be read.
+        """
+        if not self.replay.exists():
+            raise UserError(f"{self.path} has no {self.replay.name}: nothing was not finite there")
+        return _read_json(self.replay, "train again")
+
+    @property
     def failure(self) -> Path:
         """Why a sweep's member was stopped."""
         return self.path / "failure.json"

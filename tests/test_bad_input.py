@@ -714,6 +714,7 @@ def test_a_loss_that_is_not_finite(quick, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="step 6"):
         run.train_mode(_tiny(), Workdir(path))
     _assert_last_good_checkpoint_stays(path, 4)
+    assert _read(path / "replay.json")["step"] == 6
 
 
 def test_a_loss_that_is_not_finite_in_validation(quick, tmp_path, monkeypatch):

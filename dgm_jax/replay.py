@@ -1,0 +1,102 @@
+"""`--mode=replay`: the step in which training came to a number that is not finite, looked into.
+
+Steps depend on the state, the seed and their number alone: from the last checkpoint before it, the
+step is made again as it was, then once more with every intermediate value checked.
+"""
+
+import traceback
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import checkify
+
+from dgm_jax import sharding
+from dgm_jax.checkpoint import Checkpoints, abstract
+from dgm_jax.core import UserError
+from dgm_jax.data import dataset as data
+from dgm_jax.progress import Progress, say
+from dgm_jax.run import load_data
+from dgm_jax.train import Experiment, compile_steps, initial_state, prepare, training_arrays
+from dgm_jax.train_state import TrainState
+from dgm_jax.train_step import Metrics, inputs_of, train_step
+from dgm_jax.workdir import Workdir
+
+
+def replay_mode(workdir: Workdir) -> None:
+    """Say what is not finite in the step that `replay.json` names, and where it first is not.
+
+    Raises:
+      UserError: training stopped at no such step, or its checkpoints are gone.
+    """
+    about = workdir.load_replay()
+    config = workdir.load_config().copy_and_resolve_references()
+    config.train.steps_per_dispatch = 1
+    experiment = prepare(config, load_data(config))
+    workdir.check_card(experiment.dataset.card)
+    state = _state_before(about["step"], experiment, workdir)
+    say(f"step {about['step']:,}, in which {about['what']} not finite")
+    for line in look_into(experiment, state):
+        say(line)
+
+
+def look_into(experiment: Experiment, state: TrainState) -> list[str]:
+    """What is not finite in the step after `state`, in lines."""
+    dataset, arrays = experiment.dataset, training_arrays(experiment)
+    names = [player.name for player in experiment.model.players]
+    sizes = experiment.config.train.batch_size, len(dataset.splits["train"])
+    ids, rng, rngs = inputs_of(state.seed, state.step, *sizes, names)
+    batch = data.train_batch(dataset, arrays["x"], arrays["labels"], ids, rng)
+
+    def step(state: TrainState) -> tuple[TrainState, Metrics]:
+        model = experiment.model_at(state.step)
+        args = (model, experiment.optimizer, experiment.ema_decay)
+        return train_step(*args, state, batch, rngs)
+
+    error, (after, measured) = jax.jit(checkify.checkify(step, checkify.nan_checks))(state)
+    lines = _not_finite("parameter before it", state.params)
+    lines += _not_finite("metric", measured)
+    lines += _not_finite("parameter after it", after.params)
+    return [*lines, _origin(error)]
+
+
+def _origin(error: checkify.Error) -> str:
+    """Where the first NaN was made, by the line that is not JAX's own."""
+    found = error.get_exception()
+    if found is None:
+        return "no NaN is made: a value overflows"
+    frames = traceback.extract_tb(found.traceback_info.as_python_traceback())
+    libraries = {"jax", "jaxlib", "flax", "optax"}
+    own = [frame for frame in frames if libraries.isdisjoint(Path(frame.filename).parts)]
+    return f"the first NaN: {own[-1].filename}:{own[-1].lineno}: {own[-1].line} ({found})"
+
+
+def _not_finite(kind: str, tree: object) -> list[str]:
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        bad = int(np.sum(~np.isfinite(leaf)))
+        if bad:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            found.append(f"{kind} {name}: {bad:,} of {leaf.size:,} values are not finite")
+    return found
+
+
+def _state_before(number: int, experiment: Experiment, workdir: Workdir) -> TrainState:
+    """The state before update `number`, from the newest checkpoint, or from the start."""
+    state = initial_state(experiment)
+    checkpoints = Checkpoints(workdir.checkpoints)
+    restored = checkpoints.restore(abstract(state, sharding.replicated(experiment.mesh)), say)
+    checkpoints.close()
+    state = state if restored is None else restored
+    first = int(state.step)
+    if first >= number:
+        raise UserError(
+            f"{workdir.path} has a checkpoint of step {first:,}, after step {number:,}: it has "
+            "gone on since"
+        )
+    run_steps, arrays = compile_steps(experiment), training_arrays(experiment)
+    with Progress("making the steps before it again", number - 1, start=first) as progress:
+        for _ in range(first, number - 1):
+            state, _ = run_steps(state, arrays)
+            progress.advance(1)
+    return state
