@@ -28,7 +28,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config,
         arg,
         smoke={
+            "model.patch": 4,
             "model.channels": (16, 32),
+            "train.batch_size": 50,
             "model.depth": 1,
             "model.sample_steps": 28,
             "eval.elbo_samples": 2,
