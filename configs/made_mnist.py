@@ -1,0 +1,27 @@
+"""MADE on dynamically binarised MNIST.
+
+Paper: Germain et al. 2015, "MADE: masked autoencoder for distribution estimation".
+Run:   python -m dgm_jax.main --config=configs/made_mnist.py
+Gives: docs/results.md
+"""
+
+from dgm_jax.config import ConfigDict, experiment, variant
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The default; `:conditional`, `:grey` for a model of grey values, `:smoke`."""
+    config = experiment("made")
+    config.model.hidden = (2000, 2000)
+    config.train.duration = "100 epochs"
+    config.train.batch_size = 200
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.weight_decay = 0.05
+    config.eval.elbo_samples = 1  # the likelihood is exact: every draw is the same
+    grey = {"data.binarisation": "none", "model.likelihood": "discretised_logistic_mixture"}
+    return variant(
+        config,
+        arg,
+        conditional={"model.conditional": True},
+        grey=grey,
+        smoke={"model.hidden": (200,)},
+    )
