@@ -31,6 +31,23 @@ ATTENTION, MASKED = "nn/attention.py", "models/masked_diffusion.py"
 PRIORS, POSTERIORS = ("nn/priors.py", "nn/posteriors.py")
 
 MUTANTS = {
+    # Pixel by pixel.
+    "a PixelCNN that sees itself": Mutant(
+        "nn/causal.py", "for j in range(1, reach + 1))", "for j in range(reach + 1))",
+        "models/test_pixel_by_pixel.py",
+    ),
+    "a row that sees itself": Mutant(
+        "nn/causal.py", "for i in range(1, reach + 1) for j", "for i in range(reach + 1) for j",
+        "models/test_pixel_by_pixel.py",
+    ),
+    "rows drawn without what is above": Mutant(
+        "models/pixelcnn.py", "seen, said[n][:, j], to_h)", "seen, 0 * said[n][:, j], to_h)",
+        "models/test_pixel_by_pixel.py",
+    ),
+    "masks of the output not strict": Mutant(
+        "nn/mlp.py", "before[:, None] < degrees[None]", "before[:, None] <= degrees[None]",
+        "models/test_pixel_by_pixel.py",
+    ),
     # Objectives.
     "rate subtracted": Mutant(
         OBJECTIVES, "draws.distortion + options.beta * draws.total_rate",

@@ -1,0 +1,30 @@
+"""Gated PixelCNN on dynamically binarised MNIST.
+
+Papers: van den Oord et al. 2016, "Conditional image generation with PixelCNN decoders"; Salimans et
+        al. 2017, "PixelCNN++" (`:grey`).
+Run:   python -m dgm_jax.main --config=configs/pixelcnn_mnist.py
+Gives: docs/results.md
+"""
+
+from dgm_jax.config import ConfigDict, experiment, variant
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The default; `:conditional`, `:grey` for a model of grey values, `:smoke`."""
+    config = experiment("pixelcnn")
+    config.train.duration = "12 epochs"
+    config.train.batch_size = 50
+    config.train.steps_per_dispatch = 50
+    config.train.validate_every = "1 epoch"
+    config.train.checkpoint_every = "1 epoch"
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 3e-3
+    config.eval.elbo_samples = 1  # the likelihood is exact: every draw is the same
+    grey = {"data.binarisation": "none", "model.likelihood": "discretised_logistic_mixture"}
+    return variant(
+        config,
+        arg,
+        conditional={"model.conditional": True},
+        grey=grey,
+        smoke={"model.channels": 8, "model.dilations": (1, 2)},
+    )

@@ -1,0 +1,140 @@
+"""MADE and PixelCNN: normalised, blind to what comes later, and drawn as they are scored."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from dgm_jax.core import DataSpec, UserError
+from dgm_jax.models import made, pixelcnn
+
+SPEC = DataSpec((3, 3, 1), "binary", np.full((3, 3, 1), 0.4, np.float32), 100, 3)
+ALL = np.array(list(itertools.product((0.0, 1.0), repeat=9)), np.float32).reshape(-1, 3, 3, 1)
+SMALL = {
+    made: {"hidden": (32, 32)},
+    pixelcnn: {"channels": 4, "window": 2, "dilations": (1, 2)},
+}
+
+
+@pytest.fixture(params=SMALL, ids=lambda family: family.__name__.rpartition(".")[2])
+def family(request):
+    return request.param
+
+
+def _model(family, spec=SPEC, **fields):
+    """With weights far from where they start."""
+    config = family.Config(**{**SMALL[family], **fields})
+    family.check(config, spec)
+    model = family.build(config, spec)
+    params = model.init(jax.random.key(0), {"x": jnp.zeros((1, *spec.event_shape))})
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [p + 0.5 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+    return model, jax.tree.unflatten(structure, moved)
+
+
+def _log_prob(model):
+    return jax.jit(model.log_likelihood_fns["log_prob"])
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_probabilities_of_all_images_sum_to_one(family, conditional):
+    """Of each class by itself, and the classes differ."""
+    model, params = _model(family, conditional=conditional)
+    log_prob, found = _log_prob(model), []
+    for label in range(3):
+        batch = {"x": ALL, "label": jnp.full(len(ALL), label)}
+        found.append(np.exp(np.asarray(log_prob(params, batch), np.float64)))
+        np.testing.assert_allclose(found[-1].sum(), 1, rtol=1e-5)
+    assert np.allclose(found[0], found[1], rtol=1e-4) is not conditional
+
+
+def test_a_pixel_depends_on_all_before_it_and_on_none_after(family):
+    """Also far up to the right, where a PixelCNN of one stream is blind."""
+    spec = SPEC._replace(event_shape=(4, 5, 1), mean=np.full((4, 5, 1), 0.4, np.float32))
+    _, params = _model(family, spec)
+    net = family.Net(family.Config(**SMALL[family]), spec)
+    shape = (1, 20) if family is made else (1, 4, 5, 1)
+    (own,) = params.values()
+
+    def logits(x):
+        return net.apply({"params": own}, x.reshape(shape), None)[0, :, 0]
+
+    slopes = np.asarray(jax.jit(jax.jacobian(logits))(jax.random.uniform(jax.random.key(2), (20,))))
+    assert np.all(np.triu(slopes) == 0)
+    assert np.all(slopes[np.tril_indices(20, -1)] != 0)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_samples_have_the_probabilities_that_are_scored(family, conditional):
+    """A chi-square over all images, those that are expected less than five times as one."""
+    model, params = _model(family, conditional=conditional)
+    samples = jax.jit(model.sample, static_argnums=2)(params, jax.random.key(3), 30_000)
+    index = (np.asarray(samples["x"]).reshape(-1, 9) @ 2.0 ** np.arange(9)[::-1]).astype(int)
+    log_prob = _log_prob(model)
+    for label in range(3) if conditional else [None]:
+        chosen = index if label is None else index[samples["label"] == label]
+        batch = {"x": ALL, "label": jnp.full(len(ALL), label or 0)}
+        expected = len(chosen) * np.exp(np.asarray(log_prob(params, batch), np.float64))
+        found, often = np.bincount(chosen, minlength=512), expected > 5
+        observed = [*found[often], found[~often].sum()]
+        wanted = np.array([*expected[often], expected[~often].sum() + 1e-9])
+        wanted *= len(chosen) / wanted.sum()
+        assert stats.chisquare(observed, wanted).pvalue > 1e-3
+
+
+def test_the_best_of_independent_pixels_is_their_entropy(family):
+    """No gradient at the logits of the true means, and the expected loss there is the entropy."""
+    p = np.linspace(0.1, 0.9, 9)
+    spec = SPEC._replace(mean=p.reshape(3, 3, 1).astype(np.float32))
+    model = family.build(family.Config(**SMALL[family]), spec)
+    params = model.init(jax.random.key(0), {"x": jnp.zeros((1, 3, 3, 1))})
+    # All weights at zero, and biases as they start: from the mean of the data.
+    params = jax.tree.map(lambda a: a if a.shape == (9,) else jnp.zeros_like(a), params)
+    weights = np.prod(np.where(ALL.reshape(-1, 9) == 1, p, 1 - p), axis=1)
+    entropy = -np.sum(p * np.log(p) + (1 - p) * np.log(1 - p))
+
+    def expected_loss(params):
+        return -jnp.sum(weights * model.log_likelihood_fns["log_prob"](params, {"x": ALL}))
+
+    loss, grads = jax.jit(jax.value_and_grad(expected_loss))(params)
+    np.testing.assert_allclose(loss, entropy, rtol=1e-6)
+    for leaf in jax.tree.leaves(grads):
+        np.testing.assert_allclose(leaf, 0, atol=1e-6)
+
+
+def test_grey_pixels_have_a_likelihood_of_256_values(family):
+    """The sum over all values of two pixels is 1."""
+    spec = DataSpec((1, 2, 1), "uint8", np.full((1, 2, 1), 90, np.float32), 100)
+    model, params = _model(family, spec, likelihood="discretised_logistic_mixture")
+    grid = np.stack(np.meshgrid(np.arange(256.0), np.arange(256.0)), -1).reshape(-1, 1, 2, 1)
+    log_prob = np.asarray(_log_prob(model)(params, {"x": jnp.asarray(grid, jnp.float32)}))
+    np.testing.assert_allclose(np.exp(log_prob.astype(np.float64)).sum(), 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        (made, {"hidden": ()}, "model.hidden"),
+        (made, {"hidden": (0,)}, "model.hidden"),
+        (made, {"activation": "gated"}, "model.activation='gated'"),
+        (made, {"likelihood": "categorical"}, "model.likelihood='categorical' needs uint8"),
+        (pixelcnn, {"likelihood": "categorical"}, "model.likelihood='categorical' needs uint8"),
+        (pixelcnn, {"channels": 0}, "model.channels=0"),
+        (pixelcnn, {"window": 0}, "model.window=0"),
+        (pixelcnn, {"dilations": (1, 0)}, "model.dilations"),
+    ],
+)
+def test_bad_input(family, fields, message):
+    with pytest.raises(UserError, match=message):
+        family.check(family.Config(**fields), SPEC)
+
+
+def test_data_that_they_are_not_for(family):
+    with pytest.raises(UserError, match="no labels"):
+        family.check(family.Config(conditional=True), SPEC._replace(num_classes=0))
+    with pytest.raises(UserError, match="one channel"):
+        pixelcnn.check(pixelcnn.Config(), SPEC._replace(event_shape=(3, 3, 3)))
