@@ -29,6 +29,7 @@ OBJECTIVES, DISTRIBUTIONS = ("objectives.py", "distributions.py")
 GAN = "models/gan.py"
 ATTENTION, MASKED = "nn/attention.py", "models/masked_diffusion.py"
 PRIORS, POSTERIORS = ("nn/priors.py", "nn/posteriors.py")
+BIJECTIONS, FLOW = "nn/bijections.py", "models/flow.py"
 
 MUTANTS = {
     # Pixel by pixel.
@@ -147,17 +148,6 @@ MUTANTS = {
         "test_distributions.py",
     ),
     # Priors and posteriors.
-    "coupling's log-determinant dropped": Mutant(
-        PRIORS, "            log_det += jnp.sum(log_scale, axis=-1)\n", "", "nn/test_priors.py"
-    ),
-    "autoregressive log-determinant's sign": Mutant(
-        PRIORS, "log_det -= jnp.sum(alpha, axis=-1)", "log_det += jnp.sum(alpha, axis=-1)",
-        "nn/test_priors.py",
-    ),
-    "coupling inverted wrongly": Mutant(
-        PRIORS, "(rest - shift) * jnp.exp(-log_scale)", "(rest - shift) * jnp.exp(log_scale)",
-        "nn/test_priors.py",
-    ),
     "VampPrior without -log C": Mutant(
         PRIORS, "jnp.full(self.components, -math.log(self.components))",
         "jnp.zeros(self.components)", "nn/test_priors.py",
@@ -292,6 +282,47 @@ MUTANTS = {
     "collapsed codes vote": Mutant(
         "evaluators/disentanglement.py", "variance > _COLLAPSED * variance.max()",
         "variance > 0", "evaluators/test_disentanglement.py",
+    ),
+    # Flows.
+    "scale left out of the log-determinant": Mutant(
+        BIJECTIONS, "return x * jnp.exp(log_scale) + shift, log_scale",
+        "return x * jnp.exp(log_scale) + shift, 0 * log_scale", "nn/test_priors.py",
+    ),
+    "inverse with the log-determinant of the map": Mutant(
+        BIJECTIONS, "jnp.exp(-log_scale), -log_scale", "jnp.exp(-log_scale), log_scale",
+        "nn/test_priors.py",
+    ),
+    "coupling inverted wrongly": Mutant(
+        BIJECTIONS, "(x - shift) * jnp.exp(-log_scale)", "(x - shift) * jnp.exp(log_scale)",
+        "nn/test_priors.py",
+    ),
+    "variables left at zero": Mutant(
+        BIJECTIONS, "return y.at[..., j].set(found[..., j])", "return y",
+        "nn/test_priors.py",
+    ),
+    "spline's slope with a first power": Mutant(
+        BIJECTIONS, "/ divisor**2", "/ divisor", "nn/test_bijections.py"
+    ),
+    "one pixel's determinant for all": Mutant(
+        BIJECTIONS, "jnp.sum(log_diagonal) * (len(flat) // len(x))", "jnp.sum(log_diagonal)",
+        "nn/test_bijections.py",
+    ),
+    "scales that drop their log-determinant": Mutant(
+        BIJECTIONS, "level(squeeze(x), context)\n            total += log_det",
+        "level(squeeze(x), context)\n            total += 0 * log_det", "nn/test_bijections.py",
+    ),
+    "bins without their width": Mutant(
+        FLOW, " - math.log(num_values) - log_low", " - log_low", "models/test_flow.py"
+    ),
+    "noise's density with the wrong sign": Mutant(
+        FLOW, 'base_log_prob("gaussian", epsilon) - log_det',
+        'base_log_prob("gaussian", epsilon) + log_det', "models/test_flow.py",
+    ),
+    "noise on the wrong scale": Mutant(
+        FLOW, "return v, log_q - jnp.sum(slopes, axis=1)", "return v, log_q", "models/test_flow.py"
+    ),
+    "margin's slope forgotten": Mutant(
+        FLOW, "jnp.log(1 - 2 * margin) - math.log", "-math.log", "models/test_flow.py"
     ),
     # Adversarial.
     "pair the wrong way round": Mutant(

@@ -19,6 +19,7 @@ import numpy as np
 
 from dgm_jax.core import UserError
 from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
+from dgm_jax.nn import bijections
 from dgm_jax.nn.mlp import MLP, MaskedMLP
 from dgm_jax.nn.precision import Dense
 
@@ -124,19 +125,19 @@ class RealNVP(nn.Module):
         # In turn rounded down and up: with an odd L the middle latent is kept every other time.
         return (self.latents + i % 2) // 2
 
-    def _coupling(self, i: int, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
-        shift, raw = jnp.split(self.heads[i](self.bodies[i](kept)), 2, axis=-1)
-        return shift, jnp.tanh(raw)  # bounded log-scales: no step can blow up
+    def _couple(self, i: int, z: jax.Array, inverse: bool) -> bijections.Mapped:
+        def parameters_of(kept: jax.Array) -> jax.Array:
+            return jnp.stack(jnp.split(self.heads[i](self.bodies[i](kept)), 2, axis=-1), axis=-1)
+
+        return bijections.couple(z, self._kept(i), bijections.affine(), parameters_of, inverse)
 
     def log_prob(self, z: jax.Array, posterior_of: PosteriorOf) -> jax.Array:
         """log p(z): noise is where the couplings send z, by the change of variables."""
         del posterior_of
         log_det = jnp.zeros(z.shape[:-1])
         for i in range(self.steps):
-            kept, rest = jnp.split(z, [self._kept(i)], axis=-1)
-            shift, log_scale = self._coupling(i, kept)
-            z = jnp.concatenate([kept, rest * jnp.exp(log_scale) + shift], axis=-1)[..., ::-1]
-            log_det += jnp.sum(log_scale, axis=-1)
+            z, own = self._couple(i, z, inverse=False)
+            z, log_det = z[..., ::-1], log_det + own
         return jnp.sum(standard_gaussian_log_prob(z), axis=-1) + log_det
 
     def draw(self, rng: jax.Array, num: int, posterior_of: PosteriorOf) -> jax.Array:
@@ -144,9 +145,7 @@ class RealNVP(nn.Module):
         del posterior_of
         z = jax.random.normal(rng, (num, self.latents))
         for i in reversed(range(self.steps)):
-            kept, rest = jnp.split(z[..., ::-1], [self._kept(i)], axis=-1)
-            shift, log_scale = self._coupling(i, kept)
-            z = jnp.concatenate([kept, (rest - shift) * jnp.exp(-log_scale)], axis=-1)
+            z, _ = self._couple(i, z[..., ::-1], inverse=True)
         return z
 
 
@@ -162,6 +161,7 @@ class Autoregressive(nn.Module):
 
     def setup(self) -> None:
         """One masked network a step."""
+        self._transform = bijections.inverted(bijections.affine())  # z is noise scaled and shifted
         self.nets = [
             MaskedMLP(self.latents, (self.width, self.width), 2) for _ in range(self.steps)
         ]
@@ -171,10 +171,8 @@ class Autoregressive(nn.Module):
         del posterior_of
         log_det = jnp.zeros(z.shape[:-1])
         for net in self.nets:
-            mu, raw = jnp.moveaxis(net(z), -1, 0)
-            alpha = jnp.tanh(raw)
-            z = ((z - mu) * jnp.exp(-alpha))[..., ::-1]
-            log_det -= jnp.sum(alpha, axis=-1)
+            z, own = bijections.autoregress(z, self._transform, net)
+            z, log_det = z[..., ::-1], log_det + own
         return jnp.sum(standard_gaussian_log_prob(z), axis=-1) + log_det
 
     def draw(self, rng: jax.Array, num: int, posterior_of: PosteriorOf) -> jax.Array:
@@ -182,10 +180,7 @@ class Autoregressive(nn.Module):
         del posterior_of
         z = jax.random.normal(rng, (num, self.latents))
         for net in reversed(self.nets):
-            noise, z = z[..., ::-1], jnp.zeros_like(z)
-            for j in range(self.latents):
-                mu, raw = jnp.moveaxis(net(z), -1, 0)
-                z = z.at[:, j].set(mu[:, j] + noise[:, j] * jnp.exp(jnp.tanh(raw[:, j])))
+            z, _ = bijections.autoregress(z[..., ::-1], self._transform, net, inverse=True)
         return z
 
 
