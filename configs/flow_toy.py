@@ -21,7 +21,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.hidden = (64, 64)
     config.eval.batch_size = 1000
     config.eval.elbo_samples = 1
-    maf = {"model.transform": "affine", "model.structure": "autoregressive", "model.steps": 8}
+    maf = {"model.transform": "affine", "model.structure": "autoregressive", "model.steps": (8,)}
     variants = {
         "eight-gaussians": {"data.dataset": "eight_gaussians"},
         "checkerboard": {"data.dataset": "checkerboard", "model.bins": 16},
@@ -29,8 +29,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return variant(
         config,
         arg,
-        affine={"model.transform": "affine", "model.steps": 8},
+        affine={"model.transform": "affine", "model.steps": (8,)},
         maf=maf,
-        smoke={"model.hidden": (16,), "model.steps": 2},
+        smoke={"model.hidden": (16,), "model.steps": (2,)},
         **variants,
     )

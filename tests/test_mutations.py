@@ -315,8 +315,8 @@ MUTANTS = {
         FLOW, " - math.log(num_values) - log_low", " - log_low", "models/test_flow.py"
     ),
     "noise's density with the wrong sign": Mutant(
-        FLOW, 'base_log_prob("gaussian", epsilon) - log_det',
-        'base_log_prob("gaussian", epsilon) + log_det', "models/test_flow.py",
+        FLOW, 'base_log_prob("logistic", epsilon) - log_det',
+        'base_log_prob("logistic", epsilon) + log_det', "models/test_flow.py",
     ),
     "noise on the wrong scale": Mutant(
         FLOW, "return v, log_q - jnp.sum(slopes, axis=1)", "return v, log_q", "models/test_flow.py"

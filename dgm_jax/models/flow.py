@@ -48,15 +48,15 @@ class Config:
       hidden: widths of each network's hidden layers, or its channels: a convolution, and a residual
         block for each further one.
       activation: one of `nn.mlp.ACTIVATIONS`, or for the coupling of an `mlp` also `gated`.
-      steps: normalisation, linear map and coupling (or autoregressive map); at each level.
-      levels: of `conv`: scales, each of half the sides of the one before.
+      steps: how many times normalisation, linear map and coupling (or autoregressive map); of
+        `conv` at each level, the first at half the sides of the image, the next at half of these.
       bins: K of a spline.
       bound: where the tails of a spline begin, at which it becomes the identity.
       base: distribution of the noise z, `gaussian` or `logistic`.
       margin: α of the logit of α + (1 - 2 α) y, for discrete data. With 0 nothing of the model
         falls outside their range; with more its tails are easier to fit.
       dequantisation: of discrete data, `uniform` or `variational`.
-      dequantisation_steps: of the variational one's affine flow.
+      dequantisation_steps: of the variational one's affine couplings.
     """
 
     transform: str = "spline"
@@ -64,8 +64,7 @@ class Config:
     network: str = "mlp"
     hidden: tuple[int, ...] = (128, 128)
     activation: str = "silu"
-    steps: int = 4
-    levels: int = 2
+    steps: tuple[int, ...] = (4,)
     bins: int = 8
     bound: float = 4.0
     base: str = "gaussian"
@@ -97,18 +96,24 @@ def check(config: Config, spec: DataSpec) -> None:
             raise UserError(f"model.{field}={value!r}: choose one of {', '.join(known)}")
     networks.check(config.network, config.activation, spec)
     networks.check_widths("hidden", config.hidden)
-    for field in ("steps", "levels", "dequantisation_steps"):
-        if getattr(config, field) < 1:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least 1")
+    if not config.steps or not all(isinstance(n, int) and n > 0 for n in config.steps):
+        raise UserError(f"model.steps={config.steps}: give whole numbers, each at least 1")
+    if config.network == "mlp" and len(config.steps) > 1:
+        raise UserError(f"model.steps={config.steps}: model.network='mlp' has one level")
+    if config.dequantisation_steps < 1:
+        raise UserError(
+            f"model.dequantisation_steps={config.dequantisation_steps}: must be at least 1"
+        )
     if config.structure == "autoregressive":
         if config.network != "mlp":
             raise UserError("model.structure='autoregressive' needs model.network='mlp'")
         if config.activation == "gated":
             raise UserError("model.activation='gated' needs model.structure='coupling'")
-    if config.network == "conv" and any(side % 2**config.levels for side in spec.event_shape[:2]):
+    levels = len(config.steps)
+    if config.network == "conv" and any(side % 2**levels for side in spec.event_shape[:2]):
         raise UserError(
-            f"model.levels={config.levels} halves the sides of images that often, and these are "
-            f"{spec.event_shape}: choose fewer, or model.network='mlp'"
+            f"model.steps={config.steps} halves the sides of images {levels} times, and these are "
+            f"{spec.event_shape}: name fewer levels, or choose model.network='mlp'"
         )
     if not 2 <= config.bins <= 100:
         raise UserError(f"model.bins={config.bins}: must be from 2 to 100")
@@ -138,14 +143,12 @@ def flow(config: Config, spec: DataSpec) -> nn.Module:
         net = bijections.Conditioner(config.network, config.hidden, config.activation)
         return bijections.Coupling(transform, net)
 
-    def chain() -> nn.Module:
-        steps = ((bijections.ActNorm(), bijections.Linear(), layer()) for _ in range(config.steps))
+    def chain(num: int) -> nn.Module:
+        steps = ((bijections.ActNorm(), bijections.Linear(), layer()) for _ in range(num))
         return bijections.Chain(tuple(part for step in steps for part in step))
 
-    if config.network == "mlp":
-        return chain()
-    levels = tuple(chain() for _ in range(config.levels))
-    return bijections.MultiScale(levels, spec.event_shape[:2])
+    levels = tuple(map(chain, config.steps))
+    return levels[0] if config.network == "mlp" else bijections.MultiScale(levels, spec.event_shape)
 
 
 def base_log_prob(base: str, z: jax.Array) -> jax.Array:
@@ -191,14 +194,9 @@ def from_line(logits: jax.Array, num_values: int, margin: float) -> jax.Array:
 def build(config: Config, spec: DataSpec) -> Model:
     """The flow as pure functions; see `core.Model` for their contracts."""
     net = flow(config, spec)
-    noise = dataclasses.replace(
-        config,
-        transform="affine",
-        structure="coupling",
-        steps=config.dequantisation_steps,
-        levels=1,
-    )
-    noise_net = flow(noise, spec)
+    steps = (config.dequantisation_steps,)
+    affine = dataclasses.replace(config, transform="affine", structure="coupling", steps=steps)
+    noise_net = flow(affine, spec)
     discrete = spec.support != "real"
     variational = discrete and config.dequantisation == "variational"
     images = config.network == "conv"
@@ -208,7 +206,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         return x.reshape(len(x), *spec.event_shape) if images else x.reshape(len(x), -1)
 
     def init(rng: jax.Array, batch: Batch) -> Params:
-        """Normalisations start from the batch."""
+        """Normalisations start from the batch, and learned noise as uniform noise."""
         likelihoods.refuse_outside_support(batch["x"], spec)
         x = shaped(batch["x"])
         rngs = jax.random.split(rng, 3)
@@ -216,7 +214,8 @@ def build(config: Config, spec: DataSpec) -> Model:
         line = to_line(x, v, spec.num_values, config.margin)[0] if discrete else x
         params = {"net": net.init(rngs[1], line)["params"]}
         if variational:
-            params["dequantiser"] = noise_net.init(rngs[2], v, x / spec.scale)["params"]
+            # From zeros, which do not vary, its normalisations start as the identity.
+            params["dequantiser"] = noise_net.init(rngs[2], 0 * v, x / spec.scale)["params"]
         return {"flow": params}
 
     def bijection(params: Params, x: jax.Array, inverse: bool = False) -> bijections.Mapped:
@@ -232,9 +231,10 @@ def build(config: Config, spec: DataSpec) -> Model:
         if not variational:
             return jax.random.logistic(rng, x.shape), jnp.zeros(len(x))
         variables = {"params": params["flow"]["dequantiser"]}
-        epsilon = jax.random.normal(rng, (len(x), spec.num_dims))
+        # Logistic, so that both ends of a bin are reached: weights with lighter tails explode.
+        epsilon = jax.random.logistic(rng, (len(x), spec.num_dims))
         v, log_det = noise_net.apply(variables, epsilon, x / spec.scale, inverse=True)
-        log_q = base_log_prob("gaussian", epsilon) - log_det
+        log_q = base_log_prob("logistic", epsilon) - log_det
         slopes = _log_slope_of_sigmoid(v).reshape(len(v), -1)
         return v, log_q - jnp.sum(slopes, axis=1)
 

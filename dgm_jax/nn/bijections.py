@@ -352,11 +352,11 @@ class MultiScale(nn.Module):
 
     Attributes:
       levels: a map of images each; H and W are divisible by 2 to the power of their number.
-      sides: (H, W) of the image.
+      shape: (H, W, C) of the image.
     """
 
     levels: tuple[nn.Module, ...]
-    sides: tuple[int, int]
+    shape: tuple[int, int, int]
 
     def __call__(
         self, x: jax.Array, context: jax.Array | None = None, inverse: bool = False
@@ -379,20 +379,17 @@ class MultiScale(nn.Module):
         return jnp.concatenate([part.reshape(len(x), -1) for part in (*done, x)], axis=-1), total
 
     def _to_image(self, z: jax.Array, contexts: list[jax.Array | None]) -> Mapped:
-        batch, size = z.shape
-        height, width = (side >> len(self.levels) for side in self.sides)
-        num_last = size >> (len(self.levels) - 1)
-        x, z = z[:, size - num_last :], z[:, : size - num_last]
-        x = x.reshape(batch, height, width, -1)
-        total = jnp.zeros(batch, z.dtype)
+        total, x, last = jnp.zeros(len(z), z.dtype), None, len(self.levels) - 1
+        height, width, channels = self.shape
         for i in reversed(range(len(self.levels))):
+            # What left after this level is as large as all that went on.
+            sides = height >> (i + 1), width >> (i + 1)
+            shape = (len(z), *sides, channels << (i + 1 if i < last else i + 2))
+            z, part = jnp.split(z, [z.shape[1] - math.prod(shape[1:])], axis=1)
+            part = part.reshape(shape)
+            x = part if x is None else jnp.concatenate([x, part], axis=-1)
             x, log_det = self.levels[i](x, contexts[i], inverse=True)
-            total += log_det
-            x = unsqueeze(x)
-            if i > 0:
-                rest = z.shape[1] - x[0].size
-                x = jnp.concatenate([x, z[:, rest:].reshape(x.shape)], axis=-1)
-                z = z[:, :rest]
+            x, total = unsqueeze(x), total + log_det
         return x, total
 
 
