@@ -1,0 +1,27 @@
+"""Energy-based model of grey MNIST: one energy for all noise levels, by score matching.
+
+Papers: Vincent 2011; Song & Ermon 2019; Salimans & Ho 2021; Karras et al. 2022 (the weights).
+Run:   python -m dgm_jax.main --config=configs/energy_mnist.py
+Gives: digits in `prior_samples.png`, drawn by annealed Langevin dynamics; no number is claimed.
+"""
+
+from dgm_jax.config import ConfigDict, experiment, variant
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The default; `:mlp` for dense layers; `:smoke`."""
+    config = experiment("energy")
+    config.data.binarisation = "none"
+    config.train.duration = "10 epochs"
+    config.train.batch_size = 100
+    config.train.steps_per_dispatch = 50
+    config.optimizer.learning_rate = 1e-3
+    config.model.network = "conv"
+    config.model.hidden = (32, 64, 64)
+    config.eval.elbo_samples = 1
+    return variant(
+        config,
+        arg,
+        mlp={"model.network": "mlp", "model.hidden": (1024, 1024)},
+        smoke={"model.hidden": (8, 16), "model.rounds": 10},
+    )
