@@ -153,8 +153,9 @@ def test_the_uniform_model_draws_every_value_alike():
 
 DISCRETE = {
     "uniform noise": replace(SMALL, margin=0.0),
-    "variational noise": replace(SMALL, margin=0.0, dequantisation="variational"),
-    "affine": replace(SMALL, margin=0.0, transform="affine", dequantisation="variational"),
+    "variational noise": replace(
+        SMALL, margin=0.0, transform="affine", dequantisation="variational"
+    ),
     "images": replace(SMALL, margin=0.0, network="conv", hidden=(3,), dequantisation="variational"),
     "margin": replace(SMALL, margin=0.1, network="conv", hidden=(3,)),
 }
@@ -248,7 +249,9 @@ def test_noise_at_the_ends_of_its_bin_is_finite(v):
 
 def test_variational_noise_starts_as_uniform_noise():
     """The same draws have the same weights: its two steps reverse the order twice."""
-    both = [replace(DISCRETE["affine"], dequantisation=name) for name in flow.DEQUANTISATIONS]
+    both = [
+        replace(DISCRETE["variational noise"], dequantisation=name) for name in flow.DEQUANTISATIONS
+    ]
     uniform, variational = (flow.build(config, BITS) for config in both)
     x = jnp.asarray(np.random.default_rng(0).integers(0, 2, (40, 2, 2, 1)), jnp.float32)
     params = jit(variational.init)(jax.random.key(0), {"x": x})
@@ -258,7 +261,7 @@ def test_variational_noise_starts_as_uniform_noise():
 
 def test_variational_noise_is_learned():
     """The gradient of the bound reaches every parameter of q(u | x)."""
-    model = flow.build(replace(DISCRETE["affine"], steps=(1,)), BITS)
+    model = flow.build(replace(DISCRETE["variational noise"], steps=(1,)), BITS)
     params = _params(model, BITS)
     x = jnp.zeros((2, 2, 2, 1)).at[1].set(1)
     grads = jit(jax.grad(lambda p: model.loss_fn(p, {"x": x}, jax.random.key(0))[0]))(params)
