@@ -35,17 +35,26 @@ def save_grid(path: Path, rows: np.ndarray, title: str) -> None:
     figure.savefig(path, bbox_inches="tight", pad_inches=0.05)
 
 
-def save_samples(path: Path, samples: dict[str, np.ndarray], title: str, most: int = 100) -> None:
+def save_samples(
+    path: Path, samples: dict[str, np.ndarray], title: str, scale: float, most: int = 100
+) -> None:
     """A square grid of samples; of the decoder's means where the model gives them.
 
     Of points in the plane, all of them.
+
+    Args:
+      path: the .png.
+      samples: as `Model.sample` gives them.
+      title: stands above.
+      scale: of x, as in `DataSpec`.
+      most: images of the grid.
     """
     if samples["x"].ndim == 2:
         figure, axes = _panels(1)
         _scatter(axes[0], samples["x"], f"{title}: {len(samples['x']):,} samples x")
         figure.savefig(path)
         return
-    images = np.asarray(samples.get("mean", samples["x"]))[:most]
+    images = np.asarray(samples.get("mean", samples["x"] / scale))[:most]
     columns = int(np.ceil(np.sqrt(len(images))))
     missing = -len(images) % columns
     images = np.concatenate([images, np.ones((missing, *images.shape[1:]), images.dtype)])

@@ -319,7 +319,8 @@ def _show_samples(
 
     card = workdir.load_card()
     if card["support"] != "tokens":
-        pictures.save_samples(workdir.path / f"{stem}.png", samples, title)
+        scale = data.spec_of_card(card).scale
+        pictures.save_samples(workdir.path / f"{stem}.png", samples, title, scale)
         return []
     texts = text.decode(card["alphabet"], samples["x"])
     write_text(workdir.path / f"{stem}.txt", f"\n{_RULE}\n".join(texts) + "\n")

@@ -272,8 +272,7 @@ def build(config: Config, spec: DataSpec) -> Model:
 
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
         draw = jax.random.logistic if config.base == "logistic" else jax.random.normal
-        x = data_at(params, draw(rng, (num, spec.num_dims)))
-        return {"x": x, "mean": x / spec.scale} if discrete else {"x": x}
+        return {"x": data_at(params, draw(rng, (num, spec.num_dims)))}
 
     return Model(
         init=init,
