@@ -89,7 +89,8 @@ def save_plane(
         x, y = np.meshgrid(centre[0] + steps, centre[1] + steps)
         density = np.exp(log_density(np.stack([x, y], axis=-1).reshape(-1, 2)))
         axes[2].pcolormesh(x, y, density.reshape(side, side), rasterized=True)
-        axes[2].set(title="density p(x)", aspect="equal")
+        axes[2].set(aspect="equal")
+        axes[2].set_title("density p(x)", fontsize=10)
     figure.savefig(path)
 
 
