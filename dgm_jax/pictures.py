@@ -171,7 +171,7 @@ def save_learning_curve(path: Path, rows: list[dict]) -> None:
     for row in rows:
         for name, value in row.items():
             who, _, what = name.partition("/")
-            if what and what not in ("grad_norm", "perplexity", "penalty"):
+            if what and what not in ("grad_norm", "perplexity", "penalty", "acceptance"):
                 curves.setdefault(what, {}).setdefault(who, []).append((row["step"], value))
     figure, panels = _panels(len(curves))
     for axes, (what, by_who) in zip(panels, curves.items(), strict=True):
