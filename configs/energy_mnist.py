@@ -1,4 +1,4 @@
-"""Energy-based model of grey MNIST: one energy for all noise levels, by score matching.
+"""Energy-based model of the grey values of MNIST: an energy for each noise level, by its slope.
 
 Papers: Vincent 2011; Song & Ermon 2019; Salimans & Ho 2021; Karras et al. 2022 (the weights).
 Run:   python -m dgm_jax.main --config=configs/energy_mnist.py
@@ -12,16 +12,16 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The default; `:mlp` for dense layers; `:smoke`."""
     config = experiment("energy")
     config.data.binarisation = "none"
-    config.train.duration = "10 epochs"
+    config.train.duration = "20 epochs"
     config.train.batch_size = 100
     config.train.steps_per_dispatch = 50
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 5e-3
     config.model.network = "conv"
-    config.model.hidden = (32, 64, 64)
+    config.model.hidden = (16, 32, 64)
     config.eval.elbo_samples = 1
     return variant(
         config,
         arg,
         mlp={"model.network": "mlp", "model.hidden": (1024, 1024)},
-        smoke={"model.hidden": (8, 16), "model.rounds": 10},
+        smoke={"model.hidden": (4, 8), "model.rounds": 5},
     )

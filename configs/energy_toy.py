@@ -25,12 +25,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.langevin_steps = 10
     config.model.metropolis = True
     config.model.rounds = 100
-    config.eval.batch_size = 1000
+    config.eval.batch_size = 2000  # Z is computed once for each
     config.eval.elbo_samples = 1
     dsm = {
         "model.objective": "denoising_score_matching",
         "model.sigma_min": 0.05,
-        "model.step_size": 0.1,
+        "model.step_size": 0.05,
     }
     return variant(
         config,
@@ -38,5 +38,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
         two_moons={"data.dataset": "two_moons"},
         dsm=dsm,
         ssm={"model.objective": "sliced_score_matching"},
-        smoke={"eval.batch_size": 1000},
+        smoke={"model.hidden": (32, 32), "model.num_chains": 100, "model.rounds": 10},
     )

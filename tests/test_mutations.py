@@ -28,6 +28,7 @@ class Mutant(NamedTuple):
 OBJECTIVES, DISTRIBUTIONS = ("objectives.py", "distributions.py")
 GAN = "models/gan.py"
 ATTENTION, MASKED = "nn/attention.py", "models/masked_diffusion.py"
+ENERGY = "models/energy.py"
 PRIORS, POSTERIORS = ("nn/priors.py", "nn/posteriors.py")
 BIJECTIONS, FLOW = "nn/bijections.py", "models/flow.py"
 
@@ -323,6 +324,30 @@ MUTANTS = {
     ),
     "margin's slope forgotten": Mutant(
         FLOW, "jnp.log(1 - 2 * margin) - math.log", "-math.log", "models/test_flow.py"
+    ),
+    # Energy-based.
+    "Langevin noise of half the variance": Mutant(
+        "mcmc.py", "jnp.sqrt(2 * step_size) * noise", "jnp.sqrt(step_size) * noise",
+        "test_mcmc.py",
+    ),
+    "correction blind to the proposal's density": Mutant(
+        "mcmc.py", "before - proposed[1] + log_q", "before - proposed[1]", "test_mcmc.py"
+    ),
+    "grid without its cell": Mutant(
+        ENERGY, "return jax.nn.logsumexp(rows) + num_dims * ", "return jax.nn.logsumexp(rows) + ",
+        "models/test_energy.py",
+    ),
+    "chains pushed up": Mutant(
+        ENERGY, "masked_mean(of_data, batch) - masked_mean(of_chains, rows)",
+        "masked_mean(of_data, batch) + masked_mean(of_chains, rows)", "models/test_energy.py",
+    ),
+    "noise not divided by its level": Mutant(
+        ENERGY, "(along(sigma) * slope(params, x, sigma) - noise)",
+        "(slope(params, x, sigma) - noise)", "models/test_energy.py",
+    ),
+    "noise added twice": Mutant(
+        ENERGY, "x - config.sigma_min**2 * slope", "x + config.sigma_min**2 * slope",
+        "models/test_energy.py",
     ),
     # Adversarial.
     "pair the wrong way round": Mutant(
