@@ -13,6 +13,7 @@
 Any field of the config can be set on the command line: --config.model.latents=40.
 """
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -62,32 +63,20 @@ def main(argv: list[str]) -> None:
         file = config_flags.get_config_filename(flags.FLAGS["config"])
     if _WORKDIR.value is None and file is None:
         raise UserError(f"--mode={mode} needs --workdir or --config")
-    path = Path(_WORKDIR.value) if _WORKDIR.value else default_path(file, mode)
     if mode in ("train", "plan") and config is None:
         raise UserError(f"--mode={mode} needs --config, e.g. --config=configs/vae_mnist.py")
-    if mode == "plan":
-        from dgm_jax import plan
-
-        plan.plan_mode(config, _DEVICES.value)
-        return
-    if mode == "sweep":
-        from dgm_jax.sweep import run as sweep  # matplotlib and scipy: only where they are used
-
-        how = (_LAUNCHER.value, _PROGRAM.value, _TRIALS.value)
-        sweep.sweep_mode(path, config, file, _SWEEP.value, *how)
-        return
-    workdir = Workdir(path)
-    if mode == "replay":
-        from dgm_jax import replay
-
-        replay.replay_mode(workdir)
-        return
+    path = Path(_WORKDIR.value) if _WORKDIR.value else default_path(file, mode)
+    workdir, late = Workdir(path), importlib.import_module  # what one mode alone imports
+    how = (_SWEEP.value, _LAUNCHER.value, _PROGRAM.value, _TRIALS.value)
     {
         "train": lambda: run.train_mode(config, workdir),
         "evaluate": lambda: run.evaluate_mode(workdir),
         "sample": lambda: run.sample_mode(workdir, _NUM.value, _SAMPLE_SEED.value),
         "features": lambda: run.features_mode(workdir),
         "ais": lambda: run.ais_mode(workdir, _NUM.value),
+        "sweep": lambda: late("dgm_jax.sweep.run").sweep_mode(path, config, file, *how),
+        "plan": lambda: late("dgm_jax.plan").plan_mode(config, _DEVICES.value),
+        "replay": lambda: late("dgm_jax.replay").replay_mode(workdir),
     }[mode]()
 
 
