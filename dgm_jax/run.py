@@ -47,7 +47,7 @@ def restore(path: str | Path) -> Trained:
     """
     workdir = Workdir(Path(path))
     config, card = workdir.load_config(), workdir.load_card()
-    spec = data.spec_of_card(card)
+    spec = data.spec_of_card(card, workdir.load_mean())
     model = models.build(config.model, spec)
     optimizer = optim.build(configs.section(config, "optimizer"), num_steps=1)
     mesh = sharding.make_mesh()
@@ -71,7 +71,8 @@ def train_mode(config: ConfigDict, workdir: Workdir) -> None:
         return
     started = time.monotonic()
     experiment = prepare(config, load_data(config))
-    with workdir.claimed(config, experiment.dataset.card):
+    dataset = experiment.dataset
+    with workdir.claimed(config, dataset.card, dataset.spec.mean):
         _train(experiment, workdir, started)
 
 
@@ -319,7 +320,7 @@ def _show_samples(
 
     card = workdir.load_card()
     if card["support"] != "tokens":
-        scale = data.spec_of_card(card).scale
+        scale = data.spec_of_card(card, workdir.load_mean()).scale
         pictures.save_samples(workdir.path / f"{stem}.png", samples, title, scale)
         return []
     texts = text.decode(card["alphabet"], samples["x"])

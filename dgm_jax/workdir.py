@@ -2,11 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
@@ -27,6 +28,11 @@ class Workdir(NamedTuple):
     def data_card(self) -> Path:
         """Which data the run was trained on."""
         return self.path / "data_card.json"
+
+    @property
+    def data_mean(self) -> Path:
+        """The training mean of that data: what a model knows of it is in the card and here."""
+        return self.path / "data_mean.npz"
 
     @property
     def metrics(self) -> Path:
@@ -97,6 +103,21 @@ class Workdir(NamedTuple):
         """
         return _read_json(self.data_card, "train first")
 
+    def load_mean(self) -> np.ndarray:
+        """The training mean of the run's data.
+
+        Raises:
+          UserError: there is none, or it cannot be read.
+        """
+        if not self.data_mean.exists():
+            raise UserError(f"{self.path} has no {self.data_mean.name}: train again")
+        try:
+            # Zipped, it has a checksum of its own.
+            with self.data_mean.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                return stored["mean"]
+        except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
+            raise UserError(f"{self.data_mean} is damaged ({error}): train again") from error
+
     def check_config(self, config: ConfigDict) -> None:
         """Refuse a directory that is not writable or is about something else; change nothing.
 
@@ -144,7 +165,7 @@ class Workdir(NamedTuple):
             )
 
     @contextmanager
-    def claimed(self, config: ConfigDict, card: dict[str, Any]) -> Iterator[None]:
+    def claimed(self, config: ConfigDict, card: dict[str, Any], mean: np.ndarray) -> Iterator[None]:
         """Make the directory, write what it is about, and keep other processes from it meanwhile.
 
         The lock ends with the process that holds it, however that ends.
@@ -168,6 +189,7 @@ class Workdir(NamedTuple):
             # The config first: with it alone the directory is still known for what it is.
             write_text(self.config, configs.to_json(config))
             write_json(self.data_card, card)
+            _write(self.data_mean, lambda file: np.savez(file, mean=mean))
             yield
         finally:
             lock.release()
@@ -187,8 +209,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text`, whole or not at all."""
+    _write(path, lambda file: file.write(text.encode()))
+
+
+def _write(path: Path, put: Callable[[BinaryIO], object]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    with temporary.open("wb") as file:
+        put(file)
     os.replace(temporary, path)
 
 

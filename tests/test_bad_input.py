@@ -96,7 +96,8 @@ def tfds(directory: str) -> dict:
 def _claim(path: Path) -> Workdir:
     config = configs.load(SMOKE, {"model.latents": 7})
     workdir = Workdir(path / "run")
-    with workdir.claimed(config, data.load(configs.section(config, "data")).card):
+    dataset = data.load(configs.section(config, "data"))
+    with workdir.claimed(config, dataset.card, dataset.spec.mean):
         return workdir
 
 

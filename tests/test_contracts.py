@@ -202,19 +202,6 @@ def test_functions_return_what_they_promise(case, dataset):
         assert model.reconstruct(params, batch, rng).shape == (BATCH, *event)
 
 
-def test_what_a_model_has_learned_is_in_its_parameters(case, fields, dataset):
-    """The mean of the data is there to start from: it is not known where a model is restored."""
-    model, params, batch = case
-    other = models.build(fields, dataset.spec._replace(mean=0 * dataset.spec.mean))
-    rng = jax.random.key(2)
-    for name, fn in model.log_likelihood_fns.items():
-        expected = fn(params, batch, rng)
-        np.testing.assert_array_equal(other.log_likelihood_fns[name](params, batch, rng), expected)
-    if model.sample is not None:
-        expected = model.sample(params, rng, 2)["x"]
-        np.testing.assert_array_equal(other.sample(params, rng, 2)["x"], expected)
-
-
 def test_asked_for_what_it_lacks_a_model_says_what_it_has(case):
     model, _, _ = case
     optional = {name for name, usual in Model._field_defaults.items() if usual is None}

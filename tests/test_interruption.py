@@ -31,7 +31,7 @@ TINY = {
 def _train(dataset, path):
     workdir = Workdir(path)
     config = configs.override(configs.experiment("vae"), TINY)
-    with on_one_device(), workdir.claimed(config, {}):
+    with on_one_device(), workdir.claimed(config, {}, np.zeros(1)):
         return train.train(train.prepare(config, dataset), workdir)[0]
 
 
@@ -79,9 +79,9 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
     """Also after a death that released nothing by itself."""
     config = configs.experiment("vae")
     code = (
-        "import sys, time; from pathlib import Path; from dgm_jax import config; "
+        "import numpy, sys, time; from pathlib import Path; from dgm_jax import config; "
         "from dgm_jax.workdir import Workdir\n"
-        "with Workdir(Path(sys.argv[1])).claimed(config.experiment('vae'), {}):\n"
+        "with Workdir(Path(sys.argv[1])).claimed(config.experiment('vae'), {}, numpy.zeros(1)):\n"
         "    print('claimed', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
@@ -89,7 +89,7 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
         assert process.stdout.readline() == "claimed\n"
         workdir = Workdir(tmp_path / "run")
         with pytest.raises(UserError, match="another process is at work"):
-            workdir.claimed(config, {}).__enter__()
+            workdir.claimed(config, {}, np.zeros(1)).__enter__()
         process.kill()
-    with workdir.claimed(config, {}):
-        assert workdir.files() == ["config.json", "data_card.json"]
+    with workdir.claimed(config, {}, np.zeros(1)):
+        assert workdir.files() == ["config.json", "data_card.json", "data_mean.npz"]

@@ -57,6 +57,7 @@ PICTURES = (
 FILES = {
     "config.json",
     "data_card.json",
+    "data_mean.npz",
     "metrics.jsonl",
     "tensorboard",
     "checkpoints",

@@ -152,13 +152,19 @@ def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
     return Dataset(config, found.splits, spec, card)
 
 
-def spec_of_card(card: Mapping[str, Any]) -> DataSpec:
-    """What a model may know of the data of a card, but for the mean: zeros stand in for it."""
+def spec_of_card(card: Mapping[str, Any], mean: np.ndarray) -> DataSpec:
+    """What a model may know of the data of a card, whose training mean is `mean` `[*event]`.
+
+    Raises:
+      UserError: the mean is of other data.
+    """
     shape = tuple(card["event_shape"])
+    if mean.shape != shape:
+        raise UserError(f"the data's mean has the shape {mean.shape} and its card says {shape}")
     return DataSpec(
         event_shape=shape,
         support=card["support"],
-        mean=np.zeros(shape, np.float32),
+        mean=mean,
         num_examples=card["counts"]["train"],
         num_classes=card["num_classes"],
         vocabulary=len(card.get("alphabet", "")),

@@ -146,7 +146,7 @@ def _run_program(
         workdir.check_config(config)
     with ExitStack() as stack:
         for config, workdir in zip(members, workdirs, strict=True):
-            stack.enter_context(workdir.claimed(config, dataset.card))
+            stack.enter_context(workdir.claimed(config, dataset.card, dataset.spec.mean))
         outcomes = program.train(members, dataset, workdirs, folder, title)
         _finish_all(members, dataset, workdirs, outcomes)
 
