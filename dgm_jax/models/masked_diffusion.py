@@ -36,7 +36,7 @@ from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError,
 from dgm_jax.likelihoods import Likelihood
 from dgm_jax.nn import attention, networks
 from dgm_jax.nn.attention import Block, grid_positions, rms_norm, rotary_angles
-from dgm_jax.nn.conv import Conv
+from dgm_jax.nn.conv import Conv, from_patches, to_patches
 from dgm_jax.nn.precision import Dense
 from dgm_jax.nn.unet import UNet
 
@@ -218,18 +218,15 @@ class Denoiser(nn.Module):
         """`[B, D, E]` -> `[B, positions, entries of a position · E]`."""
         if len(self.spec.event_shape) != 3:
             return seen
-        height, width, _ = self.spec.event_shape
-        p = self.config.patch
-        seen = seen.reshape(len(seen), height // p, p, width // p, p, -1)
-        return jnp.swapaxes(seen, 2, 3).reshape(len(seen), height * width // p**2, -1)
+        seen = seen.reshape(len(seen), *_sides(self.spec), -1)
+        seen = to_patches(seen, self.config.patch)
+        return seen.reshape(len(seen), -1, seen.shape[-1])
 
     def _pixels(self, out: jax.Array, num_outputs: int) -> jax.Array:
         """`[B, positions, entries of a position · P]` -> `[B, D, P]`."""
         if len(self.spec.event_shape) == 3:
-            height, width, _ = self.spec.event_shape
-            p = self.config.patch
-            out = out.reshape(len(out), height // p, width // p, p, p, -1)
-            out = jnp.swapaxes(out, 2, 3)
+            sides = (side // self.config.patch for side in _sides(self.spec))
+            out = from_patches(out.reshape(len(out), *sides, -1), self.config.patch)
         return out.reshape(len(out), self.spec.num_dims, num_outputs)
 
 

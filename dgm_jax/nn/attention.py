@@ -214,5 +214,16 @@ class Block(nn.Module):
 
 
 def modulate(h: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """`h` `[B, T, F]` normalised, then scaled by 1 + `scale` and shifted, each `[B, 1, F]`."""
+    """`h` `[B, ..., F]` normalised, then scaled by 1 + `scale` and shifted, each `[B, 1.., F]`."""
     return rms_norm(h) * (1 + scale) + shift
+
+
+class Modulated(nn.Module):
+    """`h` `[B, ..., F]` normalised, shifted and scaled as the condition `[B, E]` says."""
+
+    @nn.compact
+    def __call__(self, h: jax.Array, condition: jax.Array) -> jax.Array:
+        """Apply the layer."""
+        said = Dense(2 * h.shape[-1], kernel_init=nn.initializers.zeros)(nn.silu(condition))
+        said = jnp.expand_dims(said, range(1, h.ndim - 1))
+        return modulate(h, *jnp.split(said, 2, axis=-1))

@@ -1,7 +1,8 @@
 """Convolutional residual blocks, and an encoder and a decoder made of them.
 
 Reference: He et al. 2016, "Identity mappings in deep residual networks" (the order within a block);
-Child 2021, "Very deep VAEs" (no normalisation, a small start instead).
+Child 2021, "Very deep VAEs" (no normalisation, a small start instead); Dhariwal & Nichol 2021,
+"Diffusion models beat GANs on image synthesis" (the condition).
 """
 
 import math
@@ -10,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dgm_jax.nn.attention import Modulated
 from dgm_jax.nn.mlp import ACTIVATIONS
 from dgm_jax.nn.precision import Dense, product
 
@@ -95,10 +97,12 @@ class ResidualBlock(nn.Module):
     activation: str = "silu"
 
     @nn.compact
-    def __call__(self, h: jax.Array) -> jax.Array:
-        """Apply the block."""
+    def __call__(self, h: jax.Array, condition: jax.Array | None = None) -> jax.Array:
+        """Apply the block; a condition `[B, E]`, say of a diffusion time, shifts and scales."""
         act = ACTIVATIONS[self.activation]
         inner = Conv(self.width)(act(h))
+        if condition is not None:
+            inner = Modulated()(inner, condition)
         return h + Conv(h.shape[-1], kernel_init=nn.initializers.zeros)(act(inner))
 
 
@@ -171,3 +175,17 @@ class Upsample(nn.Module):
         h = Dense(4 * self.channels)(h).reshape(*lead, height, width, 2, 2, self.channels)
         h = jnp.moveaxis(h, -3, -4).reshape(*lead, 2 * height, 2 * width, self.channels)
         return h[..., : sides[0], : sides[1], :]
+
+
+def to_patches(x: jax.Array, side: int) -> jax.Array:
+    """Squares of pixels as one: `[B, H, W, C]` -> `[B, H / side, W / side, side² · C]`."""
+    batch, height, width, _ = x.shape
+    x = x.reshape(batch, height // side, side, width // side, side, -1)
+    return jnp.swapaxes(x, 2, 3).reshape(batch, height // side, width // side, -1)
+
+
+def from_patches(x: jax.Array, side: int) -> jax.Array:
+    """The inverse of `to_patches`."""
+    batch, height, width, _ = x.shape
+    x = jnp.swapaxes(x.reshape(batch, height, width, side, side, -1), 2, 3)
+    return x.reshape(batch, height * side, width * side, -1)

@@ -30,28 +30,29 @@ class UNet(nn.Module):
     activation: str = "silu"
 
     @nn.compact
-    def __call__(self, h: jax.Array) -> jax.Array:
-        """Apply the stages."""
+    def __call__(self, h: jax.Array, condition: jax.Array | None = None) -> jax.Array:
+        """Apply the stages; every block is told the condition `[B, E]`, if any."""
         seen = []
         for i, channels in enumerate(self.channels):
             h = Conv(channels, stride=2)(h) if i else h
-            h = self._residual(h)
+            h = self._residual(h, condition)
             seen.append(h)
-        h = self._attend(seen.pop())
+        h = self._attend(seen.pop(), condition)
         for channels, fine in zip(reversed(self.channels[:-1]), reversed(seen), strict=True):
             h = fine + Upsample(channels)(h, fine.shape[1:3])
-            h = self._residual(h)
+            h = self._residual(h, condition)
         return ACTIVATIONS[self.activation](h)
 
-    def _residual(self, h: jax.Array) -> jax.Array:
+    def _residual(self, h: jax.Array, condition: jax.Array | None) -> jax.Array:
         for _ in range(self.blocks):
-            h = ResidualBlock(h.shape[-1], self.activation)(h)
+            h = ResidualBlock(h.shape[-1], self.activation)(h, condition)
         return h
 
-    def _attend(self, h: jax.Array) -> jax.Array:
+    def _attend(self, h: jax.Array, condition: jax.Array | None) -> jax.Array:
         batch, *sides, width = h.shape
         angles = rotary_angles(grid_positions(*sides), width // self.heads)
         flat = h.reshape(batch, -1, width)
         for _ in range(self.depth):
-            flat = Block(width, self.heads, 3 * width)(flat, angles)
+            block = Block(width, self.heads, 3 * width, conditional=condition is not None)
+            flat = block(flat, angles, condition)
         return flat.reshape(h.shape)

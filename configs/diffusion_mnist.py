@@ -1,0 +1,59 @@
+"""A variational diffusion model on dynamically binarised MNIST, or one for samples of grey digits.
+
+Papers: Kingma et al. 2021, "Variational diffusion models"; Karras et al. 2022 (`:edm`); Ho &
+        Salimans 2022 (`:conditional`); Peebles & Xie 2023 (`:dit`); Hang et al. 2023 (`:min-snr`).
+Run:   python -m dgm_jax.main --config=configs/diffusion_mnist.py
+Gives: docs/results.md
+"""
+
+from dgm_jax.config import ConfigDict, experiment, variant
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The default; `:edm`, `:conditional`, `:min-snr`, `:dit`, `:smoke`; `:toy` in the plane."""
+    config = experiment("diffusion")
+    config.model.network = "unet"
+    config.model.patch = 2
+    config.model.channels = (64, 128)
+    config.model.depth = 2
+    config.model.sample_steps = 200
+    config.train.duration = "30 epochs"
+    config.train.batch_size = 100
+    config.train.steps_per_dispatch = 50
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.b2 = 0.99
+    config.optimizer.warmup = 0.02
+    edm = {
+        "data.binarisation": "none",
+        "model.objective": "edm",
+        "model.schedule": "karras",
+        "model.gamma_min": -12.0,
+        "model.gamma_max": 8.8,
+        "model.sampler": "heun",
+        "model.sample_steps": 20,
+    }
+    return variant(
+        config,
+        arg,
+        edm=edm,
+        conditional={**edm, "model.conditional": True, "model.guidance": 1.5},
+        **{"min-snr": {**edm, "model.objective": "min_snr", "model.schedule": "cosine"}},
+        dit={"model.network": "dit", "model.width": 128, "model.depth": 6},
+        toy={
+            "data.dataset": "two_moons",
+            "model.network": "mlp",
+            "model.depth": 3,
+            "model.gamma_min": -8.0,
+            "model.sigma_data": 0.8,
+            "train.duration": "50 epochs",
+            "train.batch_size": 500,
+        },
+        smoke={
+            "model.channels": (16, 32),
+            "model.depth": 1,
+            "model.patch": 4,
+            "model.sample_steps": 20,
+            "train.batch_size": 50,
+            "eval.elbo_samples": 2,
+        },
+    )
