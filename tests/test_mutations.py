@@ -31,8 +31,46 @@ ATTENTION, MASKED = "nn/attention.py", "models/masked_diffusion.py"
 ENERGY = "models/energy.py"
 PRIORS, POSTERIORS = ("nn/priors.py", "nn/posteriors.py")
 BIJECTIONS, FLOW = "nn/bijections.py", "models/flow.py"
+DIFFUSION, MATCHING, MEAN_FLOW = (
+    f"models/{name}.py" for name in ("diffusion", "flow_matching", "mean_flow")
+)
 
 MUTANTS = {
+    # Diffusion, flow matching, mean flows.
+    "twice the diffusion term": Mutant(
+        DIFFUSION, "return 0.5 * rise * jnp.exp(-gamma)", "return rise * jnp.exp(-gamma)",
+        "models/test_diffusion.py",
+    ),
+    "a bit blind to its own noisy value": Mutant(
+        DIFFUSION, "out + usual + _log_odds(y, gamma)", "out + usual", "models/test_diffusion.py"
+    ),
+    "ancestral noise of the level before": Mutant(
+        DIFFUSION, "+ new * jnp.sqrt(kept) * noise", "+ s * jnp.sqrt(kept) * noise",
+        "models/test_diffusion.py",
+    ),
+    "a schedule moved by the cost": Mutant(
+        DIFFUSION, 'stop_gradient(terms["diffusion"] ** 2)', 'stop_gradient(terms["diffusion"])',
+        "models/test_diffusion.py",
+    ),
+    "the flow's divergence subtracted": Mutant(
+        MATCHING, "axis=axes) + change", "axis=axes) - change", "models/test_flow_matching.py"
+    ),
+    "grey values without their unit": Mutant(
+        MATCHING, "return found - spec.num_dims * math.log(denoisers.unit(spec))", "return found",
+        "models/test_flow_matching.py",
+    ),
+    "noise in the inverse order": Mutant(
+        MATCHING, "jnp.zeros_like(column).at[row].set(column)",
+        "jnp.zeros_like(column).at[column].set(row)", "models/test_flow_matching.py",
+    ),
+    "an identity without its own time": Mutant(
+        MEAN_FLOW, "jnp.zeros_like(r), jnp.ones_like(t)", "jnp.zeros_like(r), jnp.zeros_like(t)",
+        "models/test_mean_flow.py",
+    ),
+    "guidance the wrong way": Mutant(
+        "nn/denoisers.py", "return without + weight * (with_label - without)",
+        "return with_label + weight * (without - with_label)", "nn/test_denoisers.py",
+    ),
     # Pixel by pixel.
     "a PixelCNN that sees itself": Mutant(
         "nn/causal.py", "for j in range(1, reach + 1))", "for j in range(reach + 1))",

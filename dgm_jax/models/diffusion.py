@@ -409,16 +409,14 @@ def build(config: Config, spec: DataSpec) -> Model:
 
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
         draw_rng, decode_rng = jax.random.split(rng)
-        samples = denoisers.in_turn(num, config, spec)
-        label = denoisers.one_hot(samples.get("label"), config, spec)
+        labels = denoisers.in_turn(num, config, spec)
+        label = denoisers.one_hot(labels.get("label"), config, spec)
         denoise = denoiser(params, label, config.guidance)
         gammas = gamma_of(params)(jnp.linspace(1.0, 0.0, config.sample_steps + 1))
         y = draw(denoise, gammas, config.sampler, draw_rng, (num, *spec.event_shape))
         y = denoisers.unscaled(y, spec)
-        samples["x"] = decode(spec, decode_rng, y, gammas[-1])
-        if spec.support == "uint8":
-            samples["mean"] = jnp.clip(y / spec.scale, 0, 1)
-        return samples
+        drawn = {"x": decode(spec, decode_rng, y, gammas[-1])}
+        return denoisers.pictured(y, spec) | drawn | labels
 
     return Model(
         init=init,

@@ -172,16 +172,28 @@ def scaled(x: jax.Array, spec: DataSpec) -> jax.Array:
       x: as the data hold it, `[B, *event]`.
       spec: of the data.
     """
-    return (x - spec.mean[None]) / _unit(spec)
+    return (x - spec.mean[None]) / unit(spec)
 
 
 def unscaled(x: jax.Array, spec: DataSpec) -> jax.Array:
     """The inverse of `scaled`."""
-    return x * _unit(spec) + spec.mean[None]
+    return x * unit(spec) + spec.mean[None]
 
 
-def _unit(spec: DataSpec) -> float:
+def unit(spec: DataSpec) -> float:
+    """By how much x as the data hold it changes where scaled x changes by 1."""
     return 1.0 if spec.support == "real" else spec.scale / 2
+
+
+def whole(x: jax.Array, spec: DataSpec) -> jax.Array:
+    """Unscaled `x` `[B, *event]` as the data hold it: the nearest of their values, or as it is."""
+    return x if spec.support == "real" else jnp.clip(jnp.round(x), 0, spec.num_values - 1)
+
+
+def pictured(x: jax.Array, spec: DataSpec) -> dict[str, jax.Array]:
+    """Samples of unscaled `x` `[B, *event]` as `core.Model.sample` gives them."""
+    grey = {"mean": jnp.clip(x / spec.scale, 0, 1)} if spec.support == "uint8" else {}
+    return {"x": whole(x, spec), **grey}
 
 
 def spread_times(rng: jax.Array, num: int) -> jax.Array:

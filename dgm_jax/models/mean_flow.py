@@ -1,0 +1,155 @@
+"""Mean flows: the average velocity between two times, which one step of a sampler needs.
+
+    u(z_t, r, t) = 1 / (t - r) ∫ v(z_s, s) ds,  s from r to t;   z_r = z_t - (t - r) u(z_t, r, t)
+
+v is the velocity of flow matching, noise at t = 1 and data at t = 0. What u averages is never
+integrated: differentiated by t, its definition is an identity that training makes true,
+
+    u = v - (t - r) d/dt u(z_t, r, t),  along dz/dt = v
+
+Reference: Geng et al. 2025, "Mean flows for one-step generative modeling", eqs. 4, 6 and 9 to 11.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dgm_jax import likelihoods
+from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
+from dgm_jax.nn import denoisers
+from dgm_jax.nn.denoisers import Denoiser, beside
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(denoisers.Config):
+    """The model's fields; those of the network are in `nn.denoisers.Config`. Reals may be traced.
+
+    The guidance of a conditional model is trained in: sampling costs no more for it.
+
+    Attributes:
+      interval: how often in training r < t; else r = t, which is flow matching.
+      logit_mean: r and t are two draws in order; of log t / (1 - t) these are normal.
+      logit_std: of the same: its standard deviation.
+      power: an error's weight is its sum of squares to minus this power.
+      sample_steps: of the sampler, each asking the network once.
+    """
+
+    interval: float = 0.5
+    logit_mean: float = -0.4
+    logit_std: float = 1.0
+    power: float = 1.0
+    sample_steps: int = 1
+
+
+def check(config: Config, spec: DataSpec) -> None:
+    """Refuse values that make no sense.
+
+    Raises:
+      UserError: names the field, its value and what is allowed.
+    """
+    denoisers.check(config, spec)
+    if not 0 <= config.interval <= 1:
+        raise UserError(f"model.interval={config.interval}: is a fraction, from 0 to 1")
+    if not math.isfinite(config.logit_mean):
+        raise UserError(f"model.logit_mean={config.logit_mean}: must be finite")
+    if not 0 < config.logit_std < math.inf:
+        raise UserError(f"model.logit_std={config.logit_std}: must be above 0 and finite")
+    if not 0 <= config.power < math.inf:
+        raise UserError(f"model.power={config.power}: must be at least 0 and finite")
+    if config.sample_steps < 1:
+        raise UserError(f"model.sample_steps={config.sample_steps}: must be at least 1")
+
+
+# (z [B, *event], r [B], t [B]) -> u(z, r, t), like z
+Average = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def average_and_target(
+    u: Average, z: jax.Array, r: jax.Array, t: jax.Array, v: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """u(z, r, t) and what the identity says that it is, v - (t - r) du/dt (eqs. 10 and 11).
+
+    Args:
+      u: the average velocity.
+      z: `[B, *event]`.
+      r, t: the two times, `[B]`.
+      v: the velocity at z and t, like `z`, or in training one whose mean it is.
+    """
+    found, change = jax.jvp(u, (z, r, t), (v, jnp.zeros_like(r), jnp.ones_like(t)))
+    return found, jax.lax.stop_gradient(v - beside(t - r, z) * change)
+
+
+def draw(u: Average, noise: jax.Array, steps: int) -> jax.Array:
+    """z at t = 0 of noise `[num, *event]`, by steps of equal length (eq. 12)."""
+    z = noise
+    for i in range(steps, 0, -1):
+        t, r = (jnp.full(len(z), j / steps, z.dtype) for j in (i, i - 1))
+        z = z - u(z, r, t) / steps
+    return z
+
+
+def build(config: Config, spec: DataSpec) -> Model:
+    """A mean flow as pure functions; see `core.Model` for their contracts."""
+    net = Denoiser(config)
+
+    def average(params: Params, label: jax.Array | None) -> Average:
+        def u(z: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
+            times = jnp.stack([t, t - r], axis=1)
+            return net.apply({"params": params["flow"]}, z, times, label)
+
+        return u
+
+    def init(rng: jax.Array, batch: Batch) -> Params:
+        likelihoods.refuse_outside_support(batch["x"], spec)
+        label = denoisers.one_hot(jnp.zeros(1, jnp.int32), config, spec)
+        x = jnp.zeros((1, *spec.event_shape))
+        return {"flow": net.init(rng, x, jnp.zeros((1, 2)), label)["params"]}
+
+    def times(rng: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
+        """r ≤ t, each `[num]`."""
+        time_rng, equal_rng = jax.random.split(rng)
+        normal = jax.random.normal(time_rng, (2, num))
+        first, second = jax.nn.sigmoid(config.logit_mean + config.logit_std * normal)
+        t = jnp.maximum(first, second)
+        apart = jax.random.uniform(equal_rng, (num,)) < config.interval
+        return jnp.where(apart, jnp.minimum(first, second), t), t
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        """Mean squared error of the identity; its gradient is that of the weighted error (eq. 22).
+
+        Its term is half the sum of squares, of unit-variance Gaussians in nats, to a constant.
+        """
+        time_rng, noise_rng, label_rng = jax.random.split(rng, 3)
+        x = denoisers.scaled(batch["x"], spec)
+        noise, (r, t) = jax.random.normal(noise_rng, x.shape), times(time_rng, len(x))
+        told = denoisers.one_hot(batch.get("label"), config, spec)
+        label = denoisers.dropped(told, label_rng, config.label_dropout)
+        along = beside(t, x)
+        z, v = (1 - along) * x + along * noise, noise - x
+        if label is not None:  # the velocity of guidance (eq. 19), where there is a label
+            without = jax.lax.stop_gradient(average(params, 0 * label)(z, t, t))
+            weight = 1 + (config.guidance - 1) * jnp.sum(label, axis=1)
+            v = without + beside(weight, x) * (v - without)
+        found, target = average_and_target(average(params, label), z, r, t, v)
+        error = jnp.sum((found - target) ** 2, axis=range(1, x.ndim))
+        weighted = error * jax.lax.stop_gradient(error + 1e-2) ** -config.power
+        loss = masked_mean(weighted, batch)
+        loss += jax.lax.stop_gradient(masked_mean(error, batch) / spec.num_dims - loss)
+        return loss, Aux({"identity": 0.5 * error})
+
+    def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
+        labels = denoisers.in_turn(num, config, spec)
+        label = denoisers.one_hot(labels.get("label"), config, spec)
+        noise = jax.random.normal(rng, (num, *spec.event_shape))
+        x = draw(average(params, label), noise, config.sample_steps)
+        return denoisers.pictured(denoisers.unscaled(x, spec), spec) | labels
+
+    return Model(
+        init=init,
+        players=(Player("flow", loss_fn),),
+        log_likelihood_fns={},
+        sample=sample,
+    )
