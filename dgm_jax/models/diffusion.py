@@ -393,15 +393,14 @@ def build(config: Config, spec: DataSpec) -> Model:
         """Weighted squared error, a mean over the dimensions of x, without unit."""
         time_rng, label_rng, noise_rng = jax.random.split(rng, 3)
         x = denoisers.scaled(batch["x"], spec)
-        t = denoisers.spread_times(time_rng, len(x))
         label = denoisers.one_hot(batch.get("label"), config, spec)
         label = denoisers.dropped(label, label_rng, config.label_dropout)
         if config.objective == "edm":
-            normal = jax.scipy.special.ndtri(jnp.clip(t, 1e-6, 1 - 1e-6))
+            normal = denoisers.spread_normal(time_rng, len(x))
             gamma = 2 * (config.log_sigma_mean + config.log_sigma_std * normal)
             weight = precondition(gamma, config.sigma_data).out ** -2.0
         else:
-            gamma = gamma_of(params)(t)
+            gamma = gamma_of(params)(denoisers.spread_times(time_rng, len(x)))
             weight = jnp.minimum(jnp.exp(-gamma), config.snr_cap)
         noise = jax.random.normal(noise_rng, x.shape)
         error = squared_error(denoiser(params, label), x, gamma, noise)
@@ -415,8 +414,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         gammas = gamma_of(params)(jnp.linspace(1.0, 0.0, config.sample_steps + 1))
         y = draw(denoise, gammas, config.sampler, draw_rng, (num, *spec.event_shape))
         y = denoisers.unscaled(y, spec)
-        drawn = {"x": decode(spec, decode_rng, y, gammas[-1])}
-        return denoisers.pictured(y, spec) | drawn | labels
+        return {"x": decode(spec, decode_rng, y, gammas[-1])} | labels
 
     return Model(
         init=init,

@@ -215,10 +215,9 @@ def build(config: Config, spec: DataSpec) -> Model:
         return {"flow": net.init(rng, x, jnp.zeros(1), label)["params"]}
 
     def times(rng: jax.Array, num: int) -> jax.Array:
-        t = denoisers.spread_times(rng, num)
         if config.times == "uniform":
-            return t
-        normal = jax.scipy.special.ndtri(jnp.clip(t, 1e-6, 1 - 1e-6))
+            return denoisers.spread_times(rng, num)
+        normal = denoisers.spread_normal(rng, num)
         return jax.nn.sigmoid(config.logit_mean + config.logit_std * normal)
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
@@ -259,7 +258,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         noise = jax.random.normal(rng, (num, *spec.event_shape))
         field = lambda t, x: v(x, t)  # noqa: E731
         x = solve(field, noise, (1.0, 0.0), config.solver, config.sample_steps)
-        return denoisers.pictured(denoisers.unscaled(x, spec), spec) | labels
+        return {"x": denoisers.whole(denoisers.unscaled(x, spec), spec)} | labels
 
     name = "log_prob" if spec.support == "real" else "elbo"
     return Model(

@@ -145,7 +145,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         label = denoisers.one_hot(labels.get("label"), config, spec)
         noise = jax.random.normal(rng, (num, *spec.event_shape))
         x = draw(average(params, label), noise, config.sample_steps)
-        return denoisers.pictured(denoisers.unscaled(x, spec), spec) | labels
+        return {"x": denoisers.whole(denoisers.unscaled(x, spec), spec)} | labels
 
     return Model(
         init=init,

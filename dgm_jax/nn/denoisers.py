@@ -190,15 +190,14 @@ def whole(x: jax.Array, spec: DataSpec) -> jax.Array:
     return x if spec.support == "real" else jnp.clip(jnp.round(x), 0, spec.num_values - 1)
 
 
-def pictured(x: jax.Array, spec: DataSpec) -> dict[str, jax.Array]:
-    """Samples of unscaled `x` `[B, *event]` as `core.Model.sample` gives them."""
-    grey = {"mean": jnp.clip(x / spec.scale, 0, 1)} if spec.support == "uint8" else {}
-    return {"x": whole(x, spec), **grey}
-
-
 def spread_times(rng: jax.Array, num: int) -> jax.Array:
     """Times of a batch, each uniform on [0, 1), evenly apart (Kingma et al. 2021): `[num]`."""
     return (jax.random.uniform(rng) + jnp.arange(num) / num) % 1
+
+
+def spread_normal(rng: jax.Array, num: int) -> jax.Array:
+    """The same of N(0, 1): quantiles of evenly spread probabilities, `[num]`."""
+    return jax.scipy.special.ndtri(jnp.clip(spread_times(rng, num), 1e-6, 1 - 1e-6))
 
 
 def beside(times: jax.Array, x: jax.Array) -> jax.Array:
