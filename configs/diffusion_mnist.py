@@ -41,6 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         dit={"model.network": "dit", "model.width": 128, "model.depth": 6},
         toy={
             "data.dataset": "two_moons",
+            "data.binarisation": "none",
             "model.network": "mlp",
             "model.depth": 3,
             "model.gamma_min": -8.0,

@@ -3,7 +3,8 @@
 Papers: Vaswani et al. 2017; Su et al. 2021 (rotary positions); Shazeer 2020 (SwiGLU); Jordan et al.
         2024 (Muon). The data and the size of the network are those of nanoGPT's recipe for a CPU.
 Run:   python -m dgm_jax.main --config=configs/transformer_shakespeare.py
-Gives: docs/results.md; `nats_per_token` is nats a character.
+Gives: 1.687 nats a character (seed 0) after 63 s of two CPU cores by processor time; nanoGPT's
+       recipe for a CPU states 1.88. Optimizer and length were chosen on the same tenth.
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant

@@ -154,15 +154,18 @@ def _row(name: str, runs: list[dict]) -> list[str]:
     what = _likelihood(runs[0])
     nll = _mean(runs, what, -1)
     kind = {"log_prob": "exact", "elbo": "bound: ELBO"}
+    kind = kind.get(what, f"bound: K = {_num_samples(runs[0]):,}")
+    if "data_log_prob" in first:
+        kind += "; of the data's own density {:.2f}".format(*_mean(runs, "data_log_prob", -1))
     per_dim = first.get("nats_per_token") or first.get("bits_per_dim")
     active = [run["metrics"]["active_units"] for run in runs if "active_units" in run["metrics"]]
     return [
         name,
         config["model"]["name"],
         ", ".join(sorted(str(run["config"]["seed"]) for run in runs)),
-        f"{epochs:.0f}",
+        f"{epochs:.3g}",
         "{:.2f} ± {:.2f}".format(*nll),
-        kind.get(what, f"bound: K = {_num_samples(runs[0]):,}"),
+        kind,
         f"{per_dim['value']:.4f} {per_dim['unit']}" if per_dim else "",
         "{:.2f} ± {:.2f}".format(*_mean(runs, "elbo", -1)) if "elbo" in first else "",
         ", ".join(f"{metric['value']:.0f}" for metric in active),
