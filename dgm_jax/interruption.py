@@ -42,13 +42,15 @@ def noted() -> Iterator[Callable[[], int | None]]:
         came.append(signum)
         restore()
 
-    before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+    # One that is ignored stays so: shells have it so for Ctrl-C in the background.
+    handlers = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+    before = {s: handler for s, handler in handlers.items() if handler != signal.SIG_IGN}
 
     def restore() -> None:
         for signum, handler in before.items():
             signal.signal(signum, handler)
 
-    for signum in _SIGNALS:
+    for signum in before:
         signal.signal(signum, note)
     try:
         yield lambda: came[0] if came else None

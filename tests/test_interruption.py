@@ -28,6 +28,14 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _usual_handlers():
+    """Whatever the tests were started with: a shell's background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def _train(dataset, path):
     workdir = Workdir(path)
     config = configs.override(configs.experiment("vae"), TINY)
@@ -73,6 +81,13 @@ def test_the_second_signal_is_obeyed_at_once():
         assert asked() == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interruption.noted() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked() is None
 
 
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path):

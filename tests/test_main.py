@@ -158,7 +158,7 @@ def test_it_says_what_it_will_do_before_the_first_step(finished):
     for words in ("embedded", "4,000 train", "500 test", "dynamic", "seed 0"):
         assert words in header["data"]
     assert header["devices"].split()[1] == "1"
-    assert "400 steps" in header["training"] and "100 images" in header["training"]
+    assert "400 steps" in header["training"] and "100 examples" in header["training"]
     assert str(finished.path) in header["output"]
 
 
@@ -184,7 +184,7 @@ def test_the_table_prints_the_numbers_of_the_results(finished):
 
 
 def test_the_work_directory_holds_everything(finished):
-    assert {name.partition("/")[0] for name in finished.contents} == FILES
+    assert {name.partition("/")[0] for name in finished.contents} == {".lock", *FILES}
     assert sorted(finished.results["files"]) == sorted(FILES)
     for name in PICTURES:
         with Image.open(finished.path / name) as image:
