@@ -248,7 +248,14 @@ def test_config_is_short_and_says_how_to_run_it(path):
     assert f"--config=configs/{path.name}" in ast.get_docstring(ast.parse(text))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def _by_duration(path):
+    """A few, of every kind of data, run with all tests; the others in a job of their own."""
+    quick = ("vae_mnist", "gan_mnist", "flow_toy", "transformer_shakespeare", "made_mnist")
+    marks = () if path.stem in quick else pytest.mark.configs
+    return pytest.param(path, id=path.stem, marks=marks)
+
+
+@pytest.mark.parametrize("path", map(_by_duration, CONFIGS))
 def test_smoke_variant_trains_evaluates_and_draws(path, tmp_path):
     quick = {"train.duration": "100 steps", "eval.num_samples": 5, "eval.elbo_samples": 1}
     config = configs.load(f"{path}:smoke", quick)
