@@ -255,7 +255,7 @@ def _by_duration(path):
     return pytest.param(path, id=path.stem, marks=marks)
 
 
-@pytest.mark.parametrize("path", map(_by_duration, CONFIGS))
+@pytest.mark.parametrize("path", [_by_duration(path) for path in CONFIGS])
 def test_smoke_variant_trains_evaluates_and_draws(path, tmp_path):
     quick = {"train.duration": "100 steps", "eval.num_samples": 5, "eval.elbo_samples": 1}
     config = configs.load(f"{path}:smoke", quick)
