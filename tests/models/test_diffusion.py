@@ -59,7 +59,7 @@ def _expected(fn, x, x_prob, noise, noise_prob, times, times_prob):
     x, noise, t = (a.ravel() for a in grid)
     patches = _with(t, noise[:, None])
     with patches[0], patches[1]:
-        found = fn({"x": jnp.asarray(x)[:, None]})
+        found = jax.jit(fn)({"x": jnp.asarray(x)[:, None]})
     return jax.tree.map(lambda values: float(np.sum(weight * values)), found)
 
 
@@ -242,6 +242,7 @@ def _monotone(logits):
     return model, params
 
 
+@jax.jit
 def _diffusion_terms(logits):
     """Of one x and one noise at many times, and the gradient of the loss by the logits."""
     model, params = _monotone(logits)
@@ -250,7 +251,7 @@ def _diffusion_terms(logits):
     with patches[0], patches[1]:
         batch = {"x": jnp.full((len(times), 1), 0.4)}
         grads, aux = jax.grad(model.loss_fn, has_aux=True)(params, batch, KEY)
-    return np.asarray(aux.terms["diffusion"]), grads["diffusion"]["schedule"]["logits"]
+    return aux.terms["diffusion"], grads["diffusion"]["schedule"]["logits"]
 
 
 def test_a_schedule_changes_the_bounds_variance_and_learns_to_lower_it():
@@ -272,8 +273,8 @@ def test_a_schedule_changes_the_bounds_variance_and_learns_to_lower_it():
 def test_the_loss_of_the_bound_is_minus_the_bound_whatever_moves_the_schedule():
     model, params = _monotone(np.random.default_rng(0).normal(size=32))
     batch = {"x": jnp.linspace(-1, 1, 16)[:, None]}
-    loss, aux = model.loss_fn(params, batch, KEY)
-    elbo = model.log_likelihood_fns["elbo"](params, batch, KEY)
+    loss, aux = jax.jit(model.loss_fn)(params, batch, KEY)
+    elbo = jax.jit(model.log_likelihood_fns["elbo"])(params, batch, KEY)
     np.testing.assert_allclose(loss, -np.mean(elbo), rtol=1e-12)
     np.testing.assert_allclose(sum(aux.terms.values()), -elbo, rtol=1e-12)
     assert set(aux.terms) == {"prior", "reconstruction", "diffusion"}
@@ -284,6 +285,7 @@ def test_the_ends_move_where_the_bound_rises():
     model, params = _fresh(replace(CONFIG, gamma_min=-3.0, gamma_max=2.0), LINE)
     batch = {"x": jnp.linspace(-1, 1, 64)[:, None]}
 
+    @jax.jit
     def loss(ends):
         schedule = {"schedule": {"ends": ends}}
         return model.loss_fn({"diffusion": params["diffusion"] | schedule}, batch, KEY)[0]
@@ -299,17 +301,16 @@ def test_the_ends_move_where_the_bound_rises():
 def _quality_loss(**fields):
     """Its mean over Gaussian x and noise, at the times T, of the exact denoiser."""
     model, params = _fresh(replace(CONFIG, **fields), LINE)
-    loss = jax.jit(lambda batch: model.loss_fn(params, batch, KEY)[0])
     points, prob = _hermite(3)
-    total = 0.0
-    for x, x_prob in zip(SIGMA * points, prob, strict=True):
-        for noise, noise_prob in zip(points, prob, strict=True):
-            patches = _with(T, np.full((len(T), 1), noise))
-            with patches[0], patches[1]:
-                batch = {"x": jnp.full((len(T), 1), x)}
-                total += x_prob * noise_prob * float(loss(batch))
-            loss.clear_cache()
-    return total
+
+    @jax.jit
+    def loss(x, noise):
+        patches = _with(T, jnp.full((len(T), 1), noise))
+        with patches[0], patches[1]:
+            return model.loss_fn(params, {"x": jnp.full((len(T), 1), x)}, KEY)[0]
+
+    each = [[float(loss(SIGMA * x, noise)) for noise in points] for x in points]
+    return prob @ each @ prob
 
 
 def test_an_error_counts_by_what_the_network_was_asked_for():
@@ -399,31 +400,37 @@ def test_an_ancestral_step_is_the_posterior_of_less_noise():
 # Labels.
 
 
-def _moved(params):
-    leaves, structure = jax.tree.flatten(params)
+def _moved(shapes):
+    """Parameters away from the start, of these shapes."""
+    leaves, structure = jax.tree.flatten(shapes)
     rng = np.random.default_rng(0)
-    return jax.tree.unflatten(structure, [p + 0.3 * rng.normal(size=p.shape) for p in leaves])
+    drawn = [jnp.asarray(0.3 * rng.normal(size=leaf.shape)) for leaf in leaves]
+    return jax.tree.unflatten(structure, drawn)
 
 
 def test_a_conditional_model_knows_the_label():
     config = replace(CONFIG, conditional=True, label_dropout=0.0, sample_steps=3)
     model = diffusion.build(config, LINE)
     batch = {"x": jnp.array([[0.3], [-0.2]]), "label": jnp.array([0, 1])}
-    params = _moved(model.init(KEY, batch))
+    params = _moved(jax.eval_shape(model.init, KEY, batch))
     elbo = jax.jit(model.log_likelihood_fns["elbo"])
     before, after = (elbo(params, {**batch, "label": jnp.array([0, c])}, KEY) for c in (1, 2))
     assert before[0] == after[0] and abs(before[1] - after[1]) > 1e-3
-    samples = model.sample(params, KEY, 5)
+
+    @jax.jit
+    def sample(guidance):
+        return diffusion.build(replace(config, guidance=guidance), LINE).sample(params, KEY, 5)
+
+    samples = sample(1.0)
     np.testing.assert_array_equal(samples["label"], [0, 1, 2, 0, 1])
-    followed = diffusion.build(replace(config, guidance=3.0), LINE).sample(params, KEY, 5)
-    assert np.abs(samples["x"] - followed["x"]).min() > 1e-6
+    assert np.abs(samples["x"] - sample(3.0)["x"]).min() > 1e-6
 
 
 def test_a_dropped_label_is_not_seen():
     config = replace(CONFIG, conditional=True, label_dropout=1 - 1e-9)
     model = diffusion.build(config, LINE)
     batch = {"x": jnp.array([[0.3], [-0.2]]), "label": jnp.array([0, 1])}
-    params = _moved(model.init(KEY, batch))
+    params = _moved(jax.eval_shape(model.init, KEY, batch))
     losses = [
         model.loss_fn(params, {**batch, "label": jnp.array(c)}, KEY)[0] for c in ([0, 1], [2, 2])
     ]
