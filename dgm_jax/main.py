@@ -5,6 +5,7 @@
     python -m dgm_jax.main --mode=evaluate --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=sample --num=1000 --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=features --workdir=runs/vae_mnist
+    python -m dgm_jax.main --mode=quality --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=ais --num=100 --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=replay --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=plan --devices=1,8,64 --config=configs/vae_mnist.py
@@ -35,11 +36,19 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "sample", "features", "ais", "sweep", "plan", "replay"],
+    ["train", "evaluate", "sample", "features", "quality", "ais", "sweep", "plan", "replay"],
     "What to do; see the examples above.",
 )
-_NUM = flags.DEFINE_integer("num", 100, "Samples of --mode=sample, images of --mode=ais.")
-_SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of --mode=sample.")
+_NUM = flags.DEFINE_integer(
+    "num",
+    None,
+    "Samples of --mode=sample, images of --mode=ais: default 100. Samples of --mode=quality: "
+    "default half as many as test examples.",
+)
+_SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of --mode=sample and quality.")
+_JUDGE = flags.DEFINE_string(
+    "judge", None, "Of --mode=quality: whose features, a work directory or an .onnx file."
+)
 _DEVICES = flags.DEFINE_list("devices", ["1", "8", "64"], "Numbers of devices of --mode=plan.")
 _SWEEP = flags.DEFINE_string(
     "sweep", None, "Grid of --mode=sweep: 'field=value,value;seed=0:3'. Default: the config's own."
@@ -67,13 +76,17 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--mode={mode} needs --config, e.g. --config=configs/vae_mnist.py")
     path = Path(_WORKDIR.value) if _WORKDIR.value else default_path(file, mode)
     workdir, late = Workdir(path), importlib.import_module  # what one mode alone imports
+    num = 100 if _NUM.value is None else _NUM.value
     how = (_SWEEP.value, _LAUNCHER.value, _PROGRAM.value, _TRIALS.value)
     {
         "train": lambda: run.train_mode(config, workdir),
         "evaluate": lambda: run.evaluate_mode(workdir),
-        "sample": lambda: run.sample_mode(workdir, _NUM.value, _SAMPLE_SEED.value),
+        "sample": lambda: run.sample_mode(workdir, num, _SAMPLE_SEED.value),
         "features": lambda: run.features_mode(workdir),
-        "ais": lambda: run.ais_mode(workdir, _NUM.value),
+        "quality": lambda: late("dgm_jax.judge").quality_mode(
+            workdir, _NUM.value, _SAMPLE_SEED.value, _JUDGE.value
+        ),
+        "ais": lambda: run.ais_mode(workdir, num),
         "sweep": lambda: late("dgm_jax.sweep.run").sweep_mode(path, config, file, *how),
         "plan": lambda: late("dgm_jax.plan").plan_mode(config, _DEVICES.value),
         "replay": lambda: late("dgm_jax.replay").replay_mode(workdir),

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dgm_jax.core import Batch, Model, Params
+from dgm_jax.evaluators.quality import Nearest
 
 
 def save_grid(path: Path, rows: np.ndarray, title: str) -> None:
@@ -60,6 +61,25 @@ def save_samples(
     images = np.concatenate([images, np.ones((missing, *images.shape[1:]), images.dtype)])
     what = "means E[x | z]" if "mean" in samples else "samples x"
     save_grid(path, images.reshape(-1, columns, *images.shape[1:]), f"{title}: {what}")
+
+
+def save_nearest(
+    path: Path, samples: np.ndarray, train: np.ndarray, near: Nearest, scale: float
+) -> None:
+    """The samples that come nearest to training images, each above the image that it is near to.
+
+    Args:
+      path: the .png.
+      samples: x as the model drew it, `[N, *event]`.
+      train: x of the training split, `[M, *event]`.
+      near: the nearest training image of each sample.
+      scale: of x, as in `DataSpec`.
+    """
+    closest = np.argsort(near.distance)[:40]
+    closest = closest[: len(closest) // 10 * 10].reshape(-1, 10)
+    pairs = np.stack([samples[closest], train[near.row[closest]]], axis=1) / scale
+    title = "the samples nearest to training images, each above that image"
+    save_grid(path, pairs.reshape(-1, *pairs.shape[2:]), title)
 
 
 def save_plane(

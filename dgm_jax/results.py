@@ -31,6 +31,7 @@ def collect(
     files: list[str],
     speed: dict[str, float] | None = None,
     texts: Sequence[str] = (),
+    judge: str | None = None,
 ) -> dict[str, Any]:
     """A result by the schema in `docs/results_schema.md`.
 
@@ -45,6 +46,7 @@ def collect(
       files: names of the files written, relative to the work directory.
       speed: of training, where it was measured.
       texts: a few samples, where they are texts.
+      judge: whose features were measured, where the metrics are of features.
     """
     result = {
         "schema": SCHEMA,
@@ -65,7 +67,11 @@ def collect(
         "git_revision": git_revision(),
         "files": files,
     }
-    return result | ({"samples": list(texts)} if texts else {})
+    if texts:
+        result["samples"] = list(texts)
+    if judge:
+        result["judge"] = judge
+    return result
 
 
 def git_revision() -> str | None:

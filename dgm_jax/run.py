@@ -252,6 +252,7 @@ def write_result(
     files: list[str],
     speed: dict[str, float] | None = None,
     texts: Sequence[str] = (),
+    judge: str | None = None,
 ) -> dict[str, Any]:
     """Write what was measured on the test split, with all that says what it is about."""
     result = results.collect(
@@ -265,6 +266,7 @@ def write_result(
         files=files,
         speed=speed,
         texts=texts,
+        judge=judge,
     )
     write_json(path, result)
     return result

@@ -4,7 +4,8 @@
 
 Each file in docs/results/ is the results.json of one run, named `<experiment>-seed<seed>.json`;
 seeds of one experiment, measured with the same K on the same data, make one row. Files in
-docs/results/features/ are the features.json of the same. Nothing in the tables is typed in but the
+docs/results/features/ are the features.json of the same, and in docs/results/quality/ the
+quality.json. Nothing in the tables is typed in but the
 published values.
 """
 
@@ -70,6 +71,29 @@ Scores of the features of generated shapes with known factors (`--mode=features`
 
 """
 
+QUALITY = """
+## Sample quality
+
+`--mode=quality` of the same runs ([results/quality](results/quality)): samples against as many test
+examples, and below them as many other test examples against the same, which is the best that a
+model could do. The features are of the judge named in the last column, and never Inception's: no
+number here is an FID. [quality.md](quality.md) says what each is.
+
+"""
+
+_QUALITY = {
+    "frechet_distance": ("Fréchet distance", "{:.3f}"),
+    "kernel_distance": ("kernel distance", "{:.4f}"),
+    "precision": ("precision", "{:.3f}"),
+    "recall": ("recall", "{:.3f}"),
+    "density": ("density", "{:.3f}"),
+    "coverage": ("coverage", "{:.3f}"),
+    "copying": ("copying (0.5 of fresh draws)", "{:.3f}"),
+    "label_accuracy": ("label accuracy", "{:.3f}"),
+    "modes": ("modes", "{:.0f}"),
+    "in_a_mode": ("in a mode", "{:.3f}"),
+}
+
 _PROBES = {
     "linear_probe": "linear probe",
     **{f"linear_probe_{n}_labels": f"{n} labels" for n in (1, 5, 10, 100)},
@@ -104,6 +128,9 @@ def table() -> str:
     ):
         if rows := list(_feature_rows(columns, sign, unit)):
             text += title + _markdown(("experiment", "features", *columns.values()), rows)
+    if rows := list(_quality_rows()):
+        names = [name for name, _ in _QUALITY.values()]
+        text += QUALITY + _markdown(("experiment", "of", *names, "judge"), rows)
     return text
 
 
@@ -186,6 +213,22 @@ def _feature_rows(columns: dict[str, str], sign: int, unit: str) -> Iterator[lis
             if all(name in metrics for name in names):
                 cells = (unit.format(sign * metrics[name]["value"]) for name in names)
                 yield [path.stem, kind.replace("_", " "), *cells]
+
+
+def _quality_rows() -> Iterator[list[str]]:
+    """Two rows for each run: of its samples, and of the test examples."""
+    for path in sorted((DOCS / "results" / "quality").glob("*.json")):
+        run = json.loads(path.read_text())
+        metrics = run["metrics"]
+        for of in ("samples", "test"):
+            num = metrics[f"{of}/recall"]["num_examples"]
+            cells = []
+            for name, (_, unit) in _QUALITY.items():
+                metric = metrics.get(f"{of}/{name}")
+                error = metric and metric["standard_error"]
+                cells.append(unit.format(metric["value"]) if metric else "")
+                cells[-1] += " ± " + unit.format(error) if error else ""
+            yield [path.stem, f"{num:,} {of}", *cells, run["judge"]]
 
 
 def _mean(runs: list[dict], metric: str, sign: int) -> tuple[float, float]:

@@ -27,6 +27,7 @@ class Mutant(NamedTuple):
 
 OBJECTIVES, DISTRIBUTIONS = ("objectives.py", "distributions.py")
 GAN = "models/gan.py"
+QUALITY = "evaluators/quality.py"
 ATTENTION, MASKED = "nn/attention.py", "models/masked_diffusion.py"
 ENERGY = "models/energy.py"
 PRIORS, POSTERIORS = ("nn/priors.py", "nn/posteriors.py")
@@ -36,6 +37,23 @@ DIFFUSION, MATCHING, MEAN_FLOW = (
 )
 
 MUTANTS = {
+    # Sample quality.
+    "a kernel distance with each point's own pair": Mutant(
+        QUALITY, "(kernel.sum() - np.trace(kernel)) / (num * (num - 1))",
+        "kernel.mean()", "evaluators/test_quality.py",
+    ),
+    "a Fréchet distance without its root": Mutant(
+        QUALITY, "cross = np.sqrt(np.maximum(values, 0)).sum()", "cross = values.sum()",
+        "evaluators/test_quality.py",
+    ),
+    "precision by the samples' reach": Mutant(
+        QUALITY, "distances <= data_reach[:, narrow]", "distances <= reach",
+        "evaluators/test_quality.py",
+    ),
+    "copying the other way round": Mutant(
+        QUALITY, "mannwhitneyu(held_out, samples)", "mannwhitneyu(samples, held_out)",
+        "evaluators/test_quality.py",
+    ),
     # Diffusion, flow matching, mean flows.
     "twice the diffusion term": Mutant(
         DIFFUSION, "return 0.5 * rise * jnp.exp(-gamma)", "return rise * jnp.exp(-gamma)",

@@ -27,7 +27,7 @@ from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError,
 from dgm_jax.nn import networks
 from dgm_jax.nn.precision import Dense
 
-Critic = Callable[[jax.Array], jax.Array]  # x in [0, 1], [B, *event] -> logits [B]
+Critic = Callable[[jax.Array], jax.Array]  # x / scale, [B, *event] -> logits [B]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +145,10 @@ def check(config: Config, spec: DataSpec) -> None:
     Raises:
       UserError: names the field, its value and what is allowed.
     """
-    if spec.support != "uint8":
+    if spec.support not in ("uint8", "real"):
         raise UserError(
-            "model.name='gan' generates grey values and data.binarisation='dynamic' or 'fixed' "
-            f"gives {spec.support} data: set it to 'none'"
+            "model.name='gan' generates grey values or real numbers, and these data are "
+            f"{spec.support}: of images set data.binarisation='none'"
         )
     if config.latents < 1:
         raise UserError(f"model.latents={config.latents}: a GAN needs at least one latent")
@@ -165,7 +165,7 @@ def check(config: Config, spec: DataSpec) -> None:
 
 
 class Discriminator(nn.Module):
-    """x in [0, 1], `[B, *event]` -> logits `[B]`; with `label` one-hot `[B, C]`, of that class.
+    """x / scale, `[B, *event]` -> logits `[B]`; with `label` one-hot `[B, C]`, of that class.
 
     The last layer has no bias: only differences of logits count in most objectives.
     """
@@ -194,7 +194,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         return jax.nn.one_hot(label, spec.num_classes) if config.conditional else None
 
     def generate(params: Params, rng: jax.Array, num: int, label: jax.Array | None) -> jax.Array:
-        """x `[num, *event]`, of data in [0, 1]."""
+        """x / scale, `[num, *event]`."""
         z = jax.random.normal(rng, (num, config.latents))
         outputs = generator.apply({"params": params["generator"]}, z, one_hot(label))
         return outputs.reshape(num, *spec.event_shape)
@@ -232,8 +232,10 @@ def build(config: Config, spec: DataSpec) -> Model:
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
         # A conditional model draws the classes in turn.
         label = jnp.arange(num) % spec.num_classes if config.conditional else None
-        mean = jnp.clip(generate(params, rng, num, label), 0, 1)
-        samples = {"x": jnp.round(spec.scale * mean), "mean": mean}
+        samples = {"x": generate(params, rng, num, label)}
+        if spec.support == "uint8":
+            mean = jnp.clip(samples["x"], 0, 1)
+            samples = {"x": jnp.round(spec.scale * mean), "mean": mean}
         return samples | ({} if label is None else {"label": label})
 
     return Model(

@@ -358,9 +358,20 @@ def test_check_refuses_a_bad_value_by_its_name(field, value, words):
 
 def test_check_refuses_data_that_it_cannot_generate():
     gan.check(CONFIG, SPEC)
-    with pytest.raises(UserError, match=r"data\.binarisation='dynamic'.*binary.*'none'"):
+    with pytest.raises(UserError, match=r"these data are binary.*data\.binarisation='none'"):
         gan.check(CONFIG, SPEC._replace(support="binary"))
     with pytest.raises(UserError, match=r"model\.conditional=True.*no labels"):
         gan.check(replace(CONFIG, conditional=True), SPEC._replace(num_classes=0))
     with pytest.raises(UserError, match=r"model\.network='conv'.*\(2,\)"):
         gan.check(replace(CONFIG, network="conv"), GRID)
+
+
+def test_points_are_generated_as_they_are():
+    """Neither rounded nor clipped: G(z) itself, also below 0 and above 1."""
+    model = gan.build(CONFIG, GRID._replace(support="real"))
+    params = model.init(jax.random.key(0), {"x": jnp.zeros((1, 2))})
+    params["generator"] = jax.tree.map(lambda leaf: 3 * leaf, params["generator"])
+    samples = model.sample(params, jax.random.key(1), 50)
+    assert set(samples) == {"x"} and samples["x"].shape == (50, 2)
+    assert samples["x"].min() < 0 and samples["x"].max() > 1
+    assert np.any(samples["x"] != np.round(samples["x"]))

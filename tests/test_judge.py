@@ -1,0 +1,138 @@
+"""The quality mode end to end: its own judge, one that is named, and what it refuses."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import on_one_device
+
+from dgm_jax import config as configs
+from dgm_jax import judge, models, run
+from dgm_jax.core import UserError
+from dgm_jax.data import dataset as data
+from dgm_jax.workdir import Workdir
+
+SHORT = {
+    "data.source": "embedded",
+    "train.duration": "20 steps",
+    "train.steps_per_dispatch": 10,
+    "train.checkpoint_every": "20 steps",
+    "train.validate_every": "20 steps",
+    "eval.elbo_samples": 1,
+}
+TINY = {"network": "mlp", "hidden": (8,)}
+SMALL = {f"model.{field}": value for field, value in TINY.items()}
+METRICS = {
+    "frechet_distance",
+    "kernel_distance",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+}
+
+
+def short(model, **values):
+    return configs.override(configs.experiment(model), {**SHORT, **values})
+
+
+@pytest.fixture(scope="module")
+def gan(tmp_path_factory):
+    """A conditional GAN of small digits, hardly trained, judged twice; and what was written."""
+    path = tmp_path_factory.mktemp("judge") / "gan"
+    tiny = {
+        "data.binarisation": "none",
+        "model.conditional": True,
+        "model.network": "mlp",
+        "model.generator": (4, 4),
+        "model.discriminator": (4, 4),
+    }
+    recipe = short("classifier", **{"data.binarisation": "none", **SMALL})
+    with on_one_device(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_draw_pictures", lambda *args: [])
+        patch.setattr(judge, "classifier_config", lambda: recipe)
+        run.train_mode(short("gan", **tiny), Workdir(path))
+        judge.quality_mode(Workdir(path), 100, 0, None)
+        first = json.loads((path / "quality.json").read_text())
+        patch.setattr(run, "train_mode", lambda *args: pytest.fail("the judge was trained again"))
+        judge.quality_mode(Workdir(path), 100, 0, None)
+        return Workdir(path), first
+
+
+def test_samples_stand_beside_held_out_data_under_the_same_names(gan):
+    workdir, result = gan
+    for name in METRICS:
+        assert {f"samples/{name}", f"test/{name}"} <= set(result["metrics"])
+    assert {"samples/copying", "judge/accuracy", "samples/label_accuracy"} <= set(result["metrics"])
+    assert result["judge"].startswith("classifier in mnist-")
+    assert (workdir.path / "nearest.png").exists()
+    assert result["metrics"]["samples/recall"]["num_examples"] == 100
+
+
+def test_held_out_data_are_nearer_to_the_data_than_a_hardly_trained_gan_is(gan):
+    found = gan[1]["metrics"]
+    for name in ("frechet_distance", "kernel_distance"):
+        assert found[f"test/{name}"]["value"] < found[f"samples/{name}"]["value"]
+    assert found["test/coverage"]["value"] > 0.8 > found["samples/coverage"]["value"]
+
+
+def test_the_judge_is_trained_once_and_the_numbers_repeat(gan):
+    workdir, first = gan
+    again = json.loads((workdir.path / "quality.json").read_text())
+    assert again["metrics"] == first["metrics"]
+
+
+@pytest.mark.parametrize("num", [99, 251])
+def test_a_number_of_samples_that_cannot_be_judged_is_refused(gan, num):
+    with on_one_device(), pytest.raises(UserError, match=rf"--num={num}: .* at most 250"):
+        judge.quality_mode(gan[0], num, 0, None)
+
+
+def test_a_judge_of_other_data_is_refused(gan, tmp_path):
+    with on_one_device(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_draw_pictures", lambda *args: [])
+        binary = short("classifier", **SMALL)
+        run.train_mode(binary, Workdir(tmp_path))
+        with pytest.raises(UserError, match=r"sees binary data .* the samples are uint8"):
+            judge.quality_mode(gan[0], 100, 0, str(tmp_path))
+        with pytest.raises(UserError, match="this model has no sample"):
+            judge.quality_mode(Workdir(tmp_path), 100, 0, None)
+
+
+def test_a_network_from_a_file_sees_standardised_pictures_of_its_size(tmp_path):
+    """An ONNX file returns its input: of pictures of one grey value, (v - mean) / deviation."""
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "identity.onnx"
+    shape = ["n", 3, 8, 8]
+    ends = [onnx.helper.make_tensor_value_info(name, 1, shape) for name in ("x", "y")]
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["x"], ["y"])], "identity", ends[:1], ends[1:]
+    )
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    values = np.array([0.0, 51.0, 255.0], np.float32)
+    x = np.broadcast_to(values[:, None, None, None], (3, 4, 4, 1))
+    found = judge._of_onnx(path, 255.0).features(x, "")["codes"].reshape(3, 3, 8, 8)
+    expected = (values[:, None] / 255 - judge._MEAN.ravel()) / judge._DEVIATION.ravel()
+    np.testing.assert_allclose(found.mean(axis=(2, 3)), expected, atol=1e-5)
+    np.testing.assert_allclose(found.std(axis=(2, 3)), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("text, what", [(None, "no such file"), ("?", "no network in ONNX")])
+def test_a_file_that_is_no_network_is_refused(tmp_path, text, what):
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "judge.onnx"
+    if text:
+        path.write_text(text)
+    with pytest.raises(UserError, match=what):
+        judge._of_onnx(path, 255.0)
+
+
+def test_features_of_a_classifier_have_unit_size(tiny_dataset):
+    model = models.build({**models.defaults("classifier"), **TINY}, tiny_dataset.spec)
+    batch = data.some(tiny_dataset, "train", 5)
+    params = model.init(jax.random.key(0), batch)
+    codes = model.encode(params, batch, jax.random.key(1))
+    np.testing.assert_allclose(np.mean(codes**2, axis=1), 1, rtol=1e-3)
+    np.testing.assert_allclose(np.exp(model.classify(params, batch)).sum(axis=1), 1, rtol=1e-5)
