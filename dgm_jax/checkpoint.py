@@ -6,7 +6,7 @@ import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -60,6 +60,11 @@ class Checkpoints:
             force=True,
         )
 
+    @property
+    def steps(self) -> list[int]:
+        """Of the checkpoints that there are, ascending."""
+        return sorted(self._manager.all_steps()) if self._directory.exists() else []
+
     def restore(
         self, abstract_state: TrainState, announce: Callable[[str], None]
     ) -> TrainState | None:
@@ -72,9 +77,7 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and every one is damaged.
         """
-        if not self._directory.exists():
-            return None
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = self.steps[::-1]
         for step in steps:
             try:
                 return self._read(step, abstract_state)
@@ -122,9 +125,16 @@ class Checkpoints:
         return item.state
 
 
-def abstract(state: TrainState, sharding: jax.sharding.Sharding) -> TrainState:
-    """Shapes and dtypes of `state` (itself possibly abstract), to be put under `sharding`."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state)
+def abstract(state: TrainState, shardings: Any) -> TrainState:
+    """Shapes and dtypes of `state` (itself possibly abstract), to be put under `shardings`.
+
+    These are a pytree like `state`, or one sharding for all of it.
+    """
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        jax.tree.broadcast(shardings, state),
+    )
 
 
 def _digest(state: TrainState) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dgm_jax import models, optim
+from dgm_jax import models, optim, sharding
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood
@@ -24,9 +24,15 @@ class TrainConfig:
     Attributes:
       duration: how long to train; rounded up to a whole number of dispatches.
       batch_size: B, over all devices.
+      num_parts: into which each batch is cut, one after another, where all of it would not fit in
+        memory ("gradient accumulation"). The update is that of the whole batch, but the noise is
+        drawn anew for each part; what looks at a whole batch, such as the β-TCVAE, looks at a part.
       steps_per_dispatch: K updates in one compiled call; one row of metrics each.
       validate_every: length between measurements on the validation split.
       checkpoint_every: length between checkpoints; there is one at the end in any case.
+      keep_best: a number of the validation split, such as `elbo`: the checkpoint where it is best
+        is kept as well, and is what is evaluated, sampled and started from. Empty for the last.
+      init_from: a work directory whose parameters training starts from, in place of random ones.
       ramp: numbers of the model that rise linearly from 0 to their value at the start of training,
         and how long: `"model.beta over 20 epochs"` is KL warm-up (Sønderby et al. 2016). Several
         are separated by commas.
@@ -37,15 +43,19 @@ class TrainConfig:
 
     duration: str = "100 epochs"
     batch_size: int = 100
+    num_parts: int = 1
     steps_per_dispatch: int = 200
     validate_every: str = "5 epochs"
     checkpoint_every: str = "10 epochs"
+    keep_best: str = ""
+    init_from: str = ""
     ramp: str = ""
     compute_dtype: str = "float32"
 
 
 _SECTIONS = {
     "data": data.Config,
+    "mesh": sharding.Config,
     "optimizer": optim.Config,
     "train": TrainConfig,
     "eval": likelihood.Config,
@@ -255,9 +265,15 @@ def from_dict(value: Any) -> ConfigDict:
       UserError: it is none.
     """
     sections = {"seed", "model", *_SECTIONS}
-    if not isinstance(value, dict) or set(value) != sections:
-        raise UserError(f"a config has the sections {', '.join(sorted(sections))}")
-    return ConfigDict(tuples(value)).lock()
+    try:
+        usual = fields(experiment(value["model"]["name"]))
+        given = fields(ConfigDict(tuples(value)))
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise UserError(f"a config has the sections {', '.join(sorted(sections))}") from error
+    if unknown := sorted(set(given) - set(usual)):
+        raise UserError(f"this version of the project knows no field {unknown[0]}")
+    # A field that came later has the default that keeps what was done before.
+    return override(experiment(value["model"]["name"]), given)
 
 
 def num_steps(length: str, field: str, steps_per_epoch: int, multiple: int) -> int:

@@ -11,13 +11,19 @@ import jax
 import numpy as np
 from jax.experimental import checkify
 
-from dgm_jax import sharding
 from dgm_jax.checkpoint import Checkpoints, abstract
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.progress import Progress, say
 from dgm_jax.run import load_data
-from dgm_jax.train import Experiment, compile_steps, initial_state, prepare, training_arrays
+from dgm_jax.train import (
+    Experiment,
+    compile_steps,
+    initial_state,
+    prepare,
+    state_shardings,
+    training_arrays,
+)
 from dgm_jax.train_state import TrainState
 from dgm_jax.train_step import Metrics, inputs_of, train_step
 from dgm_jax.workdir import Workdir
@@ -51,7 +57,7 @@ def look_into(experiment: Experiment, state: TrainState) -> list[str]:
     def step(state: TrainState) -> tuple[TrainState, Metrics]:
         model = experiment.model_at(state.step)
         args = (model, experiment.optimizer, experiment.ema_decay)
-        return train_step(*args, state, batch, rngs)
+        return train_step(*args, state, batch, rngs, experiment.config.train.num_parts)
 
     error, (after, measured) = jax.jit(checkify.checkify(step, checkify.nan_checks))(state)
     lines = _not_finite("parameter before it", state.params)
@@ -85,7 +91,7 @@ def _state_before(number: int, experiment: Experiment, workdir: Workdir) -> Trai
     """The state before update `number`, from the newest checkpoint, or from the start."""
     state = initial_state(experiment)
     checkpoints = Checkpoints(workdir.checkpoints)
-    restored = checkpoints.restore(abstract(state, sharding.replicated(experiment.mesh)), say)
+    restored = checkpoints.restore(abstract(state, state_shardings(experiment)), say)
     checkpoints.close()
     state = state if restored is None else restored
     first = int(state.step)

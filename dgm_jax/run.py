@@ -11,14 +11,20 @@ from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
 from dgm_jax import metrics, models, optim, results, sharding, writers
-from dgm_jax.checkpoint import Checkpoints
 from dgm_jax.core import DataSpec, Model, Params, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.data import text
 from dgm_jax.evaluators import ais, likelihood
 from dgm_jax.progress import Progress, say
 from dgm_jax.rng import stream
-from dgm_jax.train import Experiment, abstract_state, measure_speed, prepare, train
+from dgm_jax.train import (
+    Experiment,
+    abstract_state,
+    best_or_newest,
+    measure_speed,
+    prepare,
+    train,
+)
 from dgm_jax.train_state import num_parameters
 from dgm_jax.workdir import Workdir, write_json, write_text
 
@@ -38,7 +44,7 @@ class Trained(NamedTuple):
 
 
 def restore(path: str | Path) -> Trained:
-    """The model of a work directory with the parameters of its newest whole checkpoint.
+    """The model of a work directory with its best or newest whole checkpoint's parameters.
 
     Needs no data: what the model knows of it is in the work directory.
 
@@ -51,9 +57,8 @@ def restore(path: str | Path) -> Trained:
     model = models.build(config.model, spec)
     optimizer = optim.build(configs.section(config, "optimizer"), num_steps=1)
     mesh = sharding.make_mesh()
-    checkpoints = Checkpoints(workdir.checkpoints)
-    state = checkpoints.restore(abstract_state(config, model, optimizer, spec, mesh), say)
-    checkpoints.close()
+    like = abstract_state(config, model, optimizer, spec, mesh)
+    state = best_or_newest(workdir, like)
     if state is None:
         raise UserError(f"{path} has no checkpoint yet: train first (--mode=train)")
     return Trained(config, model, state.eval_params, spec, int(state.step))
@@ -80,7 +85,9 @@ def _train(experiment: Experiment, workdir: Workdir, started: float) -> None:
     """As `train_mode`, in a work directory that is this process's own."""
     config, dataset = experiment.config, experiment.dataset
     _say_header(experiment, workdir)
-    state, seconds = train(experiment, workdir)
+    start = config.train.init_from and not workdir.checkpoints.exists()
+    params = restore(config.train.init_from).params if start else None
+    state, seconds = train(experiment, workdir, params)
     speed = _speed(experiment, workdir) if seconds["training"] > _LONG_ENOUGH else None
 
     began = time.monotonic()

@@ -1,12 +1,27 @@
-"""Devices: one mesh axis, `data`. Batches are split along it, the state is on every device."""
+"""Devices: one mesh axis, `data`. Batches are split along it; the state may be."""
 
+import dataclasses
 import os
 from contextlib import suppress
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dgm_jax.core import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The `mesh` section.
+
+    Attributes:
+      fsdp: divide parameters, their averages and the optimizer's state over the devices instead of
+        keeping all of them on each ("fully sharded data parallel"): less memory, more exchange,
+        the same results.
+    """
+
+    fsdp: bool = False
 
 
 def share_cores(most: int, *batch_sizes: int) -> None:
@@ -40,6 +55,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def split_batch(mesh: Mesh) -> NamedSharding:
     """The leading axis divided over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def of_state(state: Any, mesh: Mesh, config: Config) -> Any:
+    """On which devices each leaf of a state is: a pytree of shardings like `state`.
+
+    With `fsdp` the longest axis that the devices can share equally is divided over them; a leaf
+    that has none is on every device, as all are without.
+    """
+
+    def of(leaf: Any) -> NamedSharding:
+        shared = [i for i, size in enumerate(leaf.shape) if size and size % mesh.size == 0]
+        if not (config.fsdp and shared):
+            return replicated(mesh)
+        longest = max(shared, key=lambda i: leaf.shape[i])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "data"))
+
+    return jax.tree.map(of, state)
 
 
 def check_batch(field: str, batch_size: int, mesh: Mesh) -> None:

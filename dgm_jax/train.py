@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 from dgm_jax import config as configs
 from dgm_jax import interruption, limit, models, optim, sharding, writers
 from dgm_jax.checkpoint import Checkpoints, abstract
-from dgm_jax.core import DataSpec, Model, UserError
+from dgm_jax.core import DataSpec, Model, Params, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.interruption import Interrupted
+from dgm_jax.metrics import Metric
 from dgm_jax.nn import precision
 from dgm_jax.progress import Progress, say
 from dgm_jax.train_state import TrainState
@@ -139,6 +140,11 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh: Mesh | None = None)
             f"({num_train:,} examples)"
         )
     sharding.check_batch("train.batch_size", train.batch_size, mesh)
+    if train.num_parts < 1 or train.batch_size % (train.num_parts * mesh.size):
+        raise UserError(
+            f"train.num_parts={train.num_parts}: train.batch_size={train.batch_size} on "
+            f"{mesh.size} device(s) cannot be cut into so many equal parts"
+        )
     precision.check("train.compute_dtype", train.compute_dtype)
     if train.steps_per_dispatch < 1:
         raise UserError(f"train.steps_per_dispatch={train.steps_per_dispatch}: at least 1")
@@ -157,6 +163,8 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh: Mesh | None = None)
     for field in ("validate_every", "checkpoint_every"):
         experiment.steps(field)  # raises where the text makes no sense
     _ = experiment.ramps  # likewise
+    if train.keep_best and not len(dataset.splits["validation"]):
+        raise UserError(f"train.keep_best={train.keep_best!r} needs data.validation above 0")
     return experiment
 
 
@@ -170,7 +178,7 @@ def initial_state(experiment: Experiment) -> TrainState:
         lambda batch: init_state(
             experiment.model, experiment.optimizer, config.seed, batch, config.optimizer.ema > 0
         ),
-        out_shardings=sharding.replicated(experiment.mesh),
+        out_shardings=state_shardings(experiment),
         compiler_options=once,
     )(batch)
 
@@ -189,7 +197,16 @@ def abstract_state(
     state = jax.eval_shape(
         lambda: init_state(model, optimizer, config.seed, batch, config.optimizer.ema > 0)
     )
-    return abstract(state, sharding.replicated(mesh))
+    placed = sharding.of_state(state, mesh, configs.section(config, "mesh"))
+    return abstract(state, placed)
+
+
+def state_shardings(experiment: Experiment) -> Any:
+    """On which devices the state is: one sharding for all of it, or a pytree like it."""
+    if not experiment.config.mesh.fsdp:
+        return sharding.replicated(experiment.mesh)  # without tracing the model
+    of = (experiment.config, experiment.model, experiment.optimizer, experiment.dataset.spec)
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(*of, experiment.mesh))
 
 
 def training_arrays(experiment: Experiment) -> dict[str, jax.Array]:
@@ -209,6 +226,8 @@ def compile_steps(experiment: Experiment) -> Callable[..., tuple[TrainState, Met
         experiment.config.train.batch_size,
         experiment.steps_per_dispatch,
         experiment.mesh,
+        state_shardings(experiment),
+        experiment.config.train.num_parts,
     )
 
 
@@ -222,6 +241,7 @@ def step_products(experiment: Experiment) -> limit.Products:
         experiment.dataset,
         experiment.config.train.batch_size // experiment.mesh.size,
         num_steps=1,
+        num_parts=experiment.config.train.num_parts,
     )
     of = (experiment.config, experiment.model, experiment.optimizer, experiment.dataset.spec)
     state = abstract_state(*of, experiment.mesh)
@@ -251,7 +271,48 @@ def measure_speed(experiment: Experiment, examples_per_second: float) -> dict[st
     }
 
 
-def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, dict[str, float]]:
+def best_or_newest(workdir: Workdir, like: TrainState) -> TrainState | None:
+    """The best checkpoint where one is kept, else the newest that is whole; None without any.
+
+    Args:
+      workdir: of a run.
+      like: its abstract state.
+    """
+    for directory in (workdir.best_checkpoint, workdir.checkpoints):
+        checkpoints = Checkpoints(directory)
+        state = checkpoints.restore(like, say)
+        checkpoints.close()
+        if state is not None:
+            return state
+    return None
+
+
+def start_from(state: TrainState, params: Params) -> TrainState:
+    """The first state with other parameters, which are averaged parameters too.
+
+    Raises:
+      UserError: they are not of such a model; names the first that differs.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path
+    given, wanted = (
+        {jax.tree_util.keystr(path): leaf for path, leaf in leaves(of)}
+        for of in (params, state.params)
+    )
+    for name in {**wanted, **given}:
+        shapes = [of[name].shape if name in of else "absent" for of in (given, wanted)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"train.init_from: its parameter {name} is {shapes[0]}, and this model's is "
+                f"{shapes[1]}: start from a model of the same fields"
+            )
+    place = lambda new, old: jax.device_put(jnp.copy(new), old.sharding)  # noqa: E731
+    start = state.replace(params=jax.tree.map(place, dict(params), dict(state.params)))
+    return start if state.ema is None else start.replace(ema=jax.tree.map(jnp.copy, start.params))
+
+
+def train(
+    experiment: Experiment, workdir: Workdir, params: Params | None = None
+) -> tuple[TrainState, dict[str, float]]:
     """Train from the newest whole checkpoint, or from the start, to the end.
 
     The order within a round matters: the next dispatch is started before the previous one's
@@ -261,10 +322,12 @@ def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, dict[st
     Args:
       experiment: what to train.
       workdir: a claimed work directory; rows, events and checkpoints go there.
+      params: to start from where there is no checkpoint; random ones by default.
 
     Returns:
-      The final state, and the seconds spent over all interruptions: `training` by the clock, and
-      `training_cpu` summed over the processors, which other work on the machine does not change.
+      The final state, or the best where it is kept, and the seconds spent over all interruptions:
+      `training` by the clock, and `training_cpu` summed over the processors, which other work on
+      the machine does not change.
 
     Raises:
       NonFiniteError: a loss, term, gradient or parameter; names it and the step, of which
@@ -274,11 +337,14 @@ def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, dict[st
     config, model, mesh = experiment.config, experiment.model, experiment.mesh
     state = initial_state(experiment)
     checkpoints = Checkpoints(workdir.checkpoints)
-    restored = checkpoints.restore(abstract(state, sharding.replicated(mesh)), say)
+    restored = checkpoints.restore(abstract(state, state_shardings(experiment)), say)
     if restored is not None:
         state = restored
         checkpoints.set_aside_after(int(state.step))
         say(f"resumed     from the checkpoint of step {int(state.step):,}")
+    elif params is not None:
+        state = start_from(state, params)
+    best = _Best(experiment, workdir, int(state.step))
     first = int(state.step)
     log = _Log(experiment, workdir, first)
 
@@ -311,7 +377,8 @@ def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, dict[st
                     log.dispatch(*pending)
                     pending = None
                 if validating:
-                    log.validation(done, validate(state.eval_params, config.seed))
+                    found = log.validation(done, validate(state.eval_params, config.seed))
+                    best.save_if_better(state, done, found)
                 if saving:
                     _refuse_non_finite_parameters(done, state)
                     checkpoints.save(state)
@@ -323,8 +390,42 @@ def train(experiment: Experiment, workdir: Workdir) -> tuple[TrainState, dict[st
     finally:
         # Also after an error or an interrupt: a save under way is finished, rows are kept.
         checkpoints.close()
+        best.close()
         log.close()
+    if config.train.keep_best:
+        state = best_or_newest(workdir, abstract(state, state_shardings(experiment)))
     return state, log.seconds
+
+
+class _Best:
+    """Keeps the checkpoint that is best by `train.keep_best`."""
+
+    def __init__(self, experiment: Experiment, workdir: Workdir, step: int) -> None:
+        """`step` is that of the checkpoint from which training goes on."""
+        self._name = experiment.config.train.keep_best
+        # Likelihoods are better when higher; the rest are costs.
+        self._sign = 1 if self._name in experiment.model.log_likelihood_fns else -1
+        key = f"validation/{self._name}"
+        rows = [row for row in writers.read(workdir.metrics) if row["step"] <= step and key in row]
+        self._value = max((self._sign * row[key] for row in rows), default=-np.inf)
+        self._checkpoints = Checkpoints(workdir.best_checkpoint, keep=1)
+
+    def save_if_better(self, state: TrainState, step: int, found: Mapping[str, Metric]) -> None:
+        if not self._name:
+            return
+        if self._name not in found:
+            raise UserError(
+                f"train.keep_best={self._name!r}: the validation split has {', '.join(found)}"
+            )
+        value = self._sign * found[self._name].value
+        if value > self._value:
+            self._value = value
+            _refuse_non_finite_parameters(step, state)
+            if step not in self._checkpoints.steps:  # saved before the interruption
+                self._checkpoints.save(state)
+
+    def close(self) -> None:
+        self._checkpoints.close()
 
 
 class _Log:
@@ -366,13 +467,14 @@ class _Log:
     def _now() -> dict[str, float]:
         return {"training": time.monotonic(), "training_cpu": time.process_time()}
 
-    def validation(self, step: int, per_example: dict[str, np.ndarray]) -> None:
-        """One row of validation means."""
+    def validation(self, step: int, per_example: dict[str, np.ndarray]) -> dict[str, Metric]:
+        """One row of validation means, which it returns."""
         try:
             found = passes.summarise(per_example, num_samples=1)
         except UserError as error:
             raise UserError(f"validation after step {step:,}: {error}") from error
         self._writer.write(step, {f"validation/{n}": m.value for n, m in found.items()})
+        return found
 
     def close(self) -> None:
         """Close the files and the bar."""

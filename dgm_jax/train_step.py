@@ -1,5 +1,6 @@
 """One update, and K of them in one compiled program."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from dgm_jax import optim, sharding
-from dgm_jax.core import Batch, Model, Player, masked_mean
+from dgm_jax.core import Batch, Model, Params, Player, masked_mean
 from dgm_jax.data import dataset as data
 from dgm_jax.data.order import batch_ids
 from dgm_jax.rng import stream
@@ -54,6 +55,7 @@ def train_step(
     state: TrainState,
     batch: Batch,
     rngs: Mapping[str, jax.Array],
+    num_parts: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """One update of every player, in order; each sees what those before it have done.
 
@@ -64,6 +66,8 @@ def train_step(
       state: the state before.
       batch: see `core`.
       rngs: a key for each player, by its name.
+      num_parts: into which the batch is cut for memory's sake; gradients and metrics are the means
+        over the parts, which follow one another, each with a key of its own.
 
     Returns:
       The state after, and float32 `[]` metrics named `player/loss`, `player/grad_norm` and
@@ -72,24 +76,51 @@ def train_step(
     metrics: Metrics = {}
     params, opt_states = dict(state.params), dict(state.opt_states)
     for player in model.players:
-
-        def loss_of(own: Any, player: Player = player) -> tuple:
-            return player.loss_fn({**params, player.name: own}, batch, rngs[player.name])
-
-        own, opt_state = params[player.name], opt_states[player.name]
-        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(own)
-        updates, opt_states[player.name] = optimizer.update(grads, opt_state, own)
-        params[player.name] = optax.apply_updates(own, updates)
-        if aux.state is not None:
-            params["state"] = aux.state
-        measured = {"loss": loss, "grad_norm": optax.tree.norm(grads), **aux.scalars}
-        measured |= {name: masked_mean(term, batch) for name, term in aux.terms.items()}
-        metrics |= {f"{player.name}/{name}": value for name, value in measured.items()}
+        name, own, opt_state = player.name, params[player.name], opt_states[player.name]
+        of_part = functools.partial(_gradient, player, params)
+        grads, measured, new_state = _mean_over_parts(of_part, batch, rngs[name], num_parts)
+        updates, opt_states[name] = optimizer.update(grads, opt_state, own)
+        params[name] = optax.apply_updates(own, updates)
+        if new_state is not None:
+            params["state"] = new_state
+        measured["grad_norm"] = optax.tree.norm(grads)
+        metrics |= {f"{name}/{metric}": value for metric, value in measured.items()}
     ema = state.ema
     if ema is not None:
         ema = optim.update_ema(ema, params, state.step, ema_decay)
     state = state.replace(step=state.step + 1, params=params, opt_states=opt_states, ema=ema)
     return state, metrics
+
+
+def _gradient(player: Player, params: Params, batch: Batch, rng: jax.Array) -> tuple:
+    """A player's gradient, metrics float32 `[]`, and new `params["state"]` or None."""
+
+    def loss_of(own: Any) -> tuple:
+        return player.loss_fn({**params, player.name: own}, batch, rng)
+
+    (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(params[player.name])
+    terms = {name: masked_mean(term, batch) for name, term in aux.terms.items()}
+    return grads, {"loss": loss, **aux.scalars, **terms}, aux.state
+
+
+def _mean_over_parts(
+    fn: Callable[[Batch, jax.Array], Any], batch: Batch, rng: jax.Array, num_parts: int
+) -> Any:
+    """The mean of `fn`, a pytree of floats, over equal parts of the batch, one after another."""
+    if num_parts == 1:
+        return fn(batch, rng)
+
+    def cut(array: jax.Array) -> jax.Array:  # of every device's rows each part has as many
+        return array.reshape(-1, num_parts, *array.shape[1:]).swapaxes(0, 1)
+
+    parts = jax.tree.map(cut, batch), jax.random.split(rng, num_parts)
+    like = jax.eval_shape(fn, *jax.tree.map(lambda array: array[0], parts))
+    nothing = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), like)
+
+    def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(lambda t, new: t + new / num_parts, total, fn(*part)), None
+
+    return jax.lax.scan(add, nothing, parts)[0]
 
 
 def inputs_of(
@@ -116,6 +147,7 @@ def train_steps(
     dataset: data.Dataset,
     batch_size: int,
     num_steps: int,
+    num_parts: int = 1,
     place: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
     """K updates as one pure function of the state and the training arrays.
@@ -128,6 +160,7 @@ def train_steps(
       dataset: for its binarisation and sizes.
       batch_size: B, over all devices.
       num_steps: K, updates per call.
+      num_parts: see `train_step`.
       place: says on which devices a batch is.
 
     Returns:
@@ -146,7 +179,7 @@ def train_steps(
             ids, rng, rngs = step
             batch = data.train_batch(dataset, arrays["x"], arrays["labels"], ids, rng)
             model = model_at(state.step)
-            return train_step(model, optimizer, ema_decay, state, place(batch), rngs)
+            return train_step(model, optimizer, ema_decay, state, place(batch), rngs, num_parts)
 
         # For all steps at once: K small computations would cost more than one larger.
         prepared = jax.vmap(before)(state.step + jnp.arange(num_steps))
@@ -163,12 +196,21 @@ def compile_train_steps(
     batch_size: int,
     num_steps: int,
     mesh: Mesh,
+    state_shardings: Any = None,
+    num_parts: int = 1,
 ) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """`train_steps` jitted: batches split over the devices of `mesh`, the state donated."""
+    """`train_steps` jitted: batches split over the devices of `mesh`, the state donated.
+
+    The state stays where `state_shardings` say, as from `sharding.of_state`; by default all of it
+    is on every device.
+    """
 
     def place(batch: Batch) -> Batch:
         return jax.lax.with_sharding_constraint(batch, sharding.split_batch(mesh))
 
-    run = train_steps(model_at, optimizer, ema_decay, dataset, batch_size, num_steps, place)
+    run = train_steps(
+        model_at, optimizer, ema_decay, dataset, batch_size, num_steps, num_parts, place
+    )
     everywhere = sharding.replicated(mesh)
-    return jax.jit(run, donate_argnums=0, out_shardings=(everywhere, everywhere))
+    out_shardings = (everywhere if state_shardings is None else state_shardings, everywhere)
+    return jax.jit(run, donate_argnums=0, out_shardings=out_shardings)

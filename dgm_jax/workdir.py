@@ -50,6 +50,11 @@ class Workdir(NamedTuple):
         return self.path / "checkpoints"
 
     @property
+    def best_checkpoint(self) -> Path:
+        """The checkpoint that was best on the validation split, where one is kept."""
+        return self.path / "best_checkpoint"
+
+    @property
     def results(self) -> Path:
         """The final numbers; its presence means that the run is finished."""
         return self.path / "results.json"

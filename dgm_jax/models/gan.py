@@ -234,8 +234,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         label = jnp.arange(num) % spec.num_classes if config.conditional else None
         samples = {"x": generate(params, rng, num, label)}
         if spec.support == "uint8":
-            mean = jnp.clip(samples["x"], 0, 1)
-            samples = {"x": jnp.round(spec.scale * mean), "mean": mean}
+            samples["x"] = jnp.round(spec.scale * jnp.clip(samples["x"], 0, 1))
         return samples | ({} if label is None else {"label": label})
 
     return Model(

@@ -95,6 +95,9 @@ def train(
       Interrupted: SIGTERM or Ctrl-C came; what was reached is saved.
     """
     experiment, *_ = [prepare(config, dataset) for config in members]  # each is checked
+    for field in ("mesh.fsdp", "train.keep_best", "train.init_from"):
+        if value := configs.value_of(experiment.config, field):
+            raise UserError(f"{field}={value!r}: there is no such thing in a sweep; leave it out")
     state, run_steps, arrays = compile_members(experiment, members)
     checkpoints = Checkpoints(folder)
     members_axis = NamedSharding(experiment.mesh, PartitionSpec("data"))
@@ -157,6 +160,7 @@ def compile_members(experiment: Experiment, members: Sequence[ConfigDict]) -> tu
             dataset,
             train_config.batch_size,
             member.steps_per_dispatch,
+            train_config.num_parts,
         )
         after, measured = run(state, arrays)
         # The last update's own loss was finite before it; its result need not be.

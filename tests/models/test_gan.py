@@ -252,11 +252,10 @@ def test_a_conditional_model_knows_the_label():
 def test_samples_are_grey_values_as_the_data_hold_them():
     model = gan.build(CONFIG, SPEC)
     samples = jax.jit(model.sample, static_argnums=2)(_params(model), jax.random.key(0), 50)
-    x, mean = (np.asarray(samples[name]) for name in ("x", "mean"))
-    assert x.shape == mean.shape == (50, 4, 4, 1) and set(samples) == {"x", "mean"}
+    assert set(samples) == {"x"}
+    x = np.asarray(samples["x"])
+    assert x.shape == (50, 4, 4, 1) and len(np.unique(x)) > 10
     assert (x == np.round(x)).all() and x.min() >= 0 and x.max() <= 255
-    assert mean.min() >= 0 and mean.max() <= 1
-    np.testing.assert_allclose(x, 255 * mean, atol=0.5 + 1e-4)
 
 
 # Training.
@@ -309,7 +308,7 @@ def test_samples_come_from_the_averaged_generator():
     for t in range(4):
         state = step(state)
         average = optim.update_ema(average, jax.device_get(state.params), t, 0.9)
-    sample = jax.jit(lambda params: model.sample(params, jax.random.key(1), 20)["mean"])
+    sample = jax.jit(lambda params: model.sample(params, jax.random.key(1), 20)["x"])
     own = {**state.params, "generator": average["generator"]}
     np.testing.assert_allclose(sample(state.eval_params), sample(own), atol=1e-6)
     assert np.abs(sample(state.eval_params) - sample(state.params)).max() > 1e-3
