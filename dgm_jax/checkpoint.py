@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from dgm_jax import processes
 from dgm_jax.core import UserError
 from dgm_jax.train_state import TrainState
 
@@ -97,12 +98,13 @@ class Checkpoints:
     def set_aside_after(self, step: int) -> None:
         """Move checkpoints newer than `step`, which are damaged, out of the way of new ones."""
         for newer in self._manager.all_steps():
-            if newer > step:
+            if newer > step and processes.is_first():
                 folder = self._directory.parent / "damaged_checkpoints"
                 folder.mkdir(exist_ok=True)
                 names = itertools.chain([f"{newer}"], (f"{newer}-{i}" for i in itertools.count(2)))
                 free = next(name for name in names if not (folder / name).exists())
                 shutil.move(self._directory / str(newer), folder / free)
+        processes.wait_for_all("damaged checkpoints are set aside")
         self._manager.reload()
 
     def close(self) -> None:
@@ -141,5 +143,5 @@ def _digest(state: TrainState) -> str:
     sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         sha.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        sha.update(np.ascontiguousarray(leaf).data)
+        sha.update(np.ascontiguousarray(processes.on_host(leaf)).data)
     return sha.hexdigest()

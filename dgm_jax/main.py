@@ -21,7 +21,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dgm_jax import cache, run
+from dgm_jax import cache, processes, run
 from dgm_jax import config as configs
 from dgm_jax.core import UserError
 from dgm_jax.interruption import Interrupted
@@ -49,6 +49,9 @@ _SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of --mode=sample and
 _JUDGE = flags.DEFINE_string(
     "judge", None, "Of --mode=quality: whose features, a work directory or an .onnx file."
 )
+_DISTRIBUTED = flags.DEFINE_string(
+    "distributed", None, "Of several processes of one run: auto, or address:port,how many,which."
+)
 _DEVICES = flags.DEFINE_list("devices", ["1", "8", "64"], "Numbers of devices of --mode=plan.")
 _SWEEP = flags.DEFINE_string(
     "sweep", None, "Grid of --mode=sweep: 'field=value,value;seed=0:3'. Default: the config's own."
@@ -67,6 +70,12 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag: write --flag=value")
     cache.keep_compiled_programs()
+    if _DISTRIBUTED.value is not None:
+        if _MODE.value not in ("train", "evaluate"):
+            raise UserError(
+                f"--mode={_MODE.value} is work for one process: leave out --distributed"
+            )
+        processes.join(_DISTRIBUTED.value)
     config, mode, file = _CONFIG.value, _MODE.value, None
     if config is not None:
         file = config_flags.get_config_filename(flags.FLAGS["config"])

@@ -6,11 +6,14 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from dgm_jax import processes
+
 
 def say(line: str = "") -> None:
-    """Print a line without tearing a progress bar apart."""
-    tqdm.write(line)
-    sys.stdout.flush()
+    """Print a line without tearing a progress bar apart; of several processes the first does."""
+    if processes.is_first():
+        tqdm.write(line)
+        sys.stdout.flush()
 
 
 class Progress:
@@ -20,6 +23,7 @@ class Progress:
         self, title: str | None, total: int, start: int = 0, seconds: float = 10.0
     ) -> None:
         """Show `title` with `total` units of work, `start` done already; no title, no display."""
+        title = title if processes.is_first() else None
         self._title, self._total, self._done, self._start = title, total, start, start
         self._bar = None
         if title and sys.stderr.isatty():

@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
-from dgm_jax import metrics, models, optim, results, sharding, writers
+from dgm_jax import metrics, models, optim, processes, results, sharding, writers
 from dgm_jax.core import DataSpec, Model, Params, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.data import text
@@ -70,7 +70,8 @@ def train_mode(config: ConfigDict, workdir: Workdir) -> None:
     Goes on from the last checkpoint of an unfinished work directory; says so and does nothing
     where the run is finished.
     """
-    workdir.check_config(config)
+    if processes.is_first():  # the others would see it being filled
+        workdir.check_config(config)
     if workdir.results.exists():
         say(f"{workdir.path} is finished: its numbers are in {workdir.results}")
         return
@@ -88,12 +89,14 @@ def _train(experiment: Experiment, workdir: Workdir, started: float) -> None:
     start = config.train.init_from and not workdir.checkpoints.exists()
     params = restore(config.train.init_from).params if start else None
     state, seconds = train(experiment, workdir, params)
-    speed = _speed(experiment, workdir) if seconds["training"] > _LONG_ENOUGH else None
-
     began = time.monotonic()
     trained = Trained(config, experiment.model, state.eval_params, dataset.spec, int(state.step))
     found = _likelihoods(trained, dataset)
     seconds["evaluation"] = time.monotonic() - began
+    trained = trained._replace(params=jax.tree.map(processes.on_host, trained.params))
+    if not processes.is_first():
+        return
+    speed = _speed(experiment, workdir) if seconds["training"] > _LONG_ENOUGH else None
     began = time.monotonic()
     texts = _draw_pictures(trained, dataset, workdir)
     seconds["pictures"] = time.monotonic() - began

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
-from dgm_jax import interruption, limit, models, optim, sharding, writers
+from dgm_jax import interruption, limit, models, optim, processes, sharding, writers
 from dgm_jax.checkpoint import Checkpoints, abstract
 from dgm_jax.core import DataSpec, Model, Params, UserError
 from dgm_jax.data import dataset as data
@@ -171,7 +171,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh: Mesh | None = None)
 def initial_state(experiment: Experiment) -> TrainState:
     """The state before the first step, made on the devices it will stay on."""
     config = experiment.config
-    batch = data.some(experiment.dataset, "train", config.train.batch_size)
+    batch = jax.device_get(data.some(experiment.dataset, "train", config.train.batch_size))
     # It runs once: compiling is what takes time (2.6 s, and 1.1 s without optimisation).
     once = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(
@@ -212,8 +212,7 @@ def state_shardings(experiment: Experiment) -> Any:
 def training_arrays(experiment: Experiment) -> dict[str, jax.Array]:
     """`x` `[N, *event]` and `labels` int32 `[N]` to train on, whole on every device."""
     split = experiment.dataset.splits["train"]
-    arrays = {"x": split.x, "labels": split.labels}
-    return jax.device_put(arrays, sharding.replicated(experiment.mesh))
+    return processes.on_every_device({"x": split.x, "labels": split.labels}, experiment.mesh)
 
 
 def compile_steps(experiment: Experiment) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -346,6 +345,7 @@ def train(
         state = start_from(state, params)
     best = _Best(experiment, workdir, int(state.step))
     first = int(state.step)
+    processes.wait_for_all("earlier rows are read")
     log = _Log(experiment, workdir, first)
 
     arrays, run_steps = training_arrays(experiment), compile_steps(experiment)
@@ -370,7 +370,8 @@ def train(
                     log.dispatch(*pending)
                 done = step + experiment.steps_per_dispatch
                 pending = done, measured
-                last, signum = done == experiment.num_steps, asked_to_stop()
+                last = done == experiment.num_steps
+                signum = processes.largest(asked_to_stop() or 0)
                 validating = validate is not None and (done % validate_every == 0 or last)
                 saving = done % checkpoint_every == 0 or last or signum
                 if validating or saving:
@@ -517,5 +518,5 @@ def refuse_non_finite(step: int, num_steps: int, measured: Mapping[str, np.ndarr
 def _refuse_non_finite_parameters(step: int, state: TrainState) -> None:
     """The last update's own loss was finite before it; its result need not be."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-        if not np.isfinite(leaf).all():
+        if not np.isfinite(processes.on_host(leaf)).all():
             raise NonFiniteError(f"parameters {jax.tree_util.keystr(path)} are", step)

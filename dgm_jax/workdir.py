@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
+from dgm_jax import processes
 from dgm_jax.core import UserError
 
 
@@ -173,13 +174,18 @@ class Workdir(NamedTuple):
     def claimed(self, config: ConfigDict, card: dict[str, Any], mean: np.ndarray) -> Iterator[None]:
         """Make the directory, write what it is about, and keep other processes from it meanwhile.
 
-        The lock ends with the process that holds it, however that ends.
+        The lock ends with the process that holds it, however that ends. Of the processes of one
+        run the first holds it for all.
 
         Raises:
           UserError: it is about other data, or another process is at work there.
         """
         import filelock
 
+        if not processes.is_first():
+            processes.wait_for_all("the work directory is claimed")
+            yield
+            return
         self.check_card(card)
         self.path.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self.path / ".lock")
@@ -195,6 +201,7 @@ class Workdir(NamedTuple):
             write_text(self.config, configs.to_json(config))
             write_json(self.data_card, card)
             _write(self.data_mean, lambda file: np.savez(file, mean=mean))
+            processes.wait_for_all("the work directory is claimed")
             yield
         finally:
             lock.release()
@@ -218,6 +225,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _write(path: Path, put: Callable[[BinaryIO], object]) -> None:
+    if not processes.is_first():
+        return
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         put(file)

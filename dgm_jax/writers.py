@@ -5,18 +5,24 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dgm_jax import processes
+
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
 
 
 class Writer:
-    """Appends rows of metrics; a resumed run continues after the step it restored."""
+    """Appends rows of metrics; a resumed run continues after the step it restored.
+
+    Of several processes the first alone writes.
+    """
 
     def __init__(self, jsonl: Path, tensorboard: Path, step: int) -> None:
         """Open both, dropping rows after `step`: they are about to be written again."""
-        rows = [row for row in read(jsonl) if row["step"] <= step]
-        jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self._jsonl = jsonl.open("a")
+        if processes.is_first():
+            rows = [row for row in read(jsonl) if row["step"] <= step]
+            jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            self._jsonl = jsonl.open("a")
         self._folder, self._purge = str(tensorboard), step + 1 if step else None
 
     @functools.cached_property
@@ -29,6 +35,8 @@ class Writer:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write one row of `values` measured after update number `step`."""
+        if not processes.is_first():
+            return
         self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
         self._jsonl.flush()
         for name, value in values.items():
@@ -36,7 +44,8 @@ class Writer:
 
     def close(self) -> None:
         """Flush everything to disk."""
-        self._jsonl.close()
+        if "_jsonl" in vars(self):
+            self._jsonl.close()
         if "_events" in vars(self):
             self._events.close()
 

@@ -4,6 +4,7 @@ Noise is keyed by (seed, split, example id, draw), and sums are taken once over 
 no result depends on the batch size or on the number of devices.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dgm_jax import metrics, sharding
+from dgm_jax import metrics, processes, sharding
 from dgm_jax.core import Batch, Params, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.progress import Progress
@@ -39,9 +40,9 @@ def compile_pass(
       progress under `title`.
     """
     chosen = dataset.splits[split]
-    arrays = jax.device_put((chosen.x, chosen.labels), sharding.replicated(mesh))
+    arrays = processes.on_every_device((chosen.x, chosen.labels), mesh)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def one_batch(params: Params, arrays: Any, seed: jax.Array, start: jax.Array) -> dict:
         ids = start + jnp.arange(batch_size)
         batch = data.held_out_batch(dataset, split, *arrays, ids)
