@@ -11,11 +11,11 @@ from dgm_jax.config import ConfigDict, experiment, variant
 def get_config(arg: str | None = None) -> ConfigDict:
     """The default; `:standard` with a Gaussian prior; `:smoke` for a run of seconds."""
     config = experiment("two_level")
-    config.train.duration = "150 epochs"
-    config.train.batch_size = 256
+    config.train.duration = "60 epochs"
+    config.train.batch_size = 500
     config.train.steps_per_dispatch = 100
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 4e-3
+    config.optimizer.learning_rate = 6e-3
     config.optimizer.weight_decay = 0.02
     smoke = {"model.width": 64, "model.components": 50}
     return variant(config, arg, standard={"model.prior": "standard"}, smoke=smoke)
