@@ -10,7 +10,7 @@ from dgm_jax.config import ConfigDict, experiment, variant
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The default; `:edm`, `:conditional`, `:min-snr`, `:dit`, `:smoke`; `:toy` in the plane."""
+    """The default; `:edm`, `:conditional`, `:min-snr`, `:dit`, `:smoke`."""
     config = experiment("diffusion")
     config.model.network = "unet"
     config.model.patch = 2
@@ -39,16 +39,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         conditional={**edm, "model.conditional": True, "model.guidance": 1.5},
         **{"min-snr": {**edm, "model.objective": "min_snr", "model.schedule": "cosine"}},
         dit={"model.network": "dit", "model.width": 128, "model.depth": 6},
-        toy={
-            "data.dataset": "two_moons",
-            "data.binarisation": "none",
-            "model.network": "mlp",
-            "model.depth": 3,
-            "model.gamma_min": -8.0,
-            "model.sigma_data": 0.8,
-            "train.duration": "50 epochs",
-            "train.batch_size": 500,
-        },
         smoke={
             "model.channels": (16, 32),
             "model.depth": 1,

@@ -6,11 +6,11 @@ Run:   python -m dgm_jax.main --config=configs/energy_toy.py
 Gives: log p(x) with Z by quadrature, beside that of the distribution that made the data.
 """
 
-from dgm_jax.config import ConfigDict, experiment, variant
+from dgm_jax.config import TOYS, ConfigDict, experiment, variant
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Eight Gaussians; `:two_moons`, `:dsm` and `:ssm` for other objectives, `:smoke`."""
+    """Eight Gaussians; `:two-moons`, `:checkerboard`; other objectives `:dsm`, `:ssm`; `:smoke`."""
     config = experiment("energy")
     config.data.dataset = "eight_gaussians"
     config.data.binarisation = "none"
@@ -35,8 +35,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return variant(
         config,
         arg,
-        two_moons={"data.dataset": "two_moons"},
         dsm=dsm,
         ssm={"model.objective": "sliced_score_matching"},
         smoke={"model.hidden": (32, 32), "model.num_chains": 100, "model.rounds": 10},
+        **TOYS,
     )

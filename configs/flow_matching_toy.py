@@ -6,11 +6,11 @@ Run:   python -m dgm_jax.main --config=configs/flow_matching_toy.py
 Gives: `log_prob` beside `data_log_prob`, which no model exceeds but by chance.
 """
 
-from dgm_jax.config import ConfigDict, experiment, variant
+from dgm_jax.config import TOYS, ConfigDict, experiment, variant
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Two moons; `:eight`, `:checkerboard`, `:grid`, `:independent`, `:smoke`."""
+    """Two moons; `:eight-gaussians`, `:checkerboard`, `:grid`, `:independent`, `:smoke`."""
     config = experiment("flow_matching")
     config.data.dataset = "two_moons"
     config.data.binarisation = "none"
@@ -27,9 +27,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return variant(
         config,
         arg,
-        eight={"data.dataset": "eight_gaussians"},
-        checkerboard={"data.dataset": "checkerboard"},
-        grid={"data.dataset": "grid"},
         independent={"model.coupling": "independent"},
         smoke={"model.width": 32, "model.depth": 1, "model.tolerance": 1e-3},
+        **TOYS,
     )

@@ -8,7 +8,7 @@ Gives: log_prob -1.010 nats beside -1.004 of the density that the test points we
        beside -2.079.
 """
 
-from dgm_jax.config import ConfigDict, experiment, variant
+from dgm_jax.config import TOYS, ConfigDict, experiment, variant
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -25,15 +25,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.eval.batch_size = 1000
     config.eval.elbo_samples = 1
     maf = {"model.transform": "affine", "model.structure": "autoregressive", "model.steps": (8,)}
-    variants = {
-        "eight-gaussians": {"data.dataset": "eight_gaussians"},
-        "checkerboard": {"data.dataset": "checkerboard", "model.bins": 16},
-    }
+    checkerboard = {"checkerboard": {**TOYS["checkerboard"], "model.bins": 16}}
     return variant(
         config,
         arg,
         affine={"model.transform": "affine", "model.steps": (8,)},
         maf=maf,
         smoke={"model.hidden": (16,), "model.steps": (2,)},
-        **variants,
+        **{**TOYS, **checkerboard},
     )

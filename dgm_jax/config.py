@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from dgm_jax import models, optim, sharding
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
+from dgm_jax.data import toys
 from dgm_jax.evaluators import likelihood
 
 
@@ -60,6 +61,9 @@ _SECTIONS = {
     "train": TrainConfig,
     "eval": likelihood.Config,
 }
+
+# Variants of the experiments in the plane: what they learn.
+TOYS = {name.replace("_", "-"): {"data.dataset": name} for name in toys.NAMES}
 
 # What `:smoke` changes in every config: the whole path on small real data, in seconds.
 _SMOKE = {

@@ -1,8 +1,8 @@
 """Likelihoods p(x | z): what a decoder's outputs mean.
 
 A decoder gives P numbers for each of the D dimensions of x, as one array `[..., D, P]`; a
-likelihood turns them into log-probabilities, means and draws. x is as the data hold it: {0, 1} or
-{0, ..., 255}.
+likelihood turns them into log-probabilities, means and draws. x is as the data hold it: {0, 1},
+{0, ..., 255} or real.
 """
 
 import math
@@ -29,7 +29,7 @@ class Likelihood(NamedTuple):
       support: of x, as in `DataSpec.support`.
       initial: `mean [D] -> [D, P]`, outputs that give data of this mean a fair start.
       log_prob: `(outputs [..., D, P], x [..., D]) -> [...]`, nats, summed over D.
-      mean: `outputs -> [..., D]`, E[x | z] scaled to [0, 1], for pictures.
+      mean: `outputs -> [..., D]`, E[x | z], of images scaled to [0, 1], for pictures.
       draw: `(rng, outputs) -> [..., D]`, x as the data hold it.
     """
 
@@ -113,15 +113,49 @@ def discretised_logistic_mixture(components: int = 5) -> Likelihood:
         return jnp.sum(jax.nn.softmax(logits, axis=-1) * scale * above, axis=-1) / 2
 
     def draw(rng: jax.Array, outputs: jax.Array) -> jax.Array:
-        logits, location, log_scale = split(outputs)
         which_rng, rng = jax.random.split(rng)
-        which = jax.random.categorical(which_rng, logits)[..., None]
-        location = jnp.take_along_axis(location, which, axis=-1)[..., 0]
-        log_scale = jnp.take_along_axis(log_scale, which, axis=-1)[..., 0]
+        location, log_scale = _choose(which_rng, *split(outputs))
         value = location + jnp.exp(log_scale) * jax.random.logistic(rng, location.shape)
         return jnp.clip(jnp.round((value + 1) * 127.5), 0, 255)
 
     return Likelihood(3 * components, "uint8", initial, log_prob, mean, draw)
+
+
+def _choose(rng: jax.Array, logits: jax.Array, *of: jax.Array) -> list[jax.Array]:
+    """One component for each dimension, by logits `[..., D, M]`: its part `[..., D]` of each."""
+    which = jax.random.categorical(rng, logits)[..., None]
+    return [jnp.take_along_axis(each, which, axis=-1)[..., 0] for each in of]
+
+
+def gaussian_mixture(components: int = 10) -> Likelihood:
+    """A density of real x: a mixture of Gaussians for each dimension, independent given z.
+
+    P = 3 · components: logits of the weights, means and log-deviations.
+    """
+
+    def split(outputs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        logits, mu, raw = jnp.split(outputs, 3, axis=-1)
+        return logits, mu, jnp.clip(raw, -7.0, 7.0)  # a density has no upper bound
+
+    def initial(mean: np.ndarray) -> np.ndarray:
+        spread = np.broadcast_to(np.linspace(-1, 1, components), (len(mean), components))
+        return np.concatenate([0 * spread, mean[:, None] + spread, 0 * spread - 0.5], axis=1)
+
+    def log_prob(outputs: jax.Array, x: jax.Array) -> jax.Array:
+        logits, mu, log_sigma = split(outputs)
+        each = gaussian_log_prob(x[..., None], mu, log_sigma) + jax.nn.log_softmax(logits)
+        return jnp.sum(jax.nn.logsumexp(each, axis=-1), axis=-1)
+
+    def mean(outputs: jax.Array) -> jax.Array:
+        logits, mu, _ = split(outputs)
+        return jnp.sum(jax.nn.softmax(logits) * mu, axis=-1)
+
+    def draw(rng: jax.Array, outputs: jax.Array) -> jax.Array:
+        which_rng, rng = jax.random.split(rng)
+        mu, log_sigma = _choose(which_rng, *split(outputs))
+        return mu + jnp.exp(log_sigma) * jax.random.normal(rng, mu.shape)
+
+    return Likelihood(3 * components, "real", initial, log_prob, mean, draw)
 
 
 def gaussian(sigma: float = 0.0) -> Likelihood:
@@ -164,11 +198,12 @@ LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
     "discretised_logistic_mixture": discretised_logistic_mixture,
     "gaussian": gaussian,
     "gaussian_fixed": lambda: gaussian(0.1),
+    "gaussian_mixture": gaussian_mixture,
 }
 
 
 def picture(likelihood: Likelihood, outputs: jax.Array, spec: DataSpec) -> jax.Array:
-    """E[x | z] in [0, 1], `[B, *event]`, of a decoder's outputs `[B, D, P]`."""
+    """E[x | z], of images in [0, 1], `[B, *event]`, of a decoder's outputs `[B, D, P]`."""
     return likelihood.mean(outputs).reshape(len(outputs), *spec.event_shape)
 
 
@@ -215,18 +250,22 @@ def check(name: str, spec: DataSpec) -> None:
     if name not in LIKELIHOODS:
         raise UserError(f"model.likelihood={name!r}: choose one of {', '.join(LIKELIHOODS)}")
     support = LIKELIHOODS[name]().support
-    if spec.support not in ("binary", "uint8"):
-        raise UserError(
-            f"model.likelihood={name!r} needs {support} data, and these are {spec.support}: "
-            "choose images as data.dataset, or another model"
-        )
-    if support != spec.support:
+    if support == spec.support:
+        return
+    needs = f"model.likelihood={name!r} needs {support} data"
+    if {support, spec.support} == {"binary", "uint8"}:
         binary, grey = "'dynamic' or 'fixed'", "'none'"
         given, wanted = (grey, binary) if support == "binary" else (binary, grey)
         raise UserError(
-            f"model.likelihood={name!r} needs {support} data and data.binarisation={given} gives "
-            f"{spec.support}: set it to {wanted}, or choose another likelihood"
+            f"{needs} and data.binarisation={given} gives {spec.support}: set it to {wanted}, or "
+            "choose another likelihood"
         )
+    fitting = [other for other, make in LIKELIHOODS.items() if make().support == spec.support]
+    raise UserError(
+        f"{needs}, and these are {spec.support}: choose "
+        + (f"{', '.join(fitting)}, or " if fitting else "another model, or ")
+        + "another data.dataset"
+    )
 
 
 def refuse_outside_support(x: jax.Array, spec: DataSpec) -> None:

@@ -312,10 +312,11 @@ def _draw_pictures(trained: Trained, dataset: data.Dataset, workdir: Workdir) ->
         texts = _show_samples(workdir, "prior_samples", samples, "prior samples")
     if dataset.toy is not None and model.sample is not None:
         _draw_plane(trained, dataset, workdir)
-    if model.reconstruct is not None:
+    images = batch["x"].ndim == 4
+    if model.reconstruct is not None and images:
         target = workdir.path / "reconstructions.png"
         pictures.save_reconstructions(target, model, params, batch, rng)
-    if model.encode is not None and model.decode is not None and batch["x"].ndim == 4:
+    if model.encode is not None and model.decode is not None and images:
         target = workdir.path / "interpolation.png"
         pictures.save_interpolation(target, model, params, batch, rng)
         many = data.some(dataset, "test", 500)

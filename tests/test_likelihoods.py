@@ -22,6 +22,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 GREY = np.arange(256.0)
 DISCRETE = ("bernoulli", "categorical", "discretised_logistic_mixture")
 DENSITIES = ("gaussian", "gaussian_fixed")
+REAL = ("gaussian_mixture",)
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def _outputs(likelihood, *shape, seed=0):
 
 
 def _values(likelihood):
-    return np.arange(2.0) if likelihood.support == "binary" else GREY
+    return {"binary": np.arange(2.0), "uint8": GREY, "real": GREY / 8 - 16}[likelihood.support]
 
 
 def _table(likelihood, outputs):
@@ -48,7 +49,7 @@ def _table(likelihood, outputs):
 
 
 def test_every_likelihood_is_tested():
-    assert set(LIKELIHOODS) == {*DISCRETE, *DENSITIES}
+    assert set(LIKELIHOODS) == {*DISCRETE, *DENSITIES, *REAL}
 
 
 def test_bernoulli_sums_to_one_over_all_images():
@@ -119,6 +120,39 @@ def test_a_gaussian_integrates_to_one_over_x_of_unit_range(name):
     outputs[0, 1:] = -1e4
     log_p = jit(jax.vmap(likelihood.log_prob, (0, None)))(outputs[:, None, None], 255 * x[:, None])
     np.testing.assert_allclose(np.exp(log_p).sum(axis=1) * (x[1] - x[0]), np.ones(7), rtol=1e-11)
+
+
+def _mixture(outputs):
+    """Weights, means and deviations `[..., M]` of a `gaussian_mixture`."""
+    logits, mu, log_sigma = np.split(outputs, 3, axis=-1)
+    return special.softmax(logits, axis=-1), mu, np.exp(log_sigma)
+
+
+def test_a_mixture_of_gaussians_equals_scipy_and_integrates_to_one():
+    likelihood = likelihoods.gaussian_mixture(3)
+    outputs, x = _outputs(likelihood, 5), np.linspace(-60, 60, 48_001)
+    at_each = jax.vmap(jax.vmap(likelihood.log_prob, (0, None)), (None, 0))
+    density = np.exp(jit(at_each)(outputs[:, None], x[:, None]))
+    weight, mu, sigma = _mixture(outputs)
+    expected = np.sum(weight * stats.norm.pdf(x[:, None, None], mu, sigma), axis=-1)
+    np.testing.assert_allclose(density, expected, rtol=1e-9, atol=1e-300)
+    np.testing.assert_allclose(density.sum(axis=0) * (x[1] - x[0]), np.ones(5), rtol=1e-11)
+
+
+def test_draws_of_a_mixture_of_gaussians_have_its_distribution_and_mean():
+    likelihood = likelihoods.gaussian_mixture(3)
+    outputs = _outputs(likelihood, 3)
+    weight, mu, sigma = _mixture(outputs)
+    mean = (weight * mu).sum(axis=-1)
+    np.testing.assert_allclose(jit(likelihood.mean)(outputs), mean, rtol=1e-12)
+    draws = _draws(likelihood, outputs)
+    for d in range(3):
+
+        def cdf(x, d=d):
+            return np.sum(weight[d] * stats.norm.cdf(x[:, None], mu[d], sigma[d]), axis=-1)
+
+        assert stats.kstest(draws[:, d], cdf).pvalue > 1e-4
+    assert _share_no_noise(draws)
 
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
@@ -250,14 +284,21 @@ def test_initial_categorical_outputs_are_uniform():
     np.testing.assert_array_equal(initial, np.zeros((7, 256)))
 
 
-def test_initial_components_of_a_mixture_lie_around_the_mean_and_differ():
+@pytest.mark.parametrize(
+    ("name", "num", "located"),
+    [
+        ("discretised_logistic_mixture", 5, lambda mean: mean / 127.5 - 1),
+        ("gaussian_mixture", 10, lambda mean: mean),
+    ],
+)
+def test_initial_components_of_a_mixture_lie_around_the_mean_and_differ(name, num, located):
     """Equal ones would have equal gradients and remain one for ever."""
     mean = np.array([0.0, 100.0, 255.0])
-    initial = LIKELIHOODS["discretised_logistic_mixture"]().initial(mean)
-    assert initial.shape == (3, 15)
+    initial = LIKELIHOODS[name]().initial(mean)
+    assert initial.shape == (3, 3 * num)
     logits, location, log_scale = np.split(initial, 3, axis=1)
-    np.testing.assert_allclose(location.mean(axis=1), mean / 127.5 - 1, rtol=1e-12, atol=1e-15)
-    assert all(np.unique(row).size == 5 for row in location)
+    np.testing.assert_allclose(location.mean(axis=1), located(mean), rtol=1e-12, atol=1e-14)
+    assert all(np.unique(row).size == num for row in location)
     assert np.all(logits == 0) and np.all(log_scale == log_scale[0, 0])
 
 
@@ -275,7 +316,7 @@ def test_raw_outputs_at_the_extremes_have_finite_log_probabilities_and_gradients
     likelihood = LIKELIHOODS[name]()
     num, x = likelihood.num_outputs, _values(likelihood)[[0, 1, -2, -1]]
     # Logits, locations and log-scales; mu and raw sigma; one half of the logits and the other.
-    parts = 3 if name == "discretised_logistic_mixture" else min(num, 2)
+    parts = 3 if name.endswith("_mixture") else min(num, 2)
     combined = itertools.product(itertools.product(EXTREMES, repeat=parts), x)
     parameters, x = (np.array(c, np.float32) for c in zip(*combined, strict=True))
     outputs = np.repeat(parameters, num // parts, axis=1)
@@ -292,10 +333,11 @@ def test_raw_outputs_at_the_extremes_have_finite_log_probabilities_and_gradients
 SPECS = {
     "binary": DataSpec((2, 1), "binary", np.zeros((2, 1), np.float32)),
     "uint8": DataSpec((2, 1), "uint8", np.zeros((2, 1), np.float32)),
+    "real": DataSpec((2,), "real", np.zeros(2, np.float32)),
 }
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
+@pytest.mark.parametrize("name", [*DISCRETE, *DENSITIES])
 def test_check_accepts_a_likelihood_of_the_datas_support_and_refuses_the_other(name):
     support = LIKELIHOODS[name]().support
     other, mend = {
@@ -309,6 +351,16 @@ def test_check_accepts_a_likelihood_of_the_datas_support_and_refuses_the_other(n
     assert f"model.likelihood={name!r}" in line and "\n" not in line
     assert f"{support} data" in line and other in line
     assert "data.binarisation" in line and f"to {mend}" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "instead"),
+    [("bernoulli", "real", "gaussian_mixture"), ("gaussian_mixture", "binary", "bernoulli")],
+)
+def test_check_names_the_likelihoods_that_fit_the_data(name, data, instead):
+    likelihoods.check("gaussian_mixture", SPECS["real"])
+    with pytest.raises(UserError, match=f"'{name}' needs .*these are {data}: choose {instead}, or"):
+        likelihoods.check(name, SPECS[data])
 
 
 def test_check_refuses_an_unknown_likelihood_and_names_them_all():

@@ -67,9 +67,8 @@ def check(config: Config, spec: DataSpec) -> None:
     if config.width < 1:
         raise UserError(f"model.width={config.width}: must be at least 1")
     networks.check("mlp", config.activation, spec)
-    priors.check(
-        config.prior, config.latents[1], config.components, config.flow_steps, config.flow_width
-    )
+    flow = (config.flow_steps, config.flow_width)
+    priors.check(config.prior, config.latents[1], config.components, *flow, spec.support)
     likelihoods.check(config.likelihood, spec)
     objectives.check_layered(config.objective, config.num_samples, Options(beta=config.beta))
 

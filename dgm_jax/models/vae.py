@@ -88,7 +88,7 @@ def check(config: Config, spec: DataSpec) -> None:
         allowed = ", ".join(POSTERIORS)
         raise UserError(f"model.posterior={config.posterior!r}: choose one of {allowed}")
     flow = (config.flow_steps, config.flow_width)
-    priors.check(config.prior, config.latents, config.components, *flow)
+    priors.check(config.prior, config.latents, config.components, *flow, spec.support)
     likelihoods.check(config.likelihood, spec)
     objectives.check(config.objective, config.num_samples, config.options)
     _check_pairs(config, spec)

@@ -213,8 +213,10 @@ def mixture_log_prob(
 PRIORS = ("standard", "mixture", "vamp", "realnvp", "autoregressive")
 
 
-def check(name: str, latents: int, components: int, flow_steps: int, flow_width: int) -> None:
-    """Refuse a prior that is none, or that has no parts.
+def check(
+    name: str, latents: int, components: int, flow_steps: int, flow_width: int, support: str
+) -> None:
+    """Refuse a prior that is none, that has no parts, or that does not go with the data.
 
     Raises:
       UserError: names the field, its value and what is allowed.
@@ -230,6 +232,10 @@ def check(name: str, latents: int, components: int, flow_steps: int, flow_width:
             raise UserError(f"model.{field}={value}: must be at least 1")
     if name in ("realnvp", "autoregressive") and latents < 2:
         raise UserError(f"model.prior={name!r} needs model.latents of at least 2")
+    if name == "vamp" and support == "real":
+        raise UserError(
+            "model.prior='vamp' needs images: its pseudo-inputs lie between black and white"
+        )
 
 
 def make(

@@ -352,3 +352,11 @@ def test_check_refuses_data_that_is_not_binary():
 def test_check_accepts_the_defaults_and_no_rate():
     vae.check(vae.Config(), SPEC)
     vae.check(vae.Config(beta=0.0), SPEC)
+
+
+def test_pseudo_inputs_are_refused_of_points():
+    """They lie in [0, 1], as images do."""
+    spec = DataSpec((2,), "real", np.zeros(2, np.float32))
+    vae.check(vae.Config(likelihood="gaussian_mixture"), spec)
+    with pytest.raises(UserError, match=r"model\.prior='vamp' needs images"):
+        vae.check(vae.Config(likelihood="gaussian_mixture", prior="vamp"), spec)
