@@ -1,5 +1,6 @@
 """`results.json`: numbers, and all that is needed to know what they are about."""
 
+import functools
 import importlib.metadata
 import platform
 import re
@@ -74,8 +75,12 @@ def collect(
     return result
 
 
+@functools.cache
 def git_revision() -> str | None:
-    """The commit of this checkout, with `-dirty` where files differ; None outside git."""
+    """The commit of this checkout when first asked, with `-dirty` where files differ.
+
+    None outside git.
+    """
     here = Path(__file__).parent
 
     def git(*words: str) -> str:

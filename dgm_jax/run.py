@@ -76,6 +76,7 @@ def train_mode(config: ConfigDict, workdir: Workdir) -> None:
         say(f"{workdir.path} is finished: its numbers are in {workdir.results}")
         return
     started = time.monotonic()
+    results.git_revision()  # of the code that runs, not of what is there hours later
     experiment = prepare(config, load_data(config))
     dataset = experiment.dataset
     with workdir.claimed(config, dataset.card, dataset.spec.mean):
