@@ -1,7 +1,7 @@
 """What the command line can do with a work directory: train, evaluate, sample, and more."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -347,17 +347,18 @@ def _draw_plane(trained: Trained, dataset: data.Dataset, workdir: Workdir) -> No
     """Points in the plane: data, samples, and the model's density where it has one."""
     from dgm_jax import pictures
 
-    model, params, seed = trained.model, trained.params, trained.config.seed
     points = dataset.splits["test"].x[:2000]
-    samples = draw(model, params, len(points), seed)["x"]
-    exact, log_density = model.log_likelihood_fns.get("log_prob"), None
-    if exact is not None:
+    samples = draw(trained.model, trained.params, len(points), trained.config.seed)["x"]
+    pictures.save_plane(workdir.path / "plane.png", points, samples, density(trained))
 
-        def log_density(x: np.ndarray) -> np.ndarray:
-            rng = stream(seed, "pictures")
-            return np.asarray(jax.jit(exact)(params, {"x": x}, rng), np.float64)
 
-    pictures.save_plane(workdir.path / "plane.png", points, samples, log_density)
+def density(trained: Trained) -> Callable[[np.ndarray], np.ndarray] | None:
+    """log p(x) of vectors x, `[N, D] -> float64 [N]`, nats; None where it is not known exactly."""
+    exact = trained.model.log_likelihood_fns.get("log_prob")
+    if exact is None:
+        return None
+    log_prob, rng = jax.jit(exact), stream(trained.config.seed, "pictures")
+    return lambda x: np.asarray(log_prob(trained.params, {"x": x}, rng), np.float64)
 
 
 def _say_header(experiment: Experiment, workdir: Workdir) -> None:

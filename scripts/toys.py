@@ -1,0 +1,79 @@
+"""Draw docs/pictures/toys.png: what each family of models makes of points in the plane.
+
+    python scripts/toys.py runs
+
+Takes the finished work directories of the toy configs in the given folder: a row for each model, a
+column for each data set. Behind the samples of models that know their exact density, this is shown.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dgm_jax import run
+from dgm_jax.data import toys
+from dgm_jax.progress import Progress
+
+PICTURE = Path(__file__).resolve().parent.parent / "docs/pictures/toys.png"
+COLUMNS = ("two_moons", "eight_gaussians", "checkerboard")
+POINTS, REACH = 2000, 3.2
+
+
+def found(folder: Path) -> dict[str, dict[str, Path]]:
+    """Work directories of finished runs by model and data set; of several the best likelihood."""
+    best: dict[str, dict[str, tuple[float, Path]]] = {}
+    for path in sorted(folder.glob("*/results.json")):
+        result = json.loads(path.read_text())
+        model, data = result["config"]["model"]["name"], result["data"]["dataset"]
+        names = ("log_prob", "importance_weighted_bound", "elbo")
+        known = [result["metrics"][name]["value"] for name in names if name in result["metrics"]]
+        if data in COLUMNS and known:
+            here = best.setdefault(model, {})
+            here[data] = max(here.get(data, (-np.inf, path.parent)), (known[0], path.parent))
+    return {m: {data: path for data, (_, path) in of.items()} for m, of in sorted(best.items())}
+
+
+def show(axes: Axes, points: np.ndarray) -> None:
+    """Points `[N, 2]`, in a square that is the same everywhere."""
+    axes.plot(*points.T, ".", markersize=1.2, alpha=0.5, color="black")
+    axes.set(xlim=(-REACH, REACH), ylim=(-REACH, REACH), aspect="equal", xticks=[], yticks=[])
+
+
+def main() -> None:
+    """Restore, draw and save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, help="folder of work directories")
+    rows = found(parser.parse_args().runs)
+    figure = Figure(figsize=(2 * (1 + len(rows)), 6.6), dpi=110, layout="constrained")
+    panels = figure.subplots(len(COLUMNS), 1 + len(rows), squeeze=False)
+    for row, data in zip(panels, COLUMNS, strict=True):
+        show(row[0], toys.generate(data, 0).test_x[:POINTS])
+        row[0].set_ylabel(data.replace("_", " "))
+    panels[0][0].set_title("data", fontsize=10)
+    with Progress("drawing", len(rows) * len(COLUMNS)) as progress:
+        for column, (model, paths) in enumerate(rows.items(), start=1):
+            panels[0][column].set_title(model.replace("_", " "), fontsize=10)
+            for row, data in zip(panels, COLUMNS, strict=True):
+                axes = row[column]
+                if data not in paths:
+                    axes.set_axis_off()
+                    continue
+                trained = run.restore(paths[data])
+                density = run.density(trained)
+                if density is not None:
+                    steps = np.linspace(-REACH, REACH, 120, dtype=np.float32)
+                    x, y = np.meshgrid(steps, steps)
+                    log_p = density(np.stack([x, y], axis=-1).reshape(-1, 2)).reshape(x.shape)
+                    axes.pcolormesh(x, y, np.exp(log_p), cmap="Blues", rasterized=True)
+                show(axes, run.draw(trained.model, trained.params, POINTS, 0)["x"])
+                progress.advance(1, f"{model}, {data}")
+    figure.savefig(PICTURE)
+    print(f"written: {PICTURE}")
+
+
+if __name__ == "__main__":
+    main()
