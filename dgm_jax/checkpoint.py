@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import itertools
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from dgm_jax import processes
+from dgm_jax import files, processes
 from dgm_jax.core import UserError
+from dgm_jax.files import reason
 from dgm_jax.train_state import TrainState
 
 # Its import takes as long as JAX's: at run time only where there is something to read or save.
@@ -83,9 +85,9 @@ class Checkpoints:
             try:
                 return self._read(step, abstract_state)
             except Exception as error:  # Orbax raises many kinds for a damaged file.
-                reason = str(error.__cause__ or error).splitlines()[0][:200]
+                why = reason(error.__cause__ or error)
                 announce(
-                    f"WARNING: the checkpoint of step {step:,} is damaged ({reason}); "
+                    f"WARNING: the checkpoint of step {step:,} is damaged ({why}); "
                     "falling back to the one before"
                 )
         if steps:
@@ -116,6 +118,7 @@ class Checkpoints:
     def _read(self, step: int, abstract_state: TrainState) -> TrainState:
         import orbax.checkpoint as ocp
 
+        _refuse_large_parts(self._directory / str(step) / "state", abstract_state)
         item = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -137,6 +140,26 @@ def abstract(state: TrainState, shardings: Any) -> TrainState:
         state,
         jax.tree.broadcast(shardings, state),
     )
+
+
+def _refuse_large_parts(folder: Path, abstract_state: TrainState) -> None:
+    """Refuse arrays that are stored in parts larger than they are: each is unpacked whole.
+
+    A part of zeros takes a ten-thousandth of its size on disk.
+    """
+    import tensorstore
+
+    if files.read_json(folder / "_METADATA").get("use_zarr3"):
+        raise ValueError("it is in a format that this project does not write")
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_state):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if not (text := store.read(f"{name}/.zarray").result().value):
+            raise ValueError(f"it has no {name}")
+        about = files.parse_json(text)
+        part = math.prod(about["chunks"]) * np.dtype(about["dtype"]).itemsize
+        if part > max(leaf.size, 1) * leaf.dtype.itemsize:
+            raise ValueError(f"{name} is stored in parts of {part:,} bytes")
 
 
 def _digest(state: TrainState) -> str:

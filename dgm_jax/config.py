@@ -65,6 +65,8 @@ _SECTIONS = {
 # Variants of the experiments in the plane: what they learn.
 TOYS = {name.replace("_", "-"): {"data.dataset": name} for name in toys.NAMES}
 
+_MOST_ENTRIES = 1000  # of a field, in a config that is read back
+
 # What `:smoke` changes in every config: the whole path on small real data, in seconds.
 _SMOKE = {
     "data.source": "embedded",
@@ -276,6 +278,12 @@ def from_dict(value: Any) -> ConfigDict:
         raise UserError(f"a config has the sections {', '.join(sorted(sections))}") from error
     if unknown := sorted(set(given) - set(usual)):
         raise UserError(f"this version of the project knows no field {unknown[0]}")
+    for path, field in given.items():
+        for number in field if isinstance(field, tuple) else (field,):
+            if isinstance(number, int) and not -(2**31) <= number < 2**31:
+                raise UserError(f"{path} is too large a number")
+        if isinstance(field, tuple) and len(field) > _MOST_ENTRIES:
+            raise UserError(f"{path} has more than {_MOST_ENTRIES} entries")
     # A field that came later has the default that keeps what was done before.
     return override(experiment(value["model"]["name"]), given)
 

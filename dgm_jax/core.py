@@ -27,7 +27,16 @@ Batch = Mapping[str, jax.Array]
 
 
 class UserError(Exception):
-    """Something the user can mend. Its text is one line: which value is wrong and what to do."""
+    """Something the user can mend. Its text is one line: which value is wrong and what to do.
+
+    What a file holds may be quoted in it: a line end or another control character is shown as what
+    it is (`\\n`), and a text without end is cut.
+    """
+
+    def __init__(self, text: str) -> None:
+        """`text` is what to say."""
+        shown = (c if c.isprintable() else repr(c)[1:-1] for c in text[:2000])
+        super().__init__("".join(shown))
 
 
 class DataSpec(NamedTuple):

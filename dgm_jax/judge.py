@@ -24,6 +24,7 @@ from dgm_jax import config as configs
 from dgm_jax.core import Batch, Params, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import passes, quality
+from dgm_jax.files import check_size
 from dgm_jax.metrics import Metric, mean_over_examples, table
 from dgm_jax.progress import Progress, say
 from dgm_jax.workdir import Workdir
@@ -31,6 +32,7 @@ from dgm_jax.workdir import Workdir
 _MOST = 10_000  # samples, where the user names no number
 _LEAST = 100
 _BATCH = 500
+_MOST_ONNX, _MOST_PIXELS = 2**31, 1024  # bytes of a file, and a side of what it takes
 # Of the photographs that public networks were trained on; see torchvision's documentation.
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32).reshape(1, 1, 1, 3)
 _DEVIATION = np.array([0.229, 0.224, 0.225], np.float32).reshape(1, 1, 1, 3)
@@ -222,16 +224,22 @@ def _of_onnx(path: Path, scale: float) -> Judge:
     if not path.exists():
         raise UserError(f"--judge={path}: there is no such file")
     try:
+        check_size(path, _MOST_ONNX)
         session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        given = session.get_inputs()[0]
     except Exception as error:  # onnxruntime's own, which it does not export
         raise UserError(f"--judge={path} is no network in ONNX ({error})") from error
-    given = session.get_inputs()[0]
     size = given.shape[2:] if len(given.shape) == 4 else ()
     if len(size) != 2 or given.shape[1] != 3 or not all(isinstance(side, int) for side in size):
         raise UserError(
             f"--judge={path} takes {given.shape}; it must take [N, 3, H, W] with numbers for H, W"
         )
     batch_size = given.shape[0] if isinstance(given.shape[0], int) else 50
+    if not (1 <= min(size) <= max(size) <= _MOST_PIXELS and 1 <= batch_size <= _BATCH):
+        raise UserError(
+            f"--judge={path} takes {given.shape}; it must take at most {_BATCH} images at once, of "
+            f"at most {_MOST_PIXELS} pixels a side"
+        )
 
     @jax.jit
     def prepare(x: jax.Array) -> jax.Array:
@@ -245,8 +253,11 @@ def _of_onnx(path: Path, scale: float) -> Judge:
             for start in range(0, len(x), batch_size):
                 part = x[start : start + batch_size]
                 padded = np.concatenate([part, np.repeat(x[:1], batch_size - len(part), axis=0)])
-                output = session.run(None, {given.name: np.asarray(prepare(padded))})[0]
-                parts.append(output.reshape(batch_size, -1)[: len(part)])
+                try:
+                    output = session.run(None, {given.name: np.asarray(prepare(padded))})[0]
+                    parts.append(output.reshape(batch_size, -1)[: len(part)])
+                except Exception as error:  # as above
+                    raise UserError(f"--judge={path} cannot be run ({error})") from error
                 progress.advance(len(part))
         return {"codes": np.concatenate(parts)}
 

@@ -37,9 +37,12 @@ def replay_mode(workdir: Workdir) -> None:
     """
     about = workdir.load_replay()
     config = workdir.load_config().copy_and_resolve_references()
+    dataset = load_data(config)
+    workdir.check_card(dataset.card)
+    if not 1 <= about["step"] <= (last := prepare(config, dataset).num_steps):
+        raise UserError(f"{workdir.replay}: step {about['step']} of {last}: train again")
     config.train.steps_per_dispatch = 1
-    experiment = prepare(config, load_data(config))
-    workdir.check_card(experiment.dataset.card)
+    experiment = prepare(config, dataset)
     state = _state_before(about["step"], experiment, workdir)
     say(f"step {about['step']:,}, in which {about['what']} not finite")
     for line in look_into(experiment, state):

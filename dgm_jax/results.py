@@ -14,6 +14,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from dgm_jax import config as configs
+from dgm_jax import files
+from dgm_jax.data.dataset import checked_card
 from dgm_jax.metrics import Metric
 
 SCHEMA = 1
@@ -73,6 +76,27 @@ def collect(
     if judge:
         result["judge"] = judge
     return result
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result that was written before, by whomever.
+
+    Raises:
+      UserError: it is none: what `collect` says of its fields does not hold.
+    """
+    with files.reading(path, "measure again, or take it away"):
+        result = files.read_json(path)
+        if result["schema"] != SCHEMA:
+            raise ValueError(f"its schema is {result['schema']!r} instead of {SCHEMA}")
+        checked_card(result["data"])
+        configs.from_dict(result["config"])
+        numbers = {"step": result["step"], **result["seconds"]}
+        numbers |= {name: metric["value"] for name, metric in result["metrics"].items()}
+        for name, number in numbers.items():
+            if type(number) not in (int, float):
+                raise ValueError(f"{name} is no number")
+            float(number)  # raises where it is too large for one
+        return result
 
 
 @functools.cache

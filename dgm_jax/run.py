@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
-from dgm_jax import metrics, models, optim, processes, results, sharding, writers
+from dgm_jax import files, metrics, models, optim, processes, results, sharding, writers
 from dgm_jax.core import DataSpec, Model, Params, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.data import text
@@ -49,15 +49,17 @@ def restore(path: str | Path) -> Trained:
     Needs no data: what the model knows of it is in the work directory.
 
     Raises:
-      UserError: no work directory, nothing trained, or every checkpoint is damaged.
+      UserError: no work directory, one that is damaged, or nothing trained.
     """
     workdir = Workdir(Path(path))
     config, card = workdir.load_config(), workdir.load_card()
     spec = data.spec_of_card(card, workdir.load_mean())
-    model = models.build(config.model, spec)
-    optimizer = optim.build(configs.section(config, "optimizer"), num_steps=1)
-    mesh = sharding.make_mesh()
-    like = abstract_state(config, model, optimizer, spec, mesh)
+    with files.reading(workdir.config, "train again"):
+        models.check(config.model, spec)
+        model = models.build(config.model, spec)
+        optim.check(configs.section(config, "optimizer"))
+        optimizer = optim.build(configs.section(config, "optimizer"), num_steps=1)
+        like = abstract_state(config, model, optimizer, spec, sharding.make_mesh())
     state = best_or_newest(workdir, like)
     if state is None:
         raise UserError(f"{path} has no checkpoint yet: train first (--mode=train)")
@@ -112,6 +114,7 @@ def evaluate_mode(workdir: Workdir) -> None:
     restored = restore(workdir.path)
     dataset = load_data(restored.config)
     workdir.check_card(dataset.card)
+    likelihood.check(configs.section(restored.config, "eval"), sharding.make_mesh())
     began = time.monotonic()
     found = _likelihoods(restored, dataset)
     seconds = {"evaluation": time.monotonic() - began}

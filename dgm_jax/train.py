@@ -192,10 +192,11 @@ def abstract_state(
 ) -> TrainState:
     """Shapes of the state, for restoring it without data."""
     size = config.train.batch_size
-    x = jnp.zeros((size, *spec.event_shape), spec.dtype)
-    batch = {"x": x, "label": jnp.zeros(size, jnp.int32)}
+    x = jax.ShapeDtypeStruct((size, *spec.event_shape), spec.dtype)
+    batch = {"x": x, "label": jax.ShapeDtypeStruct((size,), jnp.int32)}
     state = jax.eval_shape(
-        lambda: init_state(model, optimizer, config.seed, batch, config.optimizer.ema > 0)
+        lambda batch: init_state(model, optimizer, config.seed, batch, config.optimizer.ema > 0),
+        batch,
     )
     placed = sharding.of_state(state, mesh, configs.section(config, "mesh"))
     return abstract(state, placed)

@@ -11,8 +11,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
-from dgm_jax import processes
+from dgm_jax import files, processes
 from dgm_jax.core import UserError
+from dgm_jax.data import dataset as data
 
 
 class Workdir(NamedTuple):
@@ -73,12 +74,27 @@ class Workdir(NamedTuple):
         """
         if not self.replay.exists():
             raise UserError(f"{self.path} has no {self.replay.name}: nothing was not finite there")
-        return _read_json(self.replay, "train again")
+        with files.reading(self.replay, "train again"):
+            about = files.read_json(self.replay)
+            if not (type(about["step"]) is int and isinstance(about["what"], str)):
+                raise ValueError("it names no step")
+            return about
 
     @property
     def failure(self) -> Path:
         """Why a sweep's member was stopped."""
         return self.path / "failure.json"
+
+    def load_failure(self) -> str:
+        """Why a sweep's member was stopped.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        with files.reading(self.failure, "choose another --workdir"):
+            if not isinstance(why := files.read_json(self.failure)["failure"], str):
+                raise ValueError("it says nothing")
+            return why
 
     @property
     def finished(self) -> bool:
@@ -89,17 +105,21 @@ class Workdir(NamedTuple):
         """Names of what is there to be looked at, sorted."""
         return sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
 
+    def _expect(self, path: Path) -> None:
+        if not path.exists():
+            raise UserError(
+                f"{self.path} is not a work directory (it has no {path.name}): train first"
+            )
+
     def load_config(self) -> ConfigDict:
         """The config that made the run.
 
         Raises:
           UserError: there is none, or it cannot be read.
         """
-        value = _read_json(self.config, "train first")
-        try:
-            return configs.from_dict(value)
-        except UserError as error:
-            raise UserError(f"{self.config} is damaged ({error})") from error
+        self._expect(self.config)
+        with files.reading(self.config, "choose another --workdir"):
+            return configs.from_dict(files.read_json(self.config))
 
     def load_card(self) -> dict[str, Any]:
         """The data card of the run.
@@ -107,7 +127,9 @@ class Workdir(NamedTuple):
         Raises:
           UserError: there is none, or it cannot be read.
         """
-        return _read_json(self.data_card, "train first")
+        self._expect(self.data_card)
+        with files.reading(self.data_card, "choose another --workdir"):
+            return data.checked_card(files.read_json(self.data_card))
 
     def load_mean(self) -> np.ndarray:
         """The training mean of the run's data.
@@ -117,12 +139,12 @@ class Workdir(NamedTuple):
         """
         if not self.data_mean.exists():
             raise UserError(f"{self.path} has no {self.data_mean.name}: train again")
-        try:
+        with files.reading(self.data_mean, "train again"):
             # Zipped, it has a checksum of its own.
-            with self.data_mean.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                return stored["mean"]
-        except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
-            raise UserError(f"{self.data_mean} is damaged ({error}): train again") from error
+            mean = files.read_arrays(self.data_mean, most_bytes=2**24)["mean"]
+            if mean.dtype != np.float32 or not np.isfinite(mean).all():
+                raise ValueError("it is no mean")
+            return mean
 
     def check_config(self, config: ConfigDict) -> None:
         """Refuse a directory that is not writable or is about something else; change nothing.
@@ -231,12 +253,3 @@ def _write(path: Path, put: Callable[[BinaryIO], object]) -> None:
     with temporary.open("wb") as file:
         put(file)
     os.replace(temporary, path)
-
-
-def _read_json(path: Path, advice: str) -> Any:
-    if not path.exists():
-        raise UserError(f"{path.parent} is not a work directory (it has no {path.name}): {advice}")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): choose another --workdir") from error

@@ -3,9 +3,10 @@
 import functools
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dgm_jax import processes
+from dgm_jax import files, processes
+from dgm_jax.core import UserError
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
@@ -51,11 +52,35 @@ class Writer:
 
 
 def read(jsonl: Path) -> list[dict]:
-    """The rows of a `metrics.jsonl`, [] where there is none; a torn last line is left out."""
+    """The rows of a `metrics.jsonl`, [] where there is none; a torn last line is left out.
+
+    Raises:
+      UserError: another line is damaged, or there is something else under this name.
+    """
+    if not jsonl.exists():
+        return []
+    with files.reading(jsonl, "mend it or move it away"):
+        lines = files.read_bytes(jsonl, most_bytes=2**27).splitlines()
     rows = []
-    for line in jsonl.read_text().splitlines() if jsonl.exists() else []:
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # the process died while writing it
-            break
+            with files.reading(jsonl, f"mend line {number} or take it out"):
+                rows.append(_row(line))
+        except UserError:
+            if number < len(lines):
+                raise
+            # The last: the process died while writing it.
     return rows
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    row = files.parse_json(line)
+    if type(row["step"]) is not int or not 0 <= row["step"] < 2**31:
+        raise ValueError("it has no step")
+    for name, value in row.items():
+        if type(value) not in (int, float):
+            raise ValueError(f"{name} is no number")
+        float(value)  # raises where it is too large for one
+    if "seconds" in row and not {"cpu_seconds", "examples_per_second"} <= row.keys():
+        raise ValueError("some of its times are missing")
+    return row

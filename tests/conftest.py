@@ -71,4 +71,6 @@ def tiny_dataset():
         for name, num in (("train", 128), ("validation", 24), ("test", 24))
     }
     mean = splits["train"].x.mean(axis=0).astype(np.float32) / 255
-    return Dataset(DataConfig(), splits, DataSpec((4, 4, 1), "binary", mean, 128, 10), card={})
+    counts = {name: len(split) for name, split in splits.items()}
+    card = {"event_shape": [4, 4, 1], "support": "binary", "counts": counts, "num_classes": 10}
+    return Dataset(DataConfig(), splits, DataSpec((4, 4, 1), "binary", mean, 128, 10), card)

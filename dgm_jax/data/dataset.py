@@ -1,6 +1,7 @@
 """From arrays to batches: splits, binarisation, and the data card that goes into every result."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ IMAGES = (*sources.NAMES, "shapes")
 GENERATED = ("shapes", *toys.NAMES)
 DATASETS = (*IMAGES, *toys.NAMES, *text.NAMES)
 BINARISATIONS = ("dynamic", "fixed", "none")
+SUPPORTS = ("binary", "uint8", "tokens", "real")
+_MOST_DIMS = 2**22  # of one example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +172,27 @@ def spec_of_card(card: Mapping[str, Any], mean: np.ndarray) -> DataSpec:
         num_classes=card["num_classes"],
         vocabulary=len(card.get("alphabet", "")),
     )
+
+
+def checked_card(card: Any) -> dict[str, Any]:
+    """A data card that somebody else may have written.
+
+    Raises:
+      Exception: of almost any kind, where it is none; see `files.reading`.
+    """
+    shape, counts, alphabet = card["event_shape"], card["counts"], card.get("alphabet", "")
+    numbers = [*shape, *counts.values(), card["num_classes"]]
+    if not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
+        raise ValueError("a count, or a side of an example, is no whole number from 0 to 2^31")
+    if not 1 <= len(shape) <= 3 or not 1 <= math.prod(shape) <= _MOST_DIMS:
+        raise ValueError(f"event_shape: {shape}")
+    if card["support"] not in SUPPORTS or "train" not in counts:
+        raise ValueError("support, or the number of training examples, is missing or wrong")
+    if not (isinstance(alphabet, str) and len(set(alphabet)) == len(alphabet)):
+        raise ValueError("alphabet: a text in which each character is there once")
+    if card["support"] == "tokens" and not alphabet:
+        raise ValueError("alphabet: it is missing")
+    return card
 
 
 def _check(config: Config) -> None:

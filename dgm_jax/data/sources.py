@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import math
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import threading
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,8 +28,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from dgm_jax import cache
+from dgm_jax import cache, files
 from dgm_jax.core import UserError
+from dgm_jax.files import reason
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 Split = tuple[np.ndarray, np.ndarray]
@@ -42,7 +45,15 @@ _SHA256 = {  # of the files NAME-ubyte.gz, in the order of LabelledArrays
 }
 _TIMEOUT_SECONDS = 5.0  # to connect, and between two pieces of an answer
 _EMBEDDED_SEED = 0
+# What a data set may consist of, by TFDS's class, each with the field that describes it.
+_FEATURES = {
+    "tensorflow_datasets.core.features.image_feature.Image": "image",
+    "tensorflow_datasets.core.features.class_label_feature.ClassLabel": "classLabel",
+    "tensorflow_datasets.core.features.text_feature.Text": "text",
+}
+_WHOLE = {"tensorflow_datasets.core.features.features_dict.FeaturesDict": "featuresDict"}
 _CACHE_FORMAT = "1"
+_MOST_CACHED = 2**28  # bytes; CIFAR-10 has 184 million
 
 
 class _Facts(NamedTuple):
@@ -137,7 +148,8 @@ def load(
 
     def load_from(where: str) -> LabelledArrays:
         key, read = _SOURCES[where](name)
-        return _cached(folder / f"{name}-{where}.npz", where, key, read, announce)
+        path = folder / f"{name}-{where}.npz"
+        return _cached(path, where, key, read, _DATASETS[name].shape, announce)
 
     def sizes(images: LabelledArrays) -> str:
         return f"{len(images.train_labels):,} train / {len(images.test_labels):,} test images"
@@ -220,22 +232,24 @@ def _checked(name: str, train: Split, test: Split) -> Arrays:
     return arrays
 
 
-def reason(error: BaseException) -> str:
-    """One short line from any exception."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:160].rstrip(": ")
-
-
 # The cache: one file per source, remade when what it came from has changed.
 
 
 def _cached(
-    path: Path, source: str, key: str, read: Reader, announce: Callable[[str], None]
+    path: Path,
+    source: str,
+    key: str,
+    read: Reader,
+    shape: tuple[int, ...],
+    announce: Callable[[str], None],
 ) -> LabelledArrays:
-    """What `path` holds if it is sound and was made from `key`, else `read()`, kept in `path`."""
+    """What `path` holds if it is sound and was made from `key`, else `read()`, kept in `path`.
+
+    `shape` is that of one image.
+    """
     key = f"format {_CACHE_FORMAT} {key}"
     try:
-        return _read_cache(path, source, key)
+        return _read_cache(path, source, key, shape)
     except (FileNotFoundError, NotADirectoryError):
         pass
     except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
@@ -249,15 +263,21 @@ def _cached(
     return images
 
 
-def _read_cache(path: Path, source: str, key: str) -> LabelledArrays:
-    # Opened here: NumPy does not close a file that turns out to be damaged.
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-        if str(stored["key"]) != key:
-            raise ValueError("it was made from other files or by another version")
-        arrays = tuple(stored[name] for name in LabelledArrays._fields[:4])
-        images = LabelledArrays(*arrays, source, str(stored["sha256"]))
+def _read_cache(path: Path, source: str, key: str, shape: tuple[int, ...]) -> LabelledArrays:
+    stored = files.read_arrays(path, most_bytes=_MOST_CACHED)
+    if str(stored["key"]) != key:
+        raise ValueError("it was made from other files or by another version")
+    arrays = tuple(stored[name] for name in LabelledArrays._fields[:4])
+    images = LabelledArrays(*arrays, source, str(stored["sha256"]))
     if fingerprint(arrays) != images.sha256:
         raise ValueError("its content does not have its fingerprint")
+    for x, labels in (arrays[:2], arrays[2:]):
+        kinds = x.dtype, x.shape[1:], labels.dtype, labels.shape
+        if (
+            kinds != (np.uint8, shape, np.int32, x.shape[:1])
+            or not 0 <= labels.min() <= labels.max() < 256
+        ):
+            raise ValueError("it holds no labelled images of this shape")
     return images
 
 
@@ -308,6 +328,25 @@ def prepared(root: Path, name: str) -> Path | None:
     return max(found, key=lambda d: [int(part) for part in d.name.split(".")], default=None)
 
 
+def prepared_builder(directory: Path) -> Any:
+    """TFDS's builder of a prepared data set.
+
+    Raises:
+      Exception: of almost any kind, where it is damaged.
+    """
+    import tensorflow_datasets as tfds
+
+    # TFDS imports whatever module its features name, which could be one that came with the data.
+    whole = files.read_json(directory / "features.json")
+    parts = whole["featuresDict"]["features"].values()
+    for feature, known in ((whole, _WHOLE), *((part, _FEATURES) for part in parts)):
+        kind = feature["pythonClassName"]
+        if kind not in known or feature.keys() - {"pythonClassName", "description", known[kind]}:
+            raise ValueError(f"features.json: {kind!r} is not read, or not so described")
+    files.check_size(directory / "dataset_info.json", 2**24)
+    return tfds.builder_from_directory(directory)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """No log lines below errors, and no warnings, from other people's imports and reads."""
@@ -352,11 +391,14 @@ def _decode_tfds(directory: Path, split: str, expected: int, shape: tuple[int, .
 
     # PIL directly: TFDS's own decoding takes three times as long.
     skip = {"image": tfds.decode.SkipDecoding()}
-    source = tfds.builder_from_directory(directory).as_data_source(split, decoders=skip)
+    source = prepared_builder(directory).as_data_source(split, decoders=skip)
     if len(source) != expected:  # as dataset_info.json says; before reading what may not be there
         raise ValueError(f"it has {len(source):,} {split} records instead of {expected:,}")
     records = source.__getitems__(range(expected))
     images = [Image.open(io.BytesIO(record["image"]), formats=["PNG"]) for record in records]
+    for image in images:  # of which only the heads are read so far
+        if (*image.size[::-1], len(image.getbands())) != shape:
+            raise ValueError(f"an image has the shape {image.size} and the bands {image.mode}")
     labels = np.array([record["label"] for record in records])
     # PIL has no axis for a single channel.
     return np.stack([np.asarray(image) for image in images]).reshape(expected, *shape), labels
@@ -405,8 +447,12 @@ def _locate_download(name: str) -> tuple[str, Reader]:
 
 def _read_download(name: str) -> Arrays:
     content = download({f"{_URL}{file}-ubyte.gz": sha256 for file, sha256 in _SHA256.items()})
-    x_train, y_train, x_test, y_test = map(_read_idx, content)
-    return _checked(name, (x_train[..., None], y_train), (x_test[..., None], y_test))
+    facts = _DATASETS[name]
+    train, test = (
+        (_read_idx(x, (num, *facts.shape)), _read_idx(y, (num,)))
+        for num, x, y in ((facts.num_train, *content[:2]), (facts.num_test, *content[2:]))
+    )
+    return _checked(name, train, test)
 
 
 def download(sha256: dict[str, str]) -> list[bytes]:
@@ -432,11 +478,23 @@ def download(sha256: dict[str, str]) -> list[bytes]:
             raise Unavailable(f"the download failed ({reason(error)})") from error
 
 
-def _read_idx(file: bytes) -> np.ndarray:
-    """The uint8 array of a gzipped idx file: two zeros, type, rank, big-endian sizes, data."""
-    content = gzip.decompress(file)
-    shape = np.frombuffer(content, ">i4", count=content[3], offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
+def _read_idx(file: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """The uint8 array of a gzipped idx file: two zeros, type 8, rank, big-endian sizes, data.
+
+    Raises:
+      Unavailable: it is no such file, or of another shape (but for sides of 1).
+    """
+    sides = [side for side in shape if side > 1]
+    head = bytes([0, 0, 8, len(sides)]) + np.array(sides, ">i4").tobytes()
+    size = len(head) + math.prod(shape)
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(file)) as unpacked:
+            content = unpacked.read(size + 1)  # no more, however much it would unpack to
+    except (OSError, EOFError, zlib.error) as error:
+        raise Unavailable(f"the download is no idx file ({reason(error)})") from error
+    if len(content) != size or not content.startswith(head):
+        raise Unavailable(f"the download is no idx file of {shape} bytes")
+    return np.frombuffer(content, np.uint8, offset=len(head)).reshape(shape)
 
 
 def _locate_embedded(name: str) -> tuple[str, Reader]:

@@ -15,12 +15,14 @@ import numpy as np
 from dgm_jax.core import UserError
 from dgm_jax.data import sources
 from dgm_jax.data.sources import Unavailable
+from dgm_jax.files import read_bytes, reason
 
 NAMES = ("shakespeare", "text")
 _URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/"
     "6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt"
 )
+_MOST_BYTES = 2**28  # its windows take some thirty times as much
 _SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
@@ -119,10 +121,10 @@ def _read_file(path: str, source: str) -> str:
     if not path:
         raise UserError("data.path='': name the file that data.dataset='text' is to read")
     try:
-        return Path(path).read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_bytes(Path(path), _MOST_BYTES).decode()
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"data.path={path!r} cannot be read ({sources.reason(error)}): name a file in UTF-8"
+            f"data.path={path!r} cannot be read ({reason(error)}): name a file in UTF-8"
         ) from error
 
 
@@ -132,16 +134,15 @@ def _read_tfds() -> str:
     if directory is None:
         raise Unavailable(f"no prepared TFDS data set tiny_shakespeare in {root}")
     try:
-        import tensorflow_datasets as tfds
-
         with sources.quiet():
-            builder = tfds.builder_from_directory(directory)
+            builder = sources.prepared_builder(directory)
             parts = [builder.as_data_source(s)[0]["text"] for s in ("train", "validation", "test")]
+        content = b"".join(parts)
     except Exception as error:
         raise Unavailable(
-            f"the TFDS data set in {directory} cannot be read ({sources.reason(error)})"
+            f"the TFDS data set in {directory} cannot be read ({reason(error)})"
         ) from error
-    return _checked(b"".join(parts))
+    return _checked(content)
 
 
 def _checked(content: bytes) -> str:

@@ -1,7 +1,6 @@
 """What a sweep found: a tidy table, means with confidence intervals, plots."""
 
 import csv
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from ml_collections import ConfigDict
 from scipy import stats
 
 from dgm_jax import config as configs
-from dgm_jax import writers
+from dgm_jax import results, writers
 from dgm_jax.progress import say
 from dgm_jax.sweep import axes
 from dgm_jax.sweep.axes import Member
@@ -83,9 +82,8 @@ def _read(member: Member, path: Path) -> Row:
     workdir = Workdir(path)
     setting = tuple((name, value) for name, value in member.items() if name != "seed")
     if not workdir.results.exists():
-        failure = json.loads(workdir.failure.read_text())["failure"]
-        return Row(member, setting, path, {}, failure, None, None)
-    result = json.loads(workdir.results.read_text())
+        return Row(member, setting, path, {}, workdir.load_failure(), None, None)
+    result = results.load(workdir.results)
     found = {name: metric["value"] for name, metric in result["metrics"].items()}
     return Row(member, setting, path, found, None, result["step"], result["seconds"]["training"])
 

@@ -1,6 +1,5 @@
 """`--mode=sweep`: from the members to their work directories, a table and plots."""
 
-import json
 import re
 import shutil
 import time
@@ -12,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
-from dgm_jax import models, sharding
+from dgm_jax import files, models, sharding
 from dgm_jax.checkpoint import Checkpoints
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
@@ -22,6 +21,8 @@ from dgm_jax.run import Trained, load_data, write_result
 from dgm_jax.sweep import axes, jobs, program, report
 from dgm_jax.sweep.axes import Member
 from dgm_jax.workdir import Workdir, write_json
+
+_MOST_MEMBERS = 10_000  # of a sweep that is read back
 
 
 def sweep_mode(
@@ -129,12 +130,20 @@ def _about(folder: Path) -> Path:
 
 
 def read_about(folder: Path) -> tuple[ConfigDict, list[Member]]:
-    """The config and the members of the sweep in `folder`."""
+    """The config and the members of the sweep in `folder`.
+
+    Raises:
+      UserError: there is none, or what says so is damaged.
+    """
     path = _about(folder)
     if not path.exists():
         raise UserError(f"{folder} is no sweep (it has no {path.name}): give --config")
-    about = json.loads(path.read_text())
-    return configs.from_dict(about["config"]), [configs.tuples(m) for m in about["members"]]
+    with files.reading(path, "choose another --workdir"):
+        about = files.read_json(path)
+        config, members = configs.from_dict(about["config"]), about["members"]
+        if len(members) > _MOST_MEMBERS:
+            raise ValueError(f"it has more than {_MOST_MEMBERS:,} members")
+        return config, axes.complete(config, [configs.tuples(m) for m in members])
 
 
 def _run_program(

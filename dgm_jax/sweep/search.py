@@ -109,4 +109,4 @@ def _elbo(path: Path) -> float | None:
     if not workdir.results.exists():
         return None
     rows = [row for row in writers.read(workdir.metrics) if _METRIC in row]
-    return rows[-1][_METRIC]
+    return rows[-1][_METRIC] if rows else None
