@@ -35,8 +35,12 @@ class UserError(Exception):
 
     def __init__(self, text: str) -> None:
         """`text` is what to say."""
-        shown = (c if c.isprintable() else repr(c)[1:-1] for c in text[:2000])
-        super().__init__("".join(shown))
+        super().__init__(one_line(text))
+
+
+def one_line(text: str) -> str:
+    """`text` to be shown: control characters as what they are, and no more than 2,000 of all."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:2000])
 
 
 class DataSpec(NamedTuple):

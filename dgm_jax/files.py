@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dgm_jax.core import UserError
+from dgm_jax.core import UserError, one_line
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, UserError):
         return lines[0]
-    return f"{type(error).__name__}: {lines[0]}"[:160].rstrip(": ")
+    return one_line(f"{type(error).__name__}: {lines[0]}"[:160].rstrip(": "))
 
 
 def read_bytes(path: Path, most_bytes: int) -> bytes:

@@ -209,22 +209,27 @@ def keep_record(section: str, record: dict[str, Any]) -> None:
 def keep(section: str, record: dict[str, Any], table: Callable[[dict[str, Any]], str]) -> None:
     """Put a section's record into the file, and its table into the page."""
     keep_record(section, record)
-    before, after = around(section)
-    PAGE.write_text(f"{before}{table(record)}\n{after}")
+    put(section, table(record), PAGE)
 
 
-def around(section: str) -> tuple[str, str]:
+def put(section: str, text: str, page: Path) -> None:
+    """Replace what stands between a section's marks in a page."""
+    before, after = around(section, page)
+    page.write_text(f"{before}{text}\n{after}")
+
+
+def around(section: str, page: Path) -> tuple[str, str]:
     """The page up to and from a section's table, marks included.
 
     Raises:
       SystemExit: there is no such page, or the marks are not in it.
     """
     start, end = f"<!-- {section}: start -->\n", f"<!-- {section}: end -->"
-    text = PAGE.read_text() if PAGE.exists() else ""
+    text = page.read_text() if page.exists() else ""
     before, found, rest = text.partition(start)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        sys.exit(f"{PAGE}: needs the lines {start.strip()} and {end}, in this order")
+        sys.exit(f"{page}: needs the lines {start.strip()} and {end}, in this order")
     return before + start, end + after
 
 
@@ -250,7 +255,7 @@ def main() -> None:
         parser.error(f"no case {unknown[0]!r}; there are: {'; '.join(CASES)}")
     section = "quality" if chosen.quality else "benchmark"
     if chosen.keep:
-        around(section)  # raises where the page could not be written, before an hour is spent
+        around(section, PAGE)  # raises where the page could not be written, before an hour is spent
     if chosen.quality:
         record = measure_time_to_quality(chosen.rounds or 1, chosen.quality_limit)
     else:

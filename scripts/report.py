@@ -15,6 +15,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dgm_jax import results
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 # Test NLL in nats, dynamic MNIST, by experiment.
@@ -146,7 +148,7 @@ def _by_data() -> dict[str, list[tuple[str, list[dict]]]]:
     """
     found: dict[str, dict[tuple, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for path in sorted((DOCS / "results").glob("*.json")):
-        run = json.loads(path.read_text())
+        run = results.load(path)
         if _likelihood(run):
             card, num_samples = json.dumps(run["data"], sort_keys=True), _num_samples(run)
             name = path.stem.rpartition("-seed")[0]
@@ -207,7 +209,7 @@ def _row(name: str, runs: list[dict]) -> list[str]:
 def _feature_rows(columns: dict[str, str], sign: int, unit: str) -> Iterator[list[str]]:
     """A row for each run and representation that has all of the columns."""
     for path in sorted((DOCS / "results" / "features").glob("*.json")):
-        metrics = json.loads(path.read_text())["metrics"]
+        metrics = results.load(path)["metrics"]
         for kind in dict.fromkeys(name.partition("/")[0] for name in metrics):
             names = [f"{kind}/{column}" for column in columns]
             if all(name in metrics for name in names):
@@ -218,7 +220,7 @@ def _feature_rows(columns: dict[str, str], sign: int, unit: str) -> Iterator[lis
 def _quality_rows() -> Iterator[list[str]]:
     """Two rows for each run: of its samples, and of the test examples."""
     for path in sorted((DOCS / "results" / "quality").glob("*.json")):
-        run = json.loads(path.read_text())
+        run = results.load(path)
         metrics = run["metrics"]
         for of in ("samples", "test"):
             num = metrics[f"{of}/recall"]["num_examples"]

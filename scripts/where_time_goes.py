@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmark import around, keep, machine
+from benchmark import PAGE, around, keep, machine
 from contestants import CASES, Case, config_of, dataset
 
 # The first that is found in what XLA says of a kernel's origin names its kind.
@@ -91,7 +91,7 @@ def main() -> None:
     )
     parser.add_argument("case", nargs="?", default="MLP VAE, batch 100", choices=list(CASES))
     case = parser.parse_args().case
-    around("profile")
+    around("profile", PAGE)
     record = {"machine": machine(), "case": case, **measure(CASES[case])}
     print(table(record))
     keep("profile", record, table)

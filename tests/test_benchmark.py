@@ -89,7 +89,7 @@ def test_a_page_without_its_marks_is_an_error(benchmark, page):
     if page is not None:
         benchmark.PAGE.write_text(page)
     with pytest.raises(SystemExit, match=r"performance\.md: needs the lines <!-- quality: start"):
-        benchmark.around("quality")
+        benchmark.around("quality", benchmark.PAGE)
 
 
 def test_unlike_contestants_are_refused(benchmark):

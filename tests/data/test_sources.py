@@ -5,7 +5,6 @@ import functools
 import gc
 import http.server
 import importlib
-import io
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from conftest import REPO
 
 from dgm_jax.core import UserError
 from dgm_jax.data import sources
@@ -167,46 +166,10 @@ def cifar10(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (10, 32, 32, 3), np.uint8)
     labels = np.arange(10)
-    prepare(tmp_path / "data" / "cifar10" / "3.0.2", images, labels, {"train": 6, "test": 4})
+    monkeypatch.syspath_prepend(str(REPO / "scripts"))
+    directory = tmp_path / "data" / "cifar10" / "3.0.2"
+    importlib.import_module("fuzz").write_tfds(directory, images, labels, {"train": 6, "test": 4})
     return images, labels
-
-
-def prepare(directory, images, labels, counts):
-    from array_record.python.array_record_module import ArrayRecordWriter
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    directory.mkdir(parents=True)
-    start, splits = 0, []
-    for split, count in counts.items():
-        file = directory / f"cifar10-{split}.array_record-00000-of-00001"
-        writer = ArrayRecordWriter(str(file), "group_size:1")
-        for i in range(start, start + count):
-            encoded = io.BytesIO()
-            Image.fromarray(images[i]).save(encoded, "PNG")
-            example = tf_example_pb2.Example()
-            example.features.feature["image"].bytes_list.value.append(encoded.getvalue())
-            example.features.feature["label"].int64_list.value.append(int(labels[i]))
-            writer.write(example.SerializeToString())
-        writer.close()
-        start += count
-        splits.append({"name": split, "shardLengths": [str(count)], "numBytes": "1"})
-        splits[-1]["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    info = {"name": "cifar10", "version": "3.0.2", "fileFormat": "array_record", "splits": splits}
-    (directory / "dataset_info.json").write_text(json.dumps(info))
-    of, shape = "tensorflow_datasets.core.features.", {"dimensions": ["32", "32", "3"]}
-    image = {
-        "pythonClassName": of + "image_feature.Image",
-        "image": {"dtype": "uint8", "shape": shape},
-    }
-    label = {
-        "pythonClassName": of + "class_label_feature.ClassLabel",
-        "classLabel": {"numClasses": "10"},
-    }
-    whole = {
-        "pythonClassName": of + "features_dict.FeaturesDict",
-        "featuresDict": {"features": {"image": image, "label": label}},
-    }
-    (directory / "features.json").write_text(json.dumps(whole))
 
 
 def test_colour_images_are_read_with_their_labels(cifar10):
