@@ -180,12 +180,13 @@ class Workdir(NamedTuple):
         """
         if not self.data_card.exists():
             return
-        there = self.load_card()
-        differs = [
-            f"{name}: {there.get(name)} there, {card[name]} here"
-            for name in card
-            if name != "source" and there.get(name) != card[name]
-        ]
+        with files.reading(self.data_card, "choose another --workdir"):
+            there = files.read_json(self.data_card)
+            differs = [
+                f"{name}: {there.get(name)} there, {card[name]} here"
+                for name in card
+                if name != "source" and there.get(name) != card[name]
+            ]
         if differs:
             raise UserError(
                 f"{self.path} was trained on other data ({'; '.join(differs)}): make that data "

@@ -43,6 +43,7 @@ import numpy as np
 
 REPO = Path(__file__).resolve().parent.parent
 PAGE, SECTION = REPO / "docs" / "reliability.md", "untrusted input"
+RECORD = REPO / "docs" / "fuzz.json"
 MOST_SECONDS, MOST_MIB = 30.0, 256
 STUCK = 120.0  # seconds of the clock after which an input is given up: the machine may be busy
 EXTREMES = (-1, 0, 1, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1)
@@ -588,16 +589,16 @@ KINDS = {
         "a run's config",
         _write_part("config.json"),
         _as("config.json", lambda workdir: workdir.load_config()),
-        1500,
+        1000,
     ),
     "data_card.json": Kind(
-        "a run's data card", _write_json(_CARD), _as("data_card.json", _load_spec), 1500
+        "a run's data card", _write_json(_CARD), _as("data_card.json", _load_spec), 1000
     ),
     "data_mean.npz": Kind(
         "a run's training mean",
         _write_part("data_mean.npz"),
         _as("data_mean.npz", lambda workdir: workdir.load_mean()),
-        1500,
+        1000,
     ),
     "replay.json": Kind(
         "the step to replay",
@@ -611,19 +612,19 @@ KINDS = {
         _as("failure.json", lambda workdir: workdir.load_failure()),
         500,
     ),
-    "metrics.jsonl": Kind("rows of metrics", _write_metrics, _load_metrics, 1500),
-    "results.json": Kind("a result", _write_result, _load_result, 1500),
+    "metrics.jsonl": Kind("rows of metrics", _write_metrics, _load_metrics, 1000),
+    "results.json": Kind("a result", _write_result, _load_result, 1000),
     "sweep.json": Kind("what a sweep is about", _write_sweep, _load_sweep, 1000),
-    "cache.npz": Kind("decoded images in the cache", _write_cached, _load_cached, 1500),
-    "idx.gz": Kind("MNIST's original files", _write_idx, _load_idx, 1500),
+    "cache.npz": Kind("decoded images in the cache", _write_cached, _load_cached, 1000),
+    "idx.gz": Kind("MNIST's original files", _write_idx, _load_idx, 1000),
     "text": Kind("a text to train on", _write_text, _load_text, 500),
     "array_record": Kind(
-        "a prepared TFDS data set", _write_prepared, _load_prepared, 1500, parts="*"
+        "a prepared TFDS data set", _write_prepared, _load_prepared, 400, parts="*"
     ),
-    "onnx": Kind("a network to judge by", _write_onnx, _load_onnx, 1000),
-    "checkpoint": Kind("a checkpoint", _write_checkpoint, _checkpoint_loader(), 1500),
+    "onnx": Kind("a network to judge by", _write_onnx, _load_onnx, 300),
+    "checkpoint": Kind("a checkpoint", _write_checkpoint, _checkpoint_loader(), 500),
     "workdir": Kind(
-        "a work directory, to sample from", _write_trained, _load_trained, 500, parts="*.*"
+        "a work directory, to sample from", _write_trained, _load_trained, 150, parts="*.*"
     ),
 }
 
@@ -777,19 +778,17 @@ def table(kinds: dict[str, dict[str, Any]]) -> str:
     head = ("what is read", "inputs", "refused", "read", "faults", "slowest, s", "memory, MiB")
     lines = [head, ["---"] * len(head)]
     whole: Counter = Counter()
-    for name, of in kinds.items():
+    for name, of in ((name, kinds[name]) for name in KINDS if name in kinds):
         whole.update({key: of[key] for key in ("inputs", "refused", "read", "faults")})
         counts = [f"{of[key]:,}" for key in ("inputs", "refused", "read", "faults")]
         title = f"{KINDS[name].title} (`{name}`)"
         lines.append([title, *counts, f"{of['seconds']:.2f}", f"{of['mib']}"])
     sums = [f"{whole[key]:,}" for key in ("inputs", "refused", "read", "faults")]
     lines.append(["**together**", *sums, "", ""])
-    packages = ("jax", "numpy", "orbax-checkpoint", "tensorflow-datasets", "onnxruntime")
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    made_with = ", ".join(sorted({of["with"] for of in kinds.values()}))
     below = (
         "`python scripts/fuzz.py --keep`: the slowest input by processor time, and the most memory "
-        f"above what there was before one. Python {platform.python_version()}, "
-        f"{', '.join(versions)}; {datetime.datetime.now(datetime.UTC).date().isoformat()}."
+        f"above what there was before one. {made_with}."
     )
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", below])
 
@@ -797,6 +796,9 @@ def table(kinds: dict[str, dict[str, Any]]) -> str:
 def summary(outcomes: list[Outcome]) -> dict[str, Any]:
     """Counts, and the largest of each measure."""
     results = Counter(outcome.result for outcome in outcomes)
+    packages = ("jax", "numpy", "orbax-checkpoint", "tensorflow-datasets", "onnxruntime")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    today = datetime.datetime.now(datetime.UTC).date()
     return {
         "inputs": len(outcomes),
         "refused": results["refused"],
@@ -804,6 +806,7 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
         "faults": len(outcomes) - results["refused"] - results["read"],
         "seconds": max(outcome.seconds for outcome in outcomes),
         "mib": max(outcome.mib for outcome in outcomes),
+        "with": f"Python {platform.python_version()}, {', '.join(versions)}; {today.isoformat()}",
     }
 
 
@@ -815,7 +818,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--share", type=float, default=1.0, help="of the inputs of a full run (1)")
     parser.add_argument("--seed", type=int, help="this input alone, in this process")
-    parser.add_argument("--keep", action="store_true", help="write the page")
+    parser.add_argument("--keep", action="store_true", help="write the record and the page")
     parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -840,11 +843,13 @@ def main() -> None:
             for outcome in outcomes:
                 if outcome.result not in ("read", "refused"):
                     print(f"FAULT: --only {name} --seed={outcome.seed}: {outcome.result}")
+            if chosen.keep:  # of each, so that nothing is lost
+                kept = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+                kept |= {name: kinds[name]}
+                RECORD.write_text(json.dumps(kept, indent=2) + "\n")
+                put(SECTION, table(kept), PAGE)
     if kinds:
-        text = table(kinds)
-        print(text)
-        if chosen.keep:
-            put(SECTION, text, PAGE)
+        print(table(kinds))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ def failed(tmp_path, tiny_dataset, monkeypatch):
     monkeypatch.setattr(replay, "load_data", lambda config: tiny_dataset)
     workdir = Workdir(tmp_path / "run")
     config = configs.override(configs.experiment("vae"), TINY)
-    with on_one_device(), workdir.claimed(config, {}, np.zeros(1)):
+    about = tiny_dataset.card, tiny_dataset.spec.mean
+    with on_one_device(), workdir.claimed(config, *about):
         with pytest.raises(train.NonFiniteError, match=r"step 7.*--mode=replay"):
             train.train(train.prepare(config, tiny_dataset), workdir)
         yield workdir

@@ -62,7 +62,7 @@ def test_families_are_ranked_by_the_tightest_that_each_knows(tmp_path, monkeypat
     keep("exact", {"log_prob": -80.0, "elbo": -95.0})
     keep("loose", {"elbo": -82.0})
     keep("adversarial", {"discrimination": 0.7})
-    keep("written", {"log_prob": -70.0}, dataset="shakespeare", support="tokens")
+    keep("written", {"log_prob": -70.0}, dataset="shakespeare", support="tokens", alphabet="ab")
     monkeypatch.setattr(report, "DOCS", tmp_path)
     lines = report.table().splitlines()
     rows = [line.split(" | ") for line in lines if line.startswith("| ")]
