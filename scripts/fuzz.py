@@ -13,6 +13,7 @@ like input again, not always the same.
 """
 
 import argparse
+import copy
 import datetime
 import gzip
 import importlib.metadata
@@ -207,7 +208,7 @@ def _edit_value(value: Any, rng: random.Random) -> bytes:
         where, key = rng.choice(list(_places(root)))
         match rng.choice(("value", "value", "value", "number", "remove", "name", "other")):
             case "value":
-                where[key] = rng.choice(_VALUES)
+                where[key] = copy.deepcopy(rng.choice(_VALUES))
             case "number":
                 where[key] = rng.choice((*EXTREMES, -(2**31), 10**12, 10**400, 0.5, 1e308))
             case "remove" if where is not root:
