@@ -1,6 +1,8 @@
 """What every model and every config must keep; both are found, not listed."""
 
 import ast
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from conftest import REPO, on_one_device
 
 from dgm_jax import config as configs
 from dgm_jax import models, run, writers
-from dgm_jax.core import DataSpec, Model, UserError, masked_mean
+from dgm_jax.core import Batch, DataSpec, Model, Params, UserError, masked_mean
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood
 from dgm_jax.train import abstract_state, prepare
@@ -21,13 +23,14 @@ CONFIGS = sorted(REPO.glob("configs/*.py"))
 BATCH = 8
 
 
-@pytest.fixture(params=models.names())
+# By model, so that the tests of one follow one another and share what it compiles.
+@pytest.fixture(params=models.names(), scope="module")
 def fields(request):
     """The default fields of a model."""
     return models.defaults(request.param)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def dataset(fields, tiny_dataset):
     """What the model accepts of the tiny data."""
     return _accepted(fields, tiny_dataset)
@@ -63,12 +66,29 @@ def _otherwise(binary):
         yield binary._replace(config=config, splits=splits, spec=spec)
 
 
-@pytest.fixture
+class Case(NamedTuple):
+    """A model, its parameters and a batch; and of each player, by name, the loss and its slopes.
+
+    `loss_and_grads[name](params, batch, rng) -> ((loss, aux), grads)`.
+    """
+
+    model: Model
+    params: Params
+    batch: Batch
+    loss_and_grads: dict[str, Callable]
+
+
+@pytest.fixture(scope="module")
 def case(fields, dataset):
-    """A model, its parameters and a batch."""
+    """Compiled once for all tests of the model."""
     model = models.build(fields, dataset.spec)
     batch = data.some(dataset, "test", BATCH)
-    return model, model.init(jax.random.key(0), batch), batch
+    return Case(
+        model,
+        jax.jit(model.init)(jax.random.key(0), batch),
+        batch,
+        {p.name: jax.jit(jax.value_and_grad(p.loss_fn, has_aux=True)) for p in model.players},
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,9 +108,8 @@ def test_a_state_is_restored_without_data(name, values, tiny_dataset):
 
 
 def test_loss_is_a_float32_scalar_of_finite_per_example_terms(case):
-    model, params, batch = case
-    for player in model.players:
-        loss, aux = jax.jit(player.loss_fn)(params, batch, jax.random.key(1))
+    for loss_and_grads in case.loss_and_grads.values():
+        (loss, aux), _ = loss_and_grads(case.params, case.batch, jax.random.key(1))
         assert loss.shape == () and loss.dtype == jnp.float32 and np.isfinite(loss)
         for term in aux.terms.values():
             assert term.shape == (BATCH,) and term.dtype == jnp.float32
@@ -99,93 +118,91 @@ def test_loss_is_a_float32_scalar_of_finite_per_example_terms(case):
 
 def test_every_trained_parameter_gets_a_gradient(case):
     """Away from the start, where zero weights may hold the gradient of others back."""
-    model, params, batch = case
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    moved = [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+    leaves, structure = jax.tree.flatten(case.params)
+    rng = np.random.default_rng(2)
+    moved = [p + np.float32(0.1) * rng.normal(size=p.shape).astype(np.float32) for p in leaves]
     params = jax.tree.unflatten(structure, moved)
-    for player in model.players:
-        grads, _ = jax.grad(player.loss_fn, has_aux=True)(params, batch, jax.random.key(1))
-        norms = jax.tree.map(jnp.linalg.norm, grads[player.name])
-        for path, norm in jax.tree_util.tree_leaves_with_path(norms):
-            assert 0 < norm < np.inf, jax.tree_util.keystr(path)
+    for name, loss_and_grads in case.loss_and_grads.items():
+        _, grads = loss_and_grads(params, case.batch, jax.random.key(1))
+        for path, slope in jax.tree_util.tree_leaves_with_path(grads[name]):
+            assert 0 < np.linalg.norm(slope) < np.inf, jax.tree_util.keystr(path)
 
 
 def test_masked_rows_do_not_count(case, dataset):
     """Whatever stands in a padded row, the loss is that of the real rows."""
-    model, params, batch = case
-    mask = jnp.arange(BATCH) < 5
+    x, mask = np.asarray(case.batch["x"]), np.arange(BATCH) < 5
     largest = max(dataset.spec.num_values - 1, 1)
-    mask_of_x = mask.reshape(-1, *[1] * (batch["x"].ndim - 1))
-    junk = jnp.where(mask_of_x, batch["x"], largest - batch["x"])
-    for player in model.players:
+    mask_of_x = mask.reshape(-1, *[1] * (x.ndim - 1))
+    junk = np.where(mask_of_x, x, (largest - x).astype(x.dtype))
+    for loss_and_grads in case.loss_and_grads.values():
         results = [
-            player.loss_fn(params, {**batch, "x": x, "mask": mask}, jax.random.key(1))[0]
-            for x in (batch["x"], junk)
+            loss_and_grads(case.params, {**case.batch, "x": x, "mask": mask}, jax.random.key(1))
+            for x in (x, junk)
         ]
-        np.testing.assert_allclose(results[0], results[1], rtol=1e-6)
+        np.testing.assert_allclose(results[0][0][0], results[1][0][0], rtol=1e-6)
 
 
 def test_no_key_is_used_twice(case):
-    model, params, batch = case
+    """JAX looks for it where a function is traced."""
     with jax.debug_key_reuse(True):
-        for player in model.players:
-            jax.jit(player.loss_fn)(params, batch, jax.random.key(1))
+        for player in case.model.players:
+            jax.jit(player.loss_fn).trace(case.params, case.batch, jax.random.key(1))
 
 
-def test_loss_fn_runs_unchanged_under_pmap(case):
+def test_loss_fn_runs_unchanged_under_pmap(case, dataset):
     """Each device's loss is that of its rows, and the mean of the gradients is the gradient."""
-    model, params, batch = case
-    shards = jax.tree.map(lambda a: a.reshape(4, BATCH // 4, *a.shape[1:]), batch)
+    batch = data.some(dataset, "train", 4 * BATCH)
+    shards = jax.tree.map(lambda a: np.asarray(a).reshape(4, BATCH, *a.shape[1:]), batch)
     keys = jax.random.split(jax.random.key(1), 4)
-    for player in model.players:
+    for player in case.model.players:
 
-        def loss_and_grad(params, shard, key, fn=player.loss_fn):
+        def loss_and_grads(params, shard, key, fn=player.loss_fn):
             (loss, _), grads = jax.value_and_grad(fn, has_aux=True)(params, shard, key)
             return loss, jax.lax.pmean(grads, "data")
 
-        losses, grads = jax.pmap(loss_and_grad, axis_name="data", in_axes=(None, 0, 0))(
-            params, shards, keys
+        losses, grads = jax.pmap(loss_and_grads, axis_name="data", in_axes=(None, 0, 0))(
+            case.params, shards, keys
         )
-
-        def whole(params, fn=player.loss_fn):
-            each = [
-                fn(params, jax.tree.map(lambda a, i=i: a[i], shards), keys[i])[0] for i in range(4)
-            ]
-            return jnp.mean(jnp.stack(each)), jnp.stack(each)
-
-        expected, each = jax.grad(whole, has_aux=True)(params)
-        np.testing.assert_allclose(losses, each, rtol=1e-5)
+        each = [
+            case.loss_and_grads[player.name](
+                case.params, jax.tree.map(lambda a, i=i: a[i], shards), keys[i]
+            )
+            for i in range(4)
+        ]
+        np.testing.assert_allclose(losses, [loss for (loss, _), _ in each], rtol=1e-5)
+        expected = jax.tree.map(lambda *g: np.mean(g, axis=0), *(g for _, g in each))
         jax.tree.map(
             lambda g, e: np.testing.assert_allclose(g[0], e, rtol=1e-4, atol=1e-5), grads, expected
         )
 
 
 def test_numbers_in_the_config_may_be_traced(case, fields, dataset):
-    model, params, batch = case
     numbers = {k: v for k, v in fields.items() if isinstance(v, float)}
     rng = jax.random.key(1)
 
-    def losses(numbers):
+    @jax.jit
+    def losses(numbers, params, batch):
         rebuilt = models.build({**fields, **numbers}, dataset.spec)
         return [p.loss_fn(params, batch, rng)[0] for p in rebuilt.players]
 
-    concrete = [p.loss_fn(params, batch, rng)[0] for p in model.players]
-    np.testing.assert_allclose(jax.jit(losses)(numbers), concrete, rtol=1e-6)
+    concrete = [fn(case.params, case.batch, rng)[0][0] for fn in case.loss_and_grads.values()]
+    found = losses(numbers, case.params, case.batch)
+    np.testing.assert_allclose(found, concrete, rtol=1e-6)
 
 
 def test_functions_return_what_they_promise(case, dataset):
-    model, params, batch = case
+    model, params, batch, _ = case
     rng, event = jax.random.key(2), dataset.spec.event_shape
     for fn in (*model.log_likelihood_fns.values(), model.log_weight):
         if fn is not None:
-            assert fn(params, batch, rng).shape == (BATCH,)
+            assert jax.eval_shape(fn, params, batch, rng).shape == (BATCH,)
     if model.latent_rates is not None:
-        rates = model.latent_rates(params, batch)
-        _, aux = model.loss_fn(params, batch, rng)
-        np.testing.assert_allclose(jnp.sum(rates, axis=1), aux.terms["rate"], rtol=1e-5, atol=1e-6)
+        rates = jax.jit(model.latent_rates)(params, batch)
+        (loss_and_grads,) = case.loss_and_grads.values()
+        (_, aux), _ = loss_and_grads(params, batch, rng)
+        np.testing.assert_allclose(np.sum(rates, axis=1), aux.terms["rate"], rtol=1e-5, atol=1e-6)
     if model.sample is not None:
-        samples = model.sample(params, rng, 5)
+        samples = jax.jit(model.sample, static_argnums=2)(params, rng, 5)
         assert samples["x"].shape == (5, *event)
         if dataset.spec.support == "real":
             assert np.isfinite(samples["x"]).all()
@@ -193,17 +210,17 @@ def test_functions_return_what_they_promise(case, dataset):
             assert np.isin(samples["x"], np.arange(dataset.spec.num_values)).all()
         assert not np.array_equal(samples["x"][0], samples["x"][1])
     if model.encode is not None:
-        codes = model.encode(params, batch, rng)
+        codes = jax.eval_shape(model.encode, params, batch, rng)
         assert codes.ndim == 2 and len(codes) == BATCH
         assert sum(model.layer_sizes) in (0, codes.shape[1])
         if model.decode is not None:
-            assert model.decode(params, codes).shape == (BATCH, *event)
+            assert jax.eval_shape(model.decode, params, codes).shape == (BATCH, *event)
     if model.reconstruct is not None:
-        assert model.reconstruct(params, batch, rng).shape == (BATCH, *event)
+        assert jax.eval_shape(model.reconstruct, params, batch, rng).shape == (BATCH, *event)
 
 
 def test_asked_for_what_it_lacks_a_model_says_what_it_has(case):
-    model, _, _ = case
+    model = case.model
     optional = {name for name, usual in Model._field_defaults.items() if usual is None}
     has = {name for name in optional if getattr(model, name) is not None}
     for name in has:
@@ -217,18 +234,14 @@ def test_asked_for_what_it_lacks_a_model_says_what_it_has(case):
 
 def test_a_bound_never_exceeds_the_tighter_one(case):
     """The mean over draws of log w is the ELBO; more draws in the logarithm can only raise it."""
-    model, params, batch = case
+    model, params, batch, _ = case
     if model.log_weight is None:
         pytest.skip("has no importance weights")
     keys = jax.random.split(jax.random.key(3), BATCH)
-
-    def bound(k):
-        fn = likelihood.importance_weighted(model, k, chunk=100)
-        return np.mean(jax.jit(fn)(params, batch, keys)["importance_weighted_bound"])
-
-    assert bound(1) <= bound(100) + 0.5
-    elbo = likelihood.elbo_terms(model, 500)(params, batch, keys)["elbo"]
-    fn = jax.vmap(model.log_weight, in_axes=(None, None, 0))
+    elbo = jax.jit(likelihood.elbo_terms(model, 500))(params, batch, keys)["elbo"]
+    bound = jax.jit(likelihood.importance_weighted(model, 100, chunk=100))(params, batch, keys)
+    assert np.mean(elbo) <= np.mean(bound["importance_weighted_bound"]) + 0.5
+    fn = jax.jit(jax.vmap(model.log_weight, in_axes=(None, None, 0)))
     draws = fn(params, batch, jax.random.split(jax.random.key(4), 1000))
     draws = np.asarray(draws, np.float64)  # equal draws must have their own value as their mean
     error = draws.std(axis=0) * np.sqrt(1 / 1000 + 1 / 500)
