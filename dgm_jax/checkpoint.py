@@ -82,14 +82,13 @@ class Checkpoints:
         """
         steps = self.steps[::-1]
         for step in steps:
-            try:
-                return self._read(step, abstract_state)
-            except Exception as error:  # Orbax raises many kinds for a damaged file.
-                why = reason(error.__cause__ or error)
-                announce(
-                    f"WARNING: the checkpoint of step {step:,} is damaged ({why}); "
-                    "falling back to the one before"
-                )
+            state, why = self._read(step, abstract_state)
+            if not processes.any_of(bool(why)):
+                return state
+            announce(
+                f"WARNING: the checkpoint of step {step:,} is damaged "
+                f"({why or 'so another process finds'}); falling back to the one before"
+            )
         if steps:
             raise UserError(
                 f"every checkpoint in {self._directory} is damaged (steps {steps}): "
@@ -115,19 +114,21 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.close()
 
-    def _read(self, step: int, abstract_state: TrainState) -> TrainState:
+    def _read(self, step: int, abstract_state: TrainState) -> tuple[TrainState | None, str]:
+        """The state of a checkpoint, or why this process cannot read it; all must ask."""
         import orbax.checkpoint as ocp
 
-        _refuse_large_parts(self._directory / str(step) / "state", abstract_state)
-        item = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract_state), digest=ocp.args.JsonRestore()
-            ),
-        )
-        if _digest(item.state) != item.digest["sha256"]:
-            raise ValueError("its values do not match their SHA-256")
-        return item.state
+        like = {"state": ocp.args.StandardRestore(abstract_state), "digest": ocp.args.JsonRestore()}
+        item, why = None, ""
+        try:
+            _refuse_large_parts(self._directory / str(step) / "state", abstract_state)
+            item = self._manager.restore(step, args=ocp.args.Composite(**like))
+        except Exception as error:  # Orbax raises many kinds for a damaged file.
+            why = reason(error.__cause__ or error)
+        # To digest a state that is divided takes all processes.
+        if not processes.any_of(item is None) and _digest(item.state) != item.digest["sha256"]:
+            why = "its values do not match their SHA-256"
+        return item and item.state, why
 
 
 def abstract(state: TrainState, shardings: Any) -> TrainState:

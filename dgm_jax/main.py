@@ -52,6 +52,9 @@ _JUDGE = flags.DEFINE_string(
 _DISTRIBUTED = flags.DEFINE_string(
     "distributed", None, "Of several processes of one run: auto, or address:port,how many,which."
 )
+_LOST_AFTER = flags.DEFINE_integer(
+    "lost_after", 60, "Seconds without a sign of life from a process that end all of a run."
+)
 _DEVICES = flags.DEFINE_list("devices", ["1", "8", "64"], "Numbers of devices of --mode=plan.")
 _SWEEP = flags.DEFINE_string(
     "sweep", None, "Grid of --mode=sweep: 'field=value,value;seed=0:3'. Default: the config's own."
@@ -75,7 +78,7 @@ def main(argv: list[str]) -> None:
             raise UserError(
                 f"--mode={_MODE.value} is work for one process: leave out --distributed"
             )
-        processes.join(_DISTRIBUTED.value)
+        processes.join(_DISTRIBUTED.value, _LOST_AFTER.value)
     config, mode, file = _CONFIG.value, _MODE.value, None
     if config is not None:
         file = config_flags.get_config_filename(flags.FLAGS["config"])
@@ -113,12 +116,14 @@ def _parse(argv: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO; --verbosity=0 shows
-    try:
-        app.run(main, flags_parser=_parse)
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except Interrupted as interrupted:
-        print(interrupted, file=sys.stderr)
-        sys.exit(interrupted.status)
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from the last checkpoint")
+    with processes.ending(lambda: _LOST_AFTER.value):
+        try:
+            app.run(main, flags_parser=_parse)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        except Interrupted as interrupted:
+            if processes.is_first():
+                print(interrupted, file=sys.stderr)
+            sys.exit(interrupted.status)
+        except KeyboardInterrupt:
+            sys.exit("interrupted: the same command goes on from the last checkpoint")

@@ -74,7 +74,7 @@ def train_mode(config: ConfigDict, workdir: Workdir) -> None:
     """
     if processes.is_first():  # the others would see it being filled
         workdir.check_config(config)
-    if workdir.results.exists():
+    if processes.any_of(workdir.results.exists()):
         say(f"{workdir.path} is finished: its numbers are in {workdir.results}")
         return
     started = time.monotonic()

@@ -365,6 +365,7 @@ def train(
     pending: tuple[int, Metrics] | None = None
     try:
         with interruption.noted() as asked_to_stop:
+            heard = processes.heard()
             for step in range(first, experiment.num_steps, experiment.steps_per_dispatch):
                 state, measured = run_steps(state, arrays)
                 if pending is not None:
@@ -372,7 +373,7 @@ def train(
                 done = step + experiment.steps_per_dispatch
                 pending = done, measured
                 last = done == experiment.num_steps
-                signum = processes.largest(asked_to_stop() or 0)
+                signum = heard(asked_to_stop() or 0)
                 validating = validate is not None and (done % validate_every == 0 or last)
                 saving = done % checkpoint_every == 0 or last or signum
                 if validating or saving:
