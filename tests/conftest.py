@@ -16,13 +16,10 @@ if version("jaxlib").startswith("0.10."):
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
-import numpy as np
 import pytest
+import tiny
 
 from dgm_jax import sharding
-from dgm_jax.core import DataSpec
-from dgm_jax.data.dataset import Config as DataConfig
-from dgm_jax.data.dataset import Dataset, Split
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -65,17 +62,4 @@ def prepared_tfds() -> Path:
 @pytest.fixture(scope="session")
 def tiny_dataset():
     """128 + 24 + 24 random grey images of 4x4 pixels, dynamically binarised."""
-    rng = np.random.default_rng(0)
-    splits = {
-        name: Split(
-            name,
-            rng.integers(0, 256, (num, 4, 4, 1), np.uint8),
-            rng.integers(0, 10, num).astype(np.int32),
-            np.zeros((num, 0), np.int32),
-        )
-        for name, num in (("train", 128), ("validation", 24), ("test", 24))
-    }
-    mean = splits["train"].x.mean(axis=0).astype(np.float32) / 255
-    counts = {name: len(split) for name, split in splits.items()}
-    card = {"event_shape": [4, 4, 1], "support": "binary", "counts": counts, "num_classes": 10}
-    return Dataset(DataConfig(), splits, DataSpec((4, 4, 1), "binary", mean, 128, 10), card)
+    return tiny.images()

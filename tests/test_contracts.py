@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from conftest import REPO, on_one_device
 
 from dgm_jax import config as configs
 from dgm_jax import models, run, writers
-from dgm_jax.core import Batch, DataSpec, Model, Params, UserError, masked_mean
+from dgm_jax.core import Batch, Model, Params, UserError, masked_mean
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood
 from dgm_jax.train import abstract_state, prepare
@@ -31,39 +32,9 @@ def fields(request):
 
 
 @pytest.fixture(scope="module")
-def dataset(fields, tiny_dataset):
+def dataset(fields):
     """What the model accepts of the tiny data."""
-    return _accepted(fields, tiny_dataset)
-
-
-def _accepted(fields, binary):
-    """The first that the model does not refuse: binary images, grey ones, points, or tokens."""
-    for dataset in (binary, *_otherwise(binary)):
-        try:
-            models.check(fields, dataset.spec)
-        except UserError as error:
-            refused = error
-        else:
-            return dataset
-    raise refused
-
-
-def _otherwise(binary):
-    """The grey images that the tiny data are drawn from, and as many points and texts."""
-    config, rng = data.Config(binarisation="none"), np.random.default_rng(1)
-    grey = binary.spec._replace(support="uint8", mean=255 * binary.spec.mean)
-    yield binary._replace(config=config, spec=grey)
-    for support, event in (("real", (2,)), ("tokens", (6,))):
-        splits = {}
-        for name, split in binary.splits.items():
-            shape = (len(split), *event)
-            x = rng.normal(size=shape).astype(np.float32)
-            x = x if support == "real" else rng.integers(0, 5, shape, np.int32)
-            splits[name] = data.Split(name, x, split.labels, split.factors)
-        vocabulary = 5 if support == "tokens" else 0
-        mean = np.zeros(event, np.float32)
-        spec = DataSpec(event, support, mean, 128, 10, vocabulary)
-        yield binary._replace(config=config, splits=splits, spec=spec)
+    return tiny.accepted_by(fields)
 
 
 class Case(NamedTuple):
@@ -95,10 +66,10 @@ def case(fields, dataset):
     ("name", "values"),
     [*((name, {}) for name in models.names()), ("vae", {"model.conditional": True})],
 )
-def test_a_state_is_restored_without_data(name, values, tiny_dataset):
+def test_a_state_is_restored_without_data(name, values):
     """Its shapes are those of the state that training starts from."""
     config = configs.override(configs.experiment(name), {"train.batch_size": BATCH, **values})
-    dataset = _accepted(config.model, tiny_dataset)
+    dataset = tiny.accepted_by(config.model)
     made = prepare(config, dataset)
     batch = data.some(dataset, "train", BATCH)
     start = jax.eval_shape(lambda b: init_state(made.model, made.optimizer, 0, b, True), batch)

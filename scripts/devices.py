@@ -1,0 +1,227 @@
+"""Train every family on several numbers of devices and processes, and compare what comes out.
+
+    python scripts/devices.py --keep                     # all families; docs/reliability.md
+    python scripts/devices.py --families vae gan         # to look at
+
+Devices are simulated on the CPU; processes are real, joined on loopback. Each run is 100 steps of
+the family's default model on tiny data, and the terms of its loss on the test split.
+"""
+
+import argparse
+import importlib.metadata
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path += [str(REPO), str(REPO / "tests")]
+
+import tiny  # noqa: E402
+
+from dgm_jax import config as configs  # noqa: E402
+from dgm_jax import metrics, models, processes, sharding, train  # noqa: E402
+from dgm_jax.data import dataset as data  # noqa: E402
+from dgm_jax.evaluators import likelihood, passes  # noqa: E402
+from dgm_jax.train_step import inputs_of  # noqa: E402
+
+PAGE = REPO / "docs" / "reliability.md"
+STEPS = 100
+COUNTS = (1, 2, 4, 8)
+JOINED = (2, 4)  # real processes
+FAMILIES_JOINED = ("vae", "gan", "vqvae", "masked_diffusion")
+VALUES = {
+    "train.batch_size": 16,
+    "train.duration": f"{STEPS} steps",
+    "train.steps_per_dispatch": 1,  # to see the first
+    "train.validate_every": f"{STEPS} steps",
+    "train.checkpoint_every": f"{STEPS} steps",
+    "eval.batch_size": 24,
+}
+
+Outcome = dict[str, list[np.ndarray]]  # the leaves of what a run came to, by what they are
+
+
+class Difference(NamedTuple):
+    """Largest differences between two outcomes, each relative to the largest entry of its array.
+
+    Attributes:
+      batch: of ids and `x` of the first batch.
+      first_loss: of the first step's losses and terms.
+      gradient: of the first step, which Adam's moments hold.
+      losses: of all steps.
+      params: after the last step, averages included.
+      printed: 0 where the evaluation prints the same.
+    """
+
+    batch: float
+    first_loss: float
+    gradient: float
+    losses: float
+    params: float
+    printed: float
+
+
+def mesh_of(num: int) -> jax.sharding.Mesh:
+    """The first `num` devices of this process."""
+    axis = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((num,), ("data",), axis_types=axis, devices=jax.devices()[:num])
+
+
+def measure(family: str, mesh: jax.sharding.Mesh, num_steps: int = STEPS, **values: Any) -> Outcome:
+    """Train a family for `num_steps` on the devices of `mesh`; `values` override its config."""
+    config = configs.override(configs.experiment(family), {**VALUES, **values})
+    dataset = tiny.accepted_by(config.model)
+    experiment = train.prepare(config, dataset, mesh)
+    state, update = train.initial_state(experiment), train.compile_steps(experiment)
+    arrays, rows = train.training_arrays(experiment), []
+    for _ in range(num_steps):
+        state, measured = update(state, arrays)
+        rows.append(jax.device_get(measured))
+        if len(rows) == 1:
+            gradient = _leaves(state.opt_states)
+    losses = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    terms = likelihood.elbo_terms(experiment.model, num_samples=1)
+    evaluate = passes.compile_pass(terms, dataset, "test", config.eval.batch_size, mesh)
+    found = passes.summarise(evaluate(state.eval_params, config.seed), num_samples=1)
+    return {
+        "batch": _leaves(_first_batch(experiment, arrays)),
+        "first_loss": [values[:1] for values in losses.values()],
+        "gradient": gradient,
+        "losses": list(losses.values()),
+        "params": _leaves((state.params, state.ema)),
+        "printed": [np.frombuffer(metrics.table(found).encode(), np.uint8)] if found else [],
+    }
+
+
+def _leaves(tree: Any) -> list[np.ndarray]:
+    return [processes.on_host(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _first_batch(experiment: train.Experiment, arrays: Any) -> Any:
+    """Ids and `x` as the training step makes them, divided over the devices."""
+    mesh, config, dataset = experiment.mesh, experiment.config, experiment.dataset
+
+    def make(arrays: Any) -> Any:
+        x, labels = arrays["x"], arrays["labels"]
+        ids, rng, _ = inputs_of(config.seed, 0, config.train.batch_size, len(x), ())
+        return data.train_batch(dataset, x, labels, ids, rng)
+
+    return jax.jit(make, out_shardings=sharding.split_batch(mesh))(arrays)
+
+
+def compare(one: Outcome, other: Outcome) -> Difference:
+    """How far apart two runs are."""
+    return Difference(*(_apart(one[of], other[of]) for of in Difference._fields))
+
+
+def _apart(one: list[np.ndarray], other: list[np.ndarray]) -> float:
+    worst = 0.0
+    for a, b in zip(one, other, strict=True):
+        if a.shape != b.shape:
+            return np.inf
+        if not np.array_equal(a, b):
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            worst = max(worst, float(np.max(np.abs(a - b)) / np.max(np.abs(a))))
+    return worst
+
+
+def in_processes(families: Sequence[str], num: int) -> dict[str, Outcome]:
+    """The runs of `num` real processes, each with one device."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, f"--into={folder}", "--families", *families]
+        each = [
+            subprocess.Popen([*command, f"--distributed={address},{num},{i}"]) for i in range(num)
+        ]
+        statuses = [process.wait() for process in each]
+        if any(statuses):
+            sys.exit(f"{num} processes ended with {statuses}")
+        return {family: _read(Path(folder) / f"{family}.npz") for family in families}
+
+
+def _write(path: Path, outcome: Outcome) -> None:
+    np.savez(
+        path, **{f"{of}/{i:04}": a for of, each in outcome.items() for i, a in enumerate(each)}
+    )
+
+
+def _read(path: Path) -> Outcome:
+    with np.load(path, allow_pickle=False) as stored:
+        names = sorted(stored)
+        return {
+            of: [stored[name] for name in names if name.partition("/")[0] == of]
+            for of in Difference._fields
+        }
+
+
+def rows(families: Sequence[str]) -> Iterator[tuple[str, str, Difference]]:
+    """Family, on what, and the largest differences; as they are measured."""
+    ones: dict[str, Outcome] = {}
+    for family in families:
+        ones[family], *others = (measure(family, mesh_of(num)) for num in COUNTS)
+        each = [compare(ones[family], other) for other in others]
+        worst = Difference(*map(max, zip(*each, strict=True)))
+        yield family, f"{', '.join(map(str, COUNTS[1:]))} devices", worst
+        jax.clear_caches()
+    joined = [family for family in families if family in FAMILIES_JOINED]
+    for num in JOINED if joined else ():
+        for family, outcome in in_processes(joined, num).items():
+            yield family, f"{num} processes", compare(ones[family], outcome)
+            alike = compare(measure(family, mesh_of(num)), outcome)
+            yield family, f"{num} processes, from {num} devices of one", alike
+
+
+def cells(found: Difference) -> list[str]:
+    """Of a row; 0 is bit for bit the same."""
+    return ["0" if value == 0 else f"{value:.0e}" for value in found]
+
+
+HEAD = ("family", "on", "ids and `x`", "loss, step 1", "gradient, step 1")
+HEAD += (f"losses of {STEPS} steps", f"parameters after {STEPS}", "as printed")
+
+
+def main() -> None:
+    """Measure, show, and keep."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--families", nargs="+", default=models.names(), metavar="FAMILY")
+    parser.add_argument("--keep", action="store_true", help="write the page")
+    parser.add_argument("--distributed", help=argparse.SUPPRESS)  # for `in_processes`
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.distributed:
+        processes.join(chosen.distributed, lost_after=60)
+        for family in chosen.families:
+            outcome = measure(family, sharding.make_mesh())
+            if processes.is_first():
+                _write(chosen.into / f"{family}.npz", outcome)
+        return
+    from benchmark import around, put
+
+    if chosen.keep:
+        around("devices", PAGE)  # raises where the page could not be written
+    jax.config.update("jax_num_cpu_devices", max(COUNTS))
+    lines, began = [HEAD, ["---"] * len(HEAD)], time.monotonic()
+    for family, on, found in rows(chosen.families):
+        lines.append([f"`{family}`", on, *cells(found)])
+        print(" | ".join(lines[-1]), flush=True)
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    about = f"jax {importlib.metadata.version('jax')}, CPU; {time.monotonic() - began:,.0f} s."
+    print(f"\n{table}\n\n{about}")
+    if chosen.keep:
+        put("devices", f"{table}\n\n{about}", PAGE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Several real processes on loopback make the run that one makes, and none outlives another."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import joined
+import pytest
+from conftest import REPO
+
+from dgm_jax import processes, writers
+from dgm_jax.core import UserError
+from dgm_jax.workdir import Workdir
+
+ENV = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device each
+LOST = "error: another process of this run is lost"
+
+
+def _address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def _in_processes(num, tasks, tmp_path):
+    """What each of them says of its runs."""
+    address, env = _address(), {**ENV, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
+    command = [sys.executable, str(REPO / "tests/joined.py")]
+    outputs = [(tmp_path / f"{num}-{i}.json").open("w+") for i in range(num)]
+    each = [
+        subprocess.Popen([*command, f"{address},{num},{i}", json.dumps(tasks)], stdout=out, env=env)
+        for i, out in enumerate(outputs)
+    ]
+    assert [process.wait(timeout=600) for process in each] == [0] * num
+    said = []
+    for output in outputs:
+        with output:
+            output.seek(0)
+            said.append(json.loads(output.readlines()[-1]))
+    return said
+
+
+def _mesh(num):
+    axis = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((num,), ("data",), axis_types=axis, devices=jax.devices()[:num])
+
+
+def _rows(path):
+    timing = {"seconds", "cpu_seconds", "examples_per_second"}
+    rows = writers.read(Workdir(path).metrics)
+    return [{name: value for name, value in row.items() if name not in timing} for row in rows]
+
+
+def _assert_close(left, right):
+    for a, b in zip(left, right, strict=True):
+        assert a == pytest.approx(b, abs=1e-6) if not isinstance(a, list) else True
+        if isinstance(a, list):
+            _assert_close(a, b)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of one process with two devices, undisturbed."""
+    path = tmp_path_factory.mktemp("alone")
+    return {"path": path, **joined.run(_mesh(2), path)}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Runs of two processes: undisturbed; divided and stopped; of a stopped run of four devices,
+    whose newest checkpoint is damaged."""
+    path = tmp_path_factory.mktemp("pair")
+    assert "step 16" in joined.run(_mesh(4), path / "moved", told_at=12)["stopped"]
+    for file in (path / "moved/checkpoints/16/state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    tasks = [
+        {"path": str(path / "fresh")},
+        {"path": str(path / "divided"), "fsdp": True, "told_at": 8},
+        {"path": str(path / "moved")},
+    ]
+    said = _in_processes(2, tasks, path)
+    assert said[0] == said[1]
+    fresh, divided, moved = said[0]["runs"]
+    start = said[0]["start"]
+    return {"path": path, "fresh": fresh, "divided": divided, "moved": moved, "start": start}
+
+
+def test_two_processes_make_the_run_of_two_devices_bit_for_bit(alone, pair):
+    """State, evaluation, and the rows of the log, each once."""
+    assert pair["fresh"]["state"] == alone["state"]
+    assert pair["fresh"]["evaluation"] == alone["evaluation"]
+    assert _rows(pair["path"] / "fresh") == _rows(alone["path"])
+
+
+def test_all_stop_after_the_same_step_when_one_is_told(pair):
+    """They hear of it a dispatch later."""
+    assert "SIGTERM: stopped after step 16" in pair["divided"]["stopped"]
+
+
+@pytest.mark.parametrize("num", [1, 4])
+def test_what_two_processes_saved_another_number_of_devices_continues(num, alone, pair, tmp_path):
+    """Their state lay in halves."""
+    shutil.copytree(pair["path"] / "divided", tmp_path / "run")
+    _assert_close(joined.run(_mesh(num), tmp_path / "run")["state"], alone["state"])
+
+
+def test_two_processes_continue_what_one_saved(alone, pair):
+    """Both pass over the newest checkpoint, which is damaged."""
+    _assert_close(pair["moved"]["state"], alone["state"])
+    assert (pair["path"] / "moved/damaged_checkpoints/16").is_dir()
+    assert [row["step"] for row in _rows(pair["path"] / "moved")] == [
+        row["step"] for row in _rows(alone["path"])
+    ]
+
+
+def test_four_processes_continue_what_two_saved(alone, pair, tmp_path):
+    shutil.copytree(pair["path"] / "divided", tmp_path / "run")
+    tasks = [{"path": str(tmp_path / "run"), "fsdp": True}]
+    first, *others = _in_processes(4, tasks, tmp_path)
+    assert others == [first] * 3
+    _assert_close(first["runs"][0]["state"], alone["state"])
+    assert first["runs"][0]["evaluation"] == alone["evaluation"]
+
+
+def test_a_divided_run_starts_from_given_parameters(pair):
+    given, params, averages = pair["start"]
+    assert params == given and averages == given
+
+
+def _lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_when_one_is_killed_the_other_ends_and_they_go_on_when_started_again(tmp_path):
+    """Within the time given, in one line, with the status of what may be started again."""
+    flags = {**joined.TINY, "train.duration": "1000000 steps", "model.prior": "standard"}
+    command = [sys.executable, "-m", "dgm_jax.main", "--config=configs/vae_mnist.py:smoke"]
+    command += [f"--workdir={tmp_path / 'run'}", "--lost_after=6"]
+    for name, value in flags.items():
+        text = "".join(f"{v}," for v in value) if isinstance(value, tuple) else value
+        command.append(f"--config.{name}={text}")
+    for killed in (1, 0):
+        address, files = _address(), [tmp_path / f"{killed}-{i}" for i in range(2)]
+        before = max((row["step"] for row in _rows(tmp_path / "run")), default=0)
+        pair = []
+        for i, file in enumerate(files):
+            with file.open("w") as out:
+                how = f"--distributed={address},2,{i}"
+                pair.append(
+                    subprocess.Popen([*command, how], stdout=out, stderr=out, env=ENV, cwd=REPO)
+                )
+        try:
+            while not any(row["step"] > before + 40 for row in _rows(tmp_path / "run")):
+                assert [process.poll() for process in pair] == [None, None], _lines(files[0])
+                time.sleep(0.1)
+            pair[killed].kill()
+            assert pair[1 - killed].wait(timeout=60) == 75
+        finally:
+            for process in pair:
+                process.kill()
+                process.wait()
+        assert _lines(files[1 - killed])[-1].startswith(LOST)
+    assert any(line.startswith("resumed     from") for line in _lines(files[0]))
+    assert not any(line.startswith(("resumed", "model")) for line in _lines(files[1]))
+    steps = [row["step"] for row in _rows(tmp_path / "run") if "vae/loss" in row]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("here", "write auto, or address:port,number of processes,number of this one"),
+        ("localhost:1,two,0", "write auto"),
+        ("localhost:1,2,2", "numbered from 0"),
+        ("auto", "JAX finds no cluster here"),
+    ],
+)
+def test_a_start_that_makes_no_sense_is_refused(how, says):
+    with pytest.raises(UserError, match=f"--distributed='{how}': .*{says}"):
+        processes.join(how, lost_after=60)
+
+
+def test_alone_there_is_nobody_to_wait_for():
+    assert processes.is_first() and not processes.several()
+    assert processes.heard()(15) == 15
+    assert processes.any_of(True) and not processes.any_of(False)
