@@ -4,11 +4,13 @@
     python scripts/devices.py --families vae gan         # to look at
 
 Devices are simulated on the CPU; processes are real, joined on loopback. Each run is 100 steps of
-the family's default model on tiny data, and the terms of its loss on the test split.
+the family's default model on tiny data, and the terms of its loss on the test split. Programs are
+compiled without optimisation, as in the tests: compiling them is what takes time.
 """
 
 import argparse
 import importlib.metadata
+import os
 import socket
 import subprocess
 import sys
@@ -17,6 +19,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # before JAX
 
 import jax
 import numpy as np

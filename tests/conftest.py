@@ -1,6 +1,9 @@
 """A stricter environment than the user's: eight devices, no implicit rank promotion."""
 
 import os
+import shutil
+import subprocess
+import time
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -63,3 +66,69 @@ def prepared_tfds() -> Path:
 def tiny_dataset():
     """128 + 24 + 24 random grey images of 4x4 pixels, dynamically binarised."""
     return tiny.images()
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A SLURM of two nodes, both this machine, with daemons of our own.
+
+    Needs Debian's slurm-wlm and munge, and root.
+    """
+    programs = ("munged", "slurmctld", "slurmd", "sbatch")
+    missing = [name for name in programs if not shutil.which(name, path="/usr/sbin:/usr/bin")]
+    if missing or os.geteuid() != 0:
+        pytest.skip(f"no SLURM here (missing: {', '.join(missing) or 'root'})")
+    config = tmp_path / "slurm.conf"
+    config.write_text(
+        f"""ClusterName=test
+SlurmctldHost={os.uname().nodename}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={tmp_path}/munge.socket
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+ReturnToService=2
+SlurmctldPort=6927
+SlurmctldPidFile={tmp_path}/slurmctld.pid
+SlurmdPidFile={tmp_path}/slurmd-%n.pid
+SlurmdSpoolDir={tmp_path}/spool-%n
+StateSaveLocation={tmp_path}/state
+KillWait=60
+NodeName=n[0-1] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[7011-7012] CPUs=1
+PartitionName=main Nodes=n[0-1] Default=YES MaxTime=INFINITE State=UP
+"""
+    )
+    monkeypatch.setenv("SLURM_CONF", str(config))
+    monkeypatch.setenv("PATH", "/usr/sbin:" + os.environ["PATH"])
+    key = tmp_path / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o600)
+    munged = ["munged", "-F", "-f", f"--key-file={key}", f"--socket={tmp_path}/munge.socket"]
+    munged += [f"--{name}-file={tmp_path}/munge.{name}" for name in ("pid", "log", "seed")]
+    nodes = [["slurmd", "-D", "-N", name] for name in ("n0", "n1")]
+    daemons = []
+    with (tmp_path / "daemons.log").open("w") as log:
+        for command in (munged, ["slurmctld", "-D"], *nodes):
+            daemons.append(subprocess.Popen(command, stdout=log, stderr=log))
+            time.sleep(1.0)
+        yield
+        subprocess.run(["scancel", "--user=root"], check=False)
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait(timeout=30)
+
+
+def preempt(job: str) -> None:
+    """Take a job of that SLURM away, and let it start again without the two minutes' wait."""
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    for _ in range(60):
+        time.sleep(1.0)
+        subprocess.run(
+            ["scontrol", "update", f"jobid={job}", "starttime=now"],
+            capture_output=True,
+            check=False,
+        )

@@ -6,18 +6,33 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
 import joined
+import numpy as np
 import pytest
-from conftest import REPO
+from conftest import REPO, preempt
 
-from dgm_jax import processes, writers
+from dgm_jax import config as configs
+from dgm_jax import processes, sharding, train, writers
+from dgm_jax.checkpoint import Checkpoints, abstract
 from dgm_jax.core import UserError
+from dgm_jax.data import dataset as data
 from dgm_jax.workdir import Workdir
 
 ENV = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device each
+CONFIG = "configs/vae_mnist.py:smoke"
+MNIST = {
+    **joined.TINY,
+    "model.prior": "standard",
+    "model.objective": "elbo",
+    "eval.batch_size": 100,
+    "eval.num_samples": 4,
+    "eval.elbo_samples": 1,
+    "eval.aggregate_examples": 0,
+}
 LOST = "error: another process of this run is lost"
 
 
@@ -58,9 +73,7 @@ def _rows(path):
 
 def _assert_close(left, right):
     for a, b in zip(left, right, strict=True):
-        assert a == pytest.approx(b, abs=1e-6) if not isinstance(a, list) else True
-        if isinstance(a, list):
-            _assert_close(a, b)
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +116,10 @@ def test_all_stop_after_the_same_step_when_one_is_told(pair):
     assert "SIGTERM: stopped after step 16" in pair["divided"]["stopped"]
 
 
-@pytest.mark.parametrize("num", [1, 4])
-def test_what_two_processes_saved_another_number_of_devices_continues(num, alone, pair, tmp_path):
+def test_one_process_continues_what_two_saved(alone, pair, tmp_path):
     """Their state lay in halves."""
     shutil.copytree(pair["path"] / "divided", tmp_path / "run")
-    _assert_close(joined.run(_mesh(num), tmp_path / "run")["state"], alone["state"])
+    _assert_close(joined.run(_mesh(1), tmp_path / "run")["state"], alone["state"])
 
 
 def test_two_processes_continue_what_one_saved(alone, pair):
@@ -133,18 +145,26 @@ def test_a_divided_run_starts_from_given_parameters(pair):
     assert params == given and averages == given
 
 
+def _flags(path, values):
+    """Of the command line."""
+    text = {
+        n: "".join(f"{i}," for i in v) if isinstance(v, tuple) else v for n, v in values.items()
+    }
+    return [
+        f"--workdir={path}",
+        f"--config={CONFIG}",
+        *(f"--config.{n}={v}" for n, v in text.items()),
+    ]
+
+
 def _lines(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
 def test_when_one_is_killed_the_other_ends_and_they_go_on_when_started_again(tmp_path):
     """Within the time given, in one line, with the status of what may be started again."""
-    flags = {**joined.TINY, "train.duration": "1000000 steps", "model.prior": "standard"}
-    command = [sys.executable, "-m", "dgm_jax.main", "--config=configs/vae_mnist.py:smoke"]
-    command += [f"--workdir={tmp_path / 'run'}", "--lost_after=6"]
-    for name, value in flags.items():
-        text = "".join(f"{v}," for v in value) if isinstance(value, tuple) else value
-        command.append(f"--config.{name}={text}")
+    command = [sys.executable, "-m", "dgm_jax.main", "--lost_after=6"]
+    command += _flags(tmp_path / "run", {**MNIST, "train.duration": "1000000 steps"})
     for killed in (1, 0):
         address, files = _address(), [tmp_path / f"{killed}-{i}" for i in range(2)]
         before = max((row["step"] for row in _rows(tmp_path / "run")), default=0)
@@ -190,3 +210,42 @@ def test_alone_there_is_nobody_to_wait_for():
     assert processes.is_first() and not processes.several()
     assert processes.heard()(15) == 15
     assert processes.any_of(True) and not processes.any_of(False)
+
+
+def test_a_preempted_job_of_a_cluster_ends_as_the_undisturbed_run(slurm, tmp_path, monkeypatch):
+    """A process on each of two nodes, by the script that users copy; bit for bit."""
+    values = {**MNIST, "train.duration": "2000 steps", "train.steps_per_dispatch": 20}
+    values |= {"train.validate_every": "500 steps", "train.checkpoint_every": "100 steps"}
+    config = configs.load(str(REPO / CONFIG), values)
+    experiment = train.prepare(config, data.load(configs.section(config, "data")), _mesh(2))
+    with Workdir(tmp_path / "alone").claimed(config, {}, np.zeros(1)):
+        undisturbed, _ = train.train(experiment, Workdir(tmp_path / "alone"))
+
+    monkeypatch.setenv("XLA_FLAGS", ENV["XLA_FLAGS"])
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", _address())  # nobody knows the name of the node
+    path, log = tmp_path / "run", tmp_path / "job.log"
+    command = ["sbatch", "--parsable", f"--output={log}", "scripts/slurm/train.sbatch"]
+    submitted = subprocess.run(
+        [*command, *_flags(path, values)], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    job = submitted.stdout.strip()
+    while not (path / "checkpoints/200").exists():
+        assert _in_queue(job), log.read_text()
+        time.sleep(0.1)
+    threading.Thread(target=preempt, args=[job], daemon=True).start()
+    while not (path / "results.json").exists():
+        assert _in_queue(job), log.read_text()
+        time.sleep(0.5)
+    said = log.read_text()
+    assert "SIGTERM: stopped after step" in said and "resumed     from the checkpoint" in said
+    like = abstract(undisturbed, sharding.replicated(experiment.mesh))
+    found = Checkpoints(path / "checkpoints").restore(like, print)
+    jax.tree.map(np.testing.assert_array_equal, found, undisturbed)
+    assert _rows(path) == _rows(tmp_path / "alone")
+
+
+def _in_queue(job):
+    """Of SLURM, waiting or running."""
+    done = subprocess.run(["squeue", "-h", "-j", job], capture_output=True, text=True)
+    return bool(done.stdout.strip())

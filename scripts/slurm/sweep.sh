@@ -1,0 +1,16 @@
+#!/bin/bash
+# Submit a sweep as an array of jobs, one for each of its programs; waits, and writes the table.
+#
+#     scripts/slurm/sweep.sh configs/beta_vae_mnist.py gpu 'model.beta=1,2,4;seed=0:3'
+#
+# The arguments are the config, a partition and, in place of the config's own, a grid. A preempted job
+# is queued again. Given again after an interruption, the same command submits what is left.
+
+set -euo pipefail
+config=${1:?give a config, a partition and perhaps a grid}
+partition=${2:?give a partition}
+grid=${3:+--sweep=$3}
+PYTHON=${PYTHON:-.venv/bin/python}
+
+exec "$PYTHON" -m dgm_jax.main --mode=sweep --config="$config" ${grid:+"$grid"} \
+    --launcher="slurm;slurm_partition=$partition;gpus_per_node=${GPUS:-1};timeout_min=${MINUTES:-1440}"
