@@ -41,6 +41,8 @@ STEPS = 100
 COUNTS = (1, 2, 4, 8)
 JOINED = (2, 4)  # real processes
 FAMILIES_JOINED = ("vae", "gan", "vqvae", "masked_diffusion")
+# Steps in proportion to gradients, where Adam's are in proportion to their signs.
+PLAIN = {"optimizer.eps": 1.0, "optimizer.learning_rate": 0.03}
 VALUES = {
     "train.batch_size": 16,
     "train.duration": f"{STEPS} steps",
@@ -176,6 +178,9 @@ def rows(families: Sequence[str]) -> Iterator[tuple[str, str, Difference]]:
         each = [compare(ones[family], other) for other in others]
         worst = Difference(*map(max, zip(*each, strict=True)))
         yield family, f"{', '.join(map(str, COUNTS[1:]))} devices", worst
+        if family == "vae":
+            plain = [measure(family, mesh_of(num), **PLAIN) for num in (1, 8)]
+            yield family, "8 devices, Adam's ε = 1", compare(*plain)
         jax.clear_caches()
     joined = [family for family in families if family in FAMILIES_JOINED]
     for num in JOINED if joined else ():
