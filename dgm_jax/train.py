@@ -339,12 +339,12 @@ def train(
     restored = checkpoints.restore(abstract(state, state_shardings(experiment)), say)
     if restored is not None:
         state = restored
-        checkpoints.set_aside_after(int(state.step))
         say(f"resumed     from the checkpoint of step {int(state.step):,}")
     elif params is not None:
         state = start_from(state, params)
-    best = _Best(experiment, workdir, int(state.step))
-    first = int(state.step)
+    done = first = int(state.step)
+    checkpoints.tidy(first)
+    best = _Best(experiment, workdir, first)
     processes.wait_for_all("earlier rows are read")
     log = _Log(experiment, workdir, first)
 
@@ -362,8 +362,8 @@ def train(
     checkpoint_every = experiment.steps("checkpoint_every")
 
     pending: tuple[int, Metrics] | None = None
-    try:
-        with interruption.noted() as asked_to_stop:
+    with interruption.noted() as asked_to_stop:
+        try:
             for step in range(first, experiment.num_steps, experiment.steps_per_dispatch):
                 state, measured = run_steps(state, arrays)
                 if pending is not None:
@@ -382,17 +382,20 @@ def train(
                     best.save_if_better(state, done, found)
                 if saving:
                     _refuse_non_finite_parameters(done, state)
+                    best.wait()  # who goes on from here takes it that the best so far is there
                     checkpoints.save(state)
-                if signum and not last:
-                    raise Interrupted(signum, done)
-    except NonFiniteError as error:
-        write_json(workdir.replay, {"step": error.step, "what": error.what})
-        raise
-    finally:
-        # Also after an error or an interrupt: a save under way is finished, rows are kept.
-        checkpoints.close()
-        best.close()
-        log.close()
+                if signum:
+                    break
+        except NonFiniteError as error:
+            write_json(workdir.replay, {"step": error.step, "what": error.what})
+            raise
+        finally:
+            # Also after an error or an interrupt: a save under way is finished, rows are kept.
+            checkpoints.close()
+            best.close()
+            log.close()
+        if signum := processes.largest(asked_to_stop() or 0):
+            raise Interrupted(signum, done)
     if config.train.keep_best:
         state = best_or_newest(workdir, abstract(state, state_shardings(experiment)))
     return state, log.seconds
@@ -422,8 +425,10 @@ class _Best:
         if value > self._value:
             self._value = value
             _refuse_non_finite_parameters(step, state)
-            if step not in self._checkpoints.steps:  # saved before the interruption
-                self._checkpoints.save(state)
+            self._checkpoints.save(state)
+
+    def wait(self) -> None:
+        self._checkpoints.wait()
 
     def close(self) -> None:
         self._checkpoints.close()

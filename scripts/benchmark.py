@@ -213,18 +213,19 @@ def keep(section: str, record: dict[str, Any], table: Callable[[dict[str, Any]],
     PAGE.write_text(f"{before}{table(record)}\n{after}")
 
 
-def around(section: str) -> tuple[str, str]:
-    """The page up to and from a section's table, marks included.
+def around(section: str, page: Path | None = None) -> tuple[str, str]:
+    """A page, of this script's by default, up to and from a section's table, marks included.
 
     Raises:
       SystemExit: there is no such page, or the marks are not in it.
     """
     start, end = f"<!-- {section}: start -->\n", f"<!-- {section}: end -->"
-    text = PAGE.read_text() if PAGE.exists() else ""
+    page = page or PAGE
+    text = page.read_text() if page.exists() else ""
     before, found, rest = text.partition(start)
     _, closed, after = rest.partition(end)
     if not (found and closed):
-        sys.exit(f"{PAGE}: needs the lines {start.strip()} and {end}, in this order")
+        sys.exit(f"{page}: needs the lines {start.strip()} and {end}, in this order")
     return before + start, end + after
 
 
