@@ -456,7 +456,7 @@ class _Log:
         spent, self._mark = {name: now[name] - self._mark[name] for name in now}, now
         self.seconds = {name: self.seconds[name] + spent[name] for name in now}
         elapsed = spent["training"]
-        row = {name: float(np.mean(values)) for name, values in measured.items()}
+        row = means(measured)
         examples_per_second = steps * self._experiment.config.train.batch_size / elapsed
         times = {"seconds": self.seconds["training"], "cpu_seconds": self.seconds["training_cpu"]}
         self._writer.write(step, {**row, "examples_per_second": examples_per_second, **times})
@@ -509,15 +509,38 @@ class NonFiniteError(UserError):
 def refuse_non_finite(step: int, num_steps: int, measured: Mapping[str, np.ndarray]) -> None:
     """Refuse metrics `[num_steps]` of the updates up to number `step` that are not finite.
 
+    Those of skipped updates may be whatever they are.
+
     Raises:
       NonFiniteError: names the metrics and the step at which they first are not.
     """
-    bad = {name: np.flatnonzero(~np.isfinite(values)) for name, values in measured.items()}
+    bad = {
+        name: np.flatnonzero(~np.isfinite(values) & ~_skipped(measured, name))
+        for name, values in measured.items()
+    }
     bad = {name: where[0] for name, where in bad.items() if where.size}
     if bad:
         at = min(bad.values())
         names = ", ".join(name for name, where in bad.items() if where == at)
         raise NonFiniteError(f"{names} is", step - num_steps + int(at) + 1)
+
+
+def means(measured: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Means of metrics `[K]` over the updates that were made, and how many were skipped."""
+    row = {}
+    for name, values in measured.items():
+        made = ~_skipped(measured, name)
+        if name.endswith("/skipped"):
+            row[name] = float(values.sum())
+        elif made.any():
+            row[name] = float(values[made].mean())
+    return row
+
+
+def _skipped(measured: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Which of the K updates that a metric is of were skipped: bool `[K]`."""
+    player, values = name.partition("/")[0], measured[name]
+    return measured.get(f"{player}/skipped", np.zeros_like(values)) > 0
 
 
 def _refuse_non_finite_parameters(step: int, state: TrainState) -> None:

@@ -95,7 +95,8 @@ def train(
       Interrupted: SIGTERM or Ctrl-C came; what was reached is saved.
     """
     experiment, *_ = [prepare(config, dataset) for config in members]  # each is checked
-    for field in ("mesh.fsdp", "train.keep_best", "train.init_from"):
+    absent = "mesh.fsdp", "train.keep_best", "train.init_from", "optimizer.skip_non_finite"
+    for field in absent:
         if value := configs.value_of(experiment.config, field):
             raise UserError(f"{field}={value!r}: there is no such thing in a sweep; leave it out")
     state, run_steps, arrays = compile_members(experiment, members)
