@@ -2,12 +2,14 @@
 
     python scripts/torture.py --keep                    # 50 interruptions of every family
     python scripts/torture.py --families vae sweep --interruptions 8 --seed 1
+    python scripts/torture.py --saving --keep           # the time of a dispatch during a save
 
 Every family is trained tiny by the usual command, one process an attempt, and disturbed: killed,
 told to stop, on a full disk, its newest checkpoint damaged, and so on (`KINDS`). The same command
 goes on, until one attempt comes to the end: then each leaf of the last checkpoint must equal that
 of the run nobody disturbed bit for bit, and the rows of metrics and the results must be the same.
-With --keep the table goes between the marks of its section of docs/reliability.md.
+With --keep each family's counts go to docs/reliability.json when it is done, and the table of all
+that are there between the marks of its section of docs/reliability.md.
 
 The processes are forked from this one, which has imported everything and has not started JAX. This
 file is their config as well: `--config=scripts/torture.py:vae`.
@@ -71,7 +73,7 @@ TIMING = {"seconds", "cpu_seconds", "examples_per_second"}
 SWEEP = "sweep"
 GRID = "model.beta=0.5,2;seed=0:2"
 
-NUM_STEPS = 16
+NUM_STEPS, DISPATCHES = 16, 60
 # Saved every second dispatch and validated as often: 8 dispatches, 4 checkpoints.
 SHORT = {
     "train.batch_size": 16,
@@ -689,6 +691,44 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", below])
 
 
+def measure_saving() -> dict[str, Any]:
+    """Seconds of a dispatch of the default recipe, during a save and otherwise.
+
+    A checkpoint is saved after every third: the one that follows starts when the save has copied
+    the state, and runs beside the rest of it.
+    """
+    fields = {
+        "train.duration": f"{DISPATCHES * 20} steps",
+        "train.steps_per_dispatch": 20,
+        "train.validate_every": f"{DISPATCHES * 20} steps",
+        "train.checkpoint_every": "60 steps",
+        "data.source": "embedded",
+        "eval.num_samples": 2,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Workdir(Path(folder) / "run")
+        run.train_mode(configs.load(str(REPO / "configs/vae_mnist.py"), fields), workdir)
+        rows = [r for r in map(json.loads, workdir.metrics.open()) if "seconds" in r]
+        size = _size_of_a_checkpoint(Run("vae", workdir.path))
+    seconds = np.diff([row["seconds"] for row in rows])[2:]  # the first are slow to start
+    after_a_save = np.array([row["step"] % 60 == 20 for row in rows[1:]])[2:]
+    return {
+        "dispatches": len(seconds),
+        "bytes": size,
+        "during": float(np.median(seconds[after_a_save])),
+        "otherwise": float(np.median(seconds[~after_a_save])),
+    }
+
+
+def about_saving(found: dict[str, Any]) -> str:
+    """What `measure_saving` has found, in words."""
+    return (
+        f"Of {found['dispatches']} dispatches of 20 steps of `configs/vae_mnist.py`, those during "
+        f"which a checkpoint of {found['bytes'] / 1e6:.0f} MB was saved took "
+        f"{1e3 * found['during']:.0f} ms (median), the others {1e3 * found['otherwise']:.0f} ms."
+    )
+
+
 def recorded(section: str) -> dict[str, Any]:
     """What was measured before."""
     return json.loads(RECORD.read_text()).get(section, {}) if RECORD.exists() else {}
@@ -712,8 +752,16 @@ def main() -> None:
     parser.add_argument("--interruptions", type=int, default=50, help="of each family (50)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (0)")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--keep", action="store_true", help="write the page")
+    parser.add_argument("--saving", action="store_true", help="time dispatches during a save")
+    parser.add_argument("--keep", action="store_true", help="write the record and the page")
     chosen = parser.parse_args()
+    if chosen.saving:
+        leave_out_what_takes_long()
+        found = measure_saving()
+        print(about_saving(found))
+        if chosen.keep:
+            keep("saving", found, about_saving)
+        return
     datasets = {name: dataset_of(name) for name in models.names()}
     for module in (run, sweep):
         module.load_data = lambda config: datasets[config.model.name]
