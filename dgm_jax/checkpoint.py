@@ -4,8 +4,11 @@ import functools
 import hashlib
 import itertools
 import math
+import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,10 @@ from dgm_jax.train_state import TrainState
 # Its import takes as long as JAX's: at run time only where there is something to read or save.
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
+
+
+class OtherLayoutError(ValueError):
+    """A checkpoint whose arrays have other names or shapes than they should have here."""
 
 
 class Checkpoints:
@@ -46,22 +53,35 @@ class Checkpoints:
         return ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=False),
-            item_names=("state", "digest"),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "digest": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def save(self, state: TrainState) -> None:
-        """Start saving `state` and return; a save still running is waited for first."""
+        """Start saving `state` and return; a save still running is waited for first.
+
+        What was saved before an interruption is not saved again: it is the same.
+
+        Raises:
+          UserError: this one or the one before cannot be written, as on a full disk.
+        """
         import orbax.checkpoint as ocp
 
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._manager.save(
-            int(np.max(state.step)),  # of a sweep's members, some may have stopped
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                digest=ocp.args.JsonSave({"sha256": _digest(state)}),
-            ),
-            force=True,
-        )
+        step = int(np.max(state.step))  # of a sweep's members, some may have stopped
+        if step in self.steps:
+            return
+        with self._writing():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    digest=ocp.args.JsonSave({"sha256": _digest(state)}),
+                ),
+                force=True,
+            )
 
     @property
     def steps(self) -> list[int]:
@@ -75,19 +95,29 @@ class Checkpoints:
 
         Args:
           abstract_state: shapes, dtypes and shardings to restore to.
-          announce: told of each damaged checkpoint that was passed over.
+          announce: told of each checkpoint that was passed over, and why.
 
         Raises:
-          UserError: there are checkpoints, and every one is damaged.
+          UserError: there are checkpoints, and none can be read: each is damaged, or of another
+            layout, of which the first field that differs is named.
         """
-        steps = self.steps[::-1]
+        steps, other = self.steps[::-1], ""
         for step in steps:
-            state, why = self._read(step, abstract_state)
-            if not processes.any_of(bool(why)):
+            state, error = self._read(step, abstract_state)
+            if not processes.any_of(error is not None):
                 return state
+            if isinstance(error, OtherLayoutError):
+                what, other = f"has another layout ({error})", other or str(error)
+            else:
+                what = f"is damaged ({reason(error) if error else 'so another process finds'})"
             announce(
-                f"WARNING: the checkpoint of step {step:,} is damaged "
-                f"({why or 'so another process finds'}); falling back to the one before"
+                f"WARNING: the checkpoint of step {step:,} {what}; falling back to the one before"
+            )
+        if other:
+            raise UserError(
+                f"no checkpoint in {self._directory} (steps {steps}) fits this version of the "
+                f"code: {other}; go on with the version that wrote it, or move the directory away "
+                "to start again"
             )
         if steps:
             raise UserError(
@@ -96,39 +126,82 @@ class Checkpoints:
             )
         return None
 
-    def set_aside_after(self, step: int) -> None:
-        """Move checkpoints newer than `step`, which are damaged, out of the way of new ones."""
-        for newer in self._manager.all_steps():
-            if newer > step and processes.is_first():
+    def tidy(self, step: int) -> None:
+        """Make room for what comes after `step`, from which training goes on.
+
+        Newer checkpoints, which cannot be read, are moved to `damaged_checkpoints`; what is left of
+        saves that never came to their end is removed.
+        """
+        if not self._directory.exists():
+            return
+        if processes.is_first():
+            for newer in (there for there in self.steps if there > step):
                 folder = self._directory.parent / "damaged_checkpoints"
                 folder.mkdir(exist_ok=True)
                 names = itertools.chain([f"{newer}"], (f"{newer}-{i}" for i in itertools.count(2)))
                 free = next(name for name in names if not (folder / name).exists())
                 shutil.move(self._directory / str(newer), folder / free)
-        processes.wait_for_all("damaged checkpoints are set aside")
+            for unfinished in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished)
+        processes.wait_for_all("the checkpoints are tidied")
         self._manager.reload()
 
-    def close(self) -> None:
-        """Wait until everything is on disk."""
-        if "_manager" in vars(self):
-            self._manager.wait_until_finished()
-            self._manager.close()
+    def wait(self) -> None:
+        """Return when what was saved is on disk.
 
-    def _read(self, step: int, abstract_state: TrainState) -> tuple[TrainState | None, str]:
+        Raises:
+          UserError: it cannot be written.
+        """
+        if "_manager" in vars(self):
+            with self._writing():
+                self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        try:
+            self.wait()
+        finally:
+            if "_manager" in vars(self):
+                self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax raises many kinds for a disk that is full.
+            why = reason(error.__cause__ or error)
+            if code := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's, at length
+                why = os.strerror(int(code[1]))
+            raise UserError(
+                f"a checkpoint cannot be written to {self._directory} ({why}): see that the "
+                "disk has room; the same command goes on from the last whole checkpoint"
+            ) from error
+
+    def _read(
+        self, step: int, abstract_state: TrainState
+    ) -> tuple[TrainState | None, BaseException | None]:
         """The state of a checkpoint, or why this process cannot read it; all must ask."""
         import orbax.checkpoint as ocp
 
         like = {"state": ocp.args.StandardRestore(abstract_state), "digest": ocp.args.JsonRestore()}
-        item, why = None, ""
+        item, error = None, None
         try:
+            about = self._manager.item_metadata(step)["state"]
+            if about is None:
+                raise ValueError("it does not say what it holds")
+            _refuse_another_layout(about.tree, abstract_state)
             _refuse_large_parts(self._directory / str(step) / "state", abstract_state)
             item = self._manager.restore(step, args=ocp.args.Composite(**like))
-        except Exception as error:  # Orbax raises many kinds for a damaged file.
-            why = reason(error.__cause__ or error)
+        except Exception as raised:  # Orbax raises many kinds for a damaged file.
+            error = raised.__cause__ or raised
         # To digest a state that is divided takes all processes.
         if not processes.any_of(item is None) and _digest(item.state) != item.digest["sha256"]:
-            why = "its values do not match their SHA-256"
-        return item and item.state, why
+            error = ValueError("its values do not match their SHA-256")
+        return item and item.state, error
 
 
 def abstract(state: TrainState, shardings: Any) -> TrainState:
@@ -161,6 +234,22 @@ def _refuse_large_parts(folder: Path, abstract_state: TrainState) -> None:
         part = math.prod(about["chunks"]) * np.dtype(about["dtype"]).itemsize
         if part > max(leaf.size, 1) * leaf.dtype.itemsize:
             raise ValueError(f"{name} is stored in parts of {part:,} bytes")
+
+
+def _refuse_another_layout(stored: Any, state: TrainState) -> None:
+    """Raise where what is stored does not have the arrays of `state`; names the first."""
+    there, here = _layout(stored), _layout(state)
+    for name in {**here, **there}:
+        if there.get(name) != here.get(name):
+            found, wanted = there.get(name, "absent"), here.get(name, "absent")
+            raise OtherLayoutError(f"{name} is {found} there and {wanted} here")
+
+
+def _layout(tree: Any) -> Mapping[str, str]:
+    """Array by array: `{"params.vae.params.Dense_0.kernel": "float32 (3, 4)"}`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+    return {name(path): f"{leaf.dtype} {tuple(leaf.shape)}" for path, leaf in leaves}
 
 
 def _digest(state: TrainState) -> str:

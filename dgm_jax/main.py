@@ -14,14 +14,16 @@
 Any field of the config can be set on the command line: --config.model.latents=40.
 """
 
+import errno
 import importlib
+import signal
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dgm_jax import cache, processes, run
+from dgm_jax import cache, interruption, processes, run
 from dgm_jax import config as configs
 from dgm_jax.core import UserError
 from dgm_jax.interruption import Interrupted
@@ -114,7 +116,11 @@ def _parse(argv: list[str]) -> list[str]:
         raise UserError(f"{error} (--help lists the flags)") from error
 
 
+# Of a disk that is full, a quota that is used up, a file that grew too large.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interruption.leave)  # but while training, which saves first
     logging.set_verbosity(logging.WARNING)  # Orbax reports every save at INFO; --verbosity=0 shows
     with processes.ending(lambda: _LOST_AFTER.value):
         try:
@@ -125,5 +131,12 @@ if __name__ == "__main__":
             if processes.is_first():
                 print(interrupted, file=sys.stderr)
             sys.exit(interrupted.status)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            sys.exit(
+                f"error: {error}: make room; the same command goes on from the last checkpoint"
+            )
         except KeyboardInterrupt:
-            sys.exit("interrupted: the same command goes on from the last checkpoint")
+            print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)

@@ -1,6 +1,7 @@
 """From the `optimizer` section to an optax chain. Every number may be traced."""
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,9 @@ class Config:
       weight_decay: decoupled (Loshchilov & Hutter 2019), on arrays of two or more dimensions.
       clip_norm: the gradient is scaled down to this global norm where it exceeds it.
       ema: decay of the averaged parameters that evaluation uses; 0 keeps none.
+      skip_non_finite: how many updates in a row are skipped, and counted in the metric `skipped`,
+        where a gradient is not finite; after one more, or at the first with 0, training stops. A
+        loss that is not finite though its gradient is stops it in any case.
     """
 
     name: str = "adamw"
@@ -37,6 +41,7 @@ class Config:
     weight_decay: float = 0.0
     clip_norm: float = 100.0
     ema: float = 0.999
+    skip_non_finite: int = 0
 
 
 NAMES = ("adamw", "muon")
@@ -64,6 +69,8 @@ def check(config: Config) -> None:
     for field in ("eps", "clip_norm"):
         if not getattr(config, field) > 0:
             raise UserError(f"optimizer.{field}={getattr(config, field)}: must be above 0")
+    if config.skip_non_finite < 0:
+        raise UserError(f"optimizer.skip_non_finite={config.skip_non_finite}: must be at least 0")
 
 
 def schedule(config: Config, num_steps: int) -> optax.Schedule:
@@ -100,7 +107,43 @@ def build(config: Config, num_steps: int) -> optax.GradientTransformation:
             },
             lambda params: jax.tree.map(lambda p: "matrix" if p.ndim == 2 else "rest", params),
         )
-    return optax.chain(clip_by_global_norm(config.clip_norm), rule)
+    rule = optax.chain(clip_by_global_norm(config.clip_norm), rule)
+    return skip_non_finite(rule, config.skip_non_finite) if config.skip_non_finite else rule
+
+
+class SkipState(NamedTuple):
+    """The state of `skip_non_finite`.
+
+    Attributes:
+      in_a_row: int32 `[]`, updates skipped since the last that was made.
+      inner: the state of the optimizer, as the last update that was made has left it.
+    """
+
+    in_a_row: jax.Array
+    inner: Any
+
+
+def skip_non_finite(
+    optimizer: optax.GradientTransformation, most: int
+) -> optax.GradientTransformation:
+    """Make no update where the gradient's norm is not finite, but not more than `most` in a row.
+
+    What comes after them is applied whatever it is, so that the end of a burst is never missed, and
+    one without an end is seen in the parameters. `optax.apply_if_finite` does the same, but its
+    state does not say which update was skipped.
+    """
+
+    def init(params: Params) -> SkipState:
+        return SkipState(jnp.int32(0), optimizer.init(params))
+
+    def update(grads: Params, state: SkipState, params: Params) -> tuple[Params, SkipState]:
+        skip = ~jnp.isfinite(optax.tree.norm(grads)) & (state.in_a_row < most)
+        updates, inner = optimizer.update(grads, state.inner, params)
+        updates = jax.tree.map(lambda new: jnp.where(skip, 0, new), updates)
+        inner = jax.tree.map(lambda old, new: jnp.where(skip, old, new), state.inner, inner)
+        return updates, SkipState(jnp.where(skip, state.in_a_row + 1, 0), inner)
+
+    return optax.GradientTransformation(init, update)
 
 
 def clip_by_global_norm(max_norm: float | jax.Array) -> optax.GradientTransformation:

@@ -340,12 +340,12 @@ def train(
     restored = checkpoints.restore(abstract(state, state_shardings(experiment)), say)
     if restored is not None:
         state = restored
-        checkpoints.set_aside_after(int(state.step))
         say(f"resumed     from the checkpoint of step {int(state.step):,}")
     elif params is not None:
         state = start_from(state, params)
-    best = _Best(experiment, workdir, int(state.step))
-    first = int(state.step)
+    done = first = int(state.step)
+    checkpoints.tidy(first)
+    best = _Best(experiment, workdir, first)
     processes.wait_for_all("earlier rows are read")
     log = _Log(experiment, workdir, first)
 
@@ -363,9 +363,9 @@ def train(
     checkpoint_every = experiment.steps("checkpoint_every")
 
     pending: tuple[int, Metrics] | None = None
-    try:
-        with interruption.noted() as asked_to_stop:
-            heard = processes.heard()
+    with interruption.noted() as asked_to_stop:
+        heard = processes.heard()
+        try:
             for step in range(first, experiment.num_steps, experiment.steps_per_dispatch):
                 state, measured = run_steps(state, arrays)
                 if pending is not None:
@@ -384,17 +384,20 @@ def train(
                     best.save_if_better(state, done, found)
                 if saving:
                     _refuse_non_finite_parameters(done, state)
+                    best.wait()  # who goes on from here takes it that the best so far is there
                     checkpoints.save(state)
-                if signum and not last:
-                    raise Interrupted(signum, done)
-    except NonFiniteError as error:
-        write_json(workdir.replay, {"step": error.step, "what": error.what})
-        raise
-    finally:
-        # Also after an error or an interrupt: a save under way is finished, rows are kept.
-        checkpoints.close()
-        best.close()
-        log.close()
+                if signum:
+                    break
+        except NonFiniteError as error:
+            write_json(workdir.replay, {"step": error.step, "what": error.what})
+            raise
+        finally:
+            # Also after an error or an interrupt: a save under way is finished, rows are kept.
+            checkpoints.close()
+            best.close()
+            log.close()
+        if signum := heard(asked_to_stop() or 0):
+            raise Interrupted(signum, done)
     if config.train.keep_best:
         state = best_or_newest(workdir, abstract(state, state_shardings(experiment)))
     return state, log.seconds
@@ -424,8 +427,10 @@ class _Best:
         if value > self._value:
             self._value = value
             _refuse_non_finite_parameters(step, state)
-            if step not in self._checkpoints.steps:  # saved before the interruption
-                self._checkpoints.save(state)
+            self._checkpoints.save(state)
+
+    def wait(self) -> None:
+        self._checkpoints.wait()
 
     def close(self) -> None:
         self._checkpoints.close()
@@ -453,7 +458,7 @@ class _Log:
         spent, self._mark = {name: now[name] - self._mark[name] for name in now}, now
         self.seconds = {name: self.seconds[name] + spent[name] for name in now}
         elapsed = spent["training"]
-        row = {name: float(np.mean(values)) for name, values in measured.items()}
+        row = means(measured)
         examples_per_second = steps * self._experiment.config.train.batch_size / elapsed
         times = {"seconds": self.seconds["training"], "cpu_seconds": self.seconds["training_cpu"]}
         self._writer.write(step, {**row, "examples_per_second": examples_per_second, **times})
@@ -506,15 +511,38 @@ class NonFiniteError(UserError):
 def refuse_non_finite(step: int, num_steps: int, measured: Mapping[str, np.ndarray]) -> None:
     """Refuse metrics `[num_steps]` of the updates up to number `step` that are not finite.
 
+    Those of skipped updates may be whatever they are.
+
     Raises:
       NonFiniteError: names the metrics and the step at which they first are not.
     """
-    bad = {name: np.flatnonzero(~np.isfinite(values)) for name, values in measured.items()}
+    bad = {
+        name: np.flatnonzero(~np.isfinite(values) & ~_skipped(measured, name))
+        for name, values in measured.items()
+    }
     bad = {name: where[0] for name, where in bad.items() if where.size}
     if bad:
         at = min(bad.values())
         names = ", ".join(name for name, where in bad.items() if where == at)
         raise NonFiniteError(f"{names} is", step - num_steps + int(at) + 1)
+
+
+def means(measured: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Means of metrics `[K]` over the updates that were made, and how many were skipped."""
+    row = {}
+    for name, values in measured.items():
+        made = ~_skipped(measured, name)
+        if name.endswith("/skipped"):
+            row[name] = float(values.sum())
+        elif made.any():
+            row[name] = float(values[made].mean())
+    return row
+
+
+def _skipped(measured: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Which of the K updates that a metric is of were skipped: bool `[K]`."""
+    player, values = name.partition("/")[0], measured[name]
+    return measured.get(f"{player}/skipped", np.zeros_like(values)) > 0
 
 
 def _refuse_non_finite_parameters(step: int, state: TrainState) -> None:

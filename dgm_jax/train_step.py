@@ -71,7 +71,8 @@ def train_step(
 
     Returns:
       The state after, and float32 `[]` metrics named `player/loss`, `player/grad_norm` and
-      `player/<term>` (nats per example).
+      `player/<term>` (nats per example); with `optimizer.skip_non_finite` also `player/skipped`,
+      1 where the player's update was skipped, else 0.
     """
     metrics: Metrics = {}
     params, opt_states = dict(state.params), dict(state.opt_states)
@@ -81,9 +82,15 @@ def train_step(
         grads, measured, new_state = _mean_over_parts(of_part, batch, rngs[name], num_parts)
         updates, opt_states[name] = optimizer.update(grads, opt_state, own)
         params[name] = optax.apply_updates(own, updates)
+        measured["grad_norm"] = optax.tree.norm(grads)
+        if isinstance(opt_states[name], optim.SkipState):
+            skipped = opt_states[name].in_a_row > 0
+            measured["skipped"] = skipped.astype(jnp.float32)
+            if new_state is not None:
+                keep = functools.partial(jnp.where, skipped)
+                new_state = jax.tree.map(keep, params["state"], new_state)
         if new_state is not None:
             params["state"] = new_state
-        measured["grad_norm"] = optax.tree.norm(grads)
         metrics |= {f"{name}/{metric}": value for metric, value in measured.items()}
     ema = state.ema
     if ema is not None:

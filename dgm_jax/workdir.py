@@ -158,7 +158,7 @@ class Workdir(NamedTuple):
                     f"{self.path} belongs to another config ({'; '.join(differs)}): "
                     "choose another --workdir"
                 )
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and not is_new(self.path):
             raise UserError(
                 f"{self.path} is not empty and is no work directory: choose another --workdir"
             )
@@ -230,6 +230,11 @@ class Workdir(NamedTuple):
             lock.release()
 
 
+def is_new(path: Path) -> bool:
+    """Whether a directory has nothing in it but what a start that was cut short may leave."""
+    return path.is_dir() and all(p.name == ".lock" or p.suffix == ".tmp" for p in path.iterdir())
+
+
 def default_path(config_file: str, mode: str) -> Path:
     """`configs/vae_mnist.py:smoke` -> `runs/vae_mnist-smoke`; a sweep of it has `-sweep` behind."""
     file, _, variant = config_file.partition(":")
@@ -253,4 +258,6 @@ def _write(path: Path, put: Callable[[BinaryIO], object]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         put(file)
+        file.flush()
+        os.fsync(file.fileno())  # or a machine that loses its power may keep the name alone
     os.replace(temporary, path)

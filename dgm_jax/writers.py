@@ -2,14 +2,16 @@
 
 import functools
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgm_jax import files, processes
 from dgm_jax.core import UserError
+from dgm_jax.workdir import write_text
 
 if TYPE_CHECKING:
-    from tensorboardX import SummaryWriter
+    from tensorboardX.event_file_writer import EventsWriter
 
 
 class Writer:
@@ -22,17 +24,24 @@ class Writer:
         """Open both, dropping rows after `step`: they are about to be written again."""
         if processes.is_first():
             rows = [row for row in read(jsonl) if row["step"] <= step]
-            jsonl.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            write_text(jsonl, "".join(json.dumps(row) + "\n" for row in rows))
             self._jsonl = jsonl.open("a")
-        self._folder, self._purge = str(tensorboard), step + 1 if step else None
+        self._folder, self._step = tensorboard, step
 
     @functools.cached_property
-    def _events(self) -> "SummaryWriter":
+    def _events(self) -> "EventsWriter":
+        """Not by `SummaryWriter`: once its thread has died of a full disk, it waits forever."""
         # With the first row: importing it, and PyTorch with it where there is one, then takes its
         # time while the devices work.
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        return SummaryWriter(self._folder, purge_step=self._purge)
+        self._folder.mkdir(exist_ok=True)
+        events = EventsWriter(str(self._folder / "events"))
+        if self._step:  # what an earlier process wrote from here on is not shown
+            log = SessionLog(status=SessionLog.START)
+            events.write_event(Event(wall_time=time.time(), step=self._step + 1, session_log=log))
+        return events
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write one row of `values` measured after update number `step`."""
@@ -40,8 +49,13 @@ class Writer:
             return
         self._jsonl.write(json.dumps({"step": step, **values}) + "\n")
         self._jsonl.flush()
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
+            self._events.write_event(event)
+        self._events.flush()
 
     def close(self) -> None:
         """Flush everything to disk."""

@@ -649,7 +649,7 @@ def test_the_same_step_damaged_again_and_again_is_kept_each_time(trained, tmp_pa
         if not newest.exists():
             shutil.copytree(trained / "checkpoints" / "8", newest)
         checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
-        checkpoints.set_aside_after(6)
+        checkpoints.tidy(6)
         checkpoints.close()
         assert not newest.exists()
     kept = list((tmp_path / "run" / "damaged_checkpoints").rglob("_CHECKPOINT_METADATA"))

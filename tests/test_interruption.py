@@ -1,5 +1,6 @@
 """Told to stop, a run saves what it has, and ends as if nobody had disturbed it."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -72,6 +73,56 @@ def test_a_stopped_run_ends_as_the_undisturbed_one(tiny_dataset, tmp_path, monke
     assert int(resumed.step) == 40
     jax.tree.map(np.testing.assert_array_equal, resumed, undisturbed)
     assert _rows(tmp_path / "stopped") == _rows(tmp_path / "undisturbed")
+
+
+def test_a_signal_in_the_last_dispatch_is_obeyed_too(tiny_dataset, tmp_path, monkeypatch):
+    """What follows, the evaluation, may take longer than there is time."""
+    write = train._Log.dispatch
+
+    def dispatch(self, step, measured):
+        write(self, step, measured)
+        if step == 40:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Log, "dispatch", dispatch)
+        with pytest.raises(Interrupted, match="after step 40"):
+            _train(tiny_dataset, tmp_path / "run")
+    assert int(_train(tiny_dataset, tmp_path / "run").step) == 40
+
+
+def test_elsewhere_than_in_training_a_signal_ends_the_process_at_once():
+    code = (
+        "import signal, sys, time; from dgm_jax import interruption\n"
+        "signal.signal(signal.SIGTERM, interruption.leave)\n"
+        "signal.raise_signal(signal.SIGTERM); time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == interruption.TRY_AGAIN == 75
+    assert done.stderr == "SIGTERM: stopped; the same command goes on from the last checkpoint\n"
+
+
+def test_a_start_cut_short_is_no_obstacle(tmp_path):
+    """Killed between the lock and the config, or within the writing of it."""
+    workdir, config = Workdir(tmp_path / "run"), configs.experiment("vae")
+    workdir.path.mkdir()
+    (workdir.path / ".lock").touch()
+    (workdir.path / "config.json.tmp").write_text('{"se')
+    workdir.check_config(config)
+    (workdir.path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="is not empty"):
+        workdir.check_config(config)
+
+
+def test_random_moments(tmp_path):
+    """The short form of `scripts/torture.py`: one disturbance of each kind."""
+    command = [sys.executable, "scripts/torture.py", "--families=made", "--interruptions=10"]
+    environment = {**os.environ, "DGM_JAX_CACHE": str(tmp_path)}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (row,) = (line for line in done.stdout.splitlines() if line.startswith("| `made` |"))
+    survived, tried = row.split("|")[-2].split("/")
+    assert int(survived) == int(tried) >= 10
 
 
 def test_the_second_signal_is_obeyed_at_once():

@@ -259,3 +259,26 @@ def test_check_refuses_a_bad_value_by_its_name(field, value):
 def test_check_accepts_the_edges():
     optim.check(optim.Config())
     optim.check(optim.Config(learning_rate=0.0, warmup=0.0, b1=0.0, b2=0.0, ema=0.0))
+
+
+def test_a_skipped_update_is_as_if_it_had_not_been():
+    """Adam with moments, clipping and weight decay: good, NaN, infinite, good is good, good."""
+    config = optim.Config(skip_non_finite=2, weight_decay=0.1, clip_norm=1.0, warmup=0.0)
+    good = [{"w": jnp.array([[1.0, -2.0]])}, {"w": jnp.array([[0.5, 3.0]])}]
+    bad = [{"w": jnp.array([[jnp.nan, 1.0]])}, {"w": jnp.array([[1.0, -jnp.inf]])}]
+
+    def after(config, grads):
+        optimizer, params = optim.build(config, 10), {"w": jnp.array([[1.0, 1.0]])}
+        state, counts = optimizer.init(params), []
+        for grad in grads:
+            updates, state = optimizer.update(grad, state, params)
+            params = optax.apply_updates(params, updates)
+            counts.append(int(getattr(state, "in_a_row", 0)))
+        return params["w"], counts
+
+    found, counts = after(config, [good[0], *bad, good[1]])
+    plain, _ = after(dataclasses.replace(config, skip_non_finite=0), good)
+    np.testing.assert_array_equal(found, plain)
+    assert counts == [0, 1, 2, 0]
+    found, counts = after(config, [*bad, bad[0]])  # one more than may be skipped is made
+    assert not np.isfinite(found).any() and counts == [1, 2, 0]

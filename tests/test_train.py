@@ -1,9 +1,11 @@
 """The loop: where it starts, which checkpoint it keeps, and how it spreads and cuts its work."""
 
+import shutil
 import signal
 from contextlib import contextmanager
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,7 +13,9 @@ from dgm_jax import config as configs
 from dgm_jax import interruption, sharding, train, writers
 from dgm_jax.checkpoint import Checkpoints
 from dgm_jax.core import UserError
+from dgm_jax.data import order
 from dgm_jax.interruption import Interrupted
+from dgm_jax.models import made
 from dgm_jax.workdir import Workdir
 
 SHORT = {
@@ -57,13 +61,12 @@ def run_until(step, experiment, path):
     workdir = Workdir(path)
     first = max(Checkpoints(workdir.checkpoints).steps, default=0)
     reached = lambda dispatch: first + 5 * (dispatch + 1) >= step  # noqa: E731
+    if step == experiment.num_steps:
+        return train.train(experiment, workdir)[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interruption, "noted", noted)
-        if step < experiment.num_steps:
-            with pytest.raises(Interrupted):
-                train.train(experiment, workdir)
-            return None
-        return train.train(experiment, workdir)[0]
+        with pytest.raises(Interrupted):
+            train.train(experiment, workdir)
 
 
 def assert_close(left, right, atol):
@@ -213,3 +216,104 @@ def test_a_config_of_an_older_version_is_read_and_one_of_a_newer_is_refused():
     new["train"]["telepathy"] = True
     with pytest.raises(UserError, match=r"no field train.telepathy"):
         configs.from_dict(new)
+
+
+@pytest.fixture
+def sometimes_nan(monkeypatch):
+    """Whatever is given a list of update numbers: MADE's gradient is not finite in these."""
+    build = made.build
+
+    def where(updates):
+        ids = np.stack([order.batch_ids(0, number - 1, 16, 128)[:2] for number in updates])
+
+        def build_failing(config, spec):
+            (player,) = (model := build(config, spec)).players
+
+            def loss_fn(params, batch, rng):
+                loss, aux = player.loss_fn(params, batch, rng)
+                here = (batch["id"][None, :2] == jnp.asarray(ids)).all(axis=1).any()
+                return loss * jnp.where(here, jnp.nan, 1.0), aux
+
+            return model._replace(players=(player._replace(loss_fn=loss_fn),))
+
+        monkeypatch.setattr(made, "build", build_failing)
+
+    return where
+
+
+def test_updates_that_are_not_finite_are_skipped_and_counted(tiny_dataset, tmp_path, sometimes_nan):
+    """One of the first five, a burst of six over all of the second, and then training goes on."""
+    sometimes_nan([3, 6, 7, 8, 9, 10, 11])
+    state, rows = run(
+        prepared(tiny_dataset, "made", **{"optimizer.skip_non_finite": 6}), tmp_path / "a"
+    )
+    rows = {row["step"]: row for row in rows if "made/skipped" in row}
+    assert {step: row["made/skipped"] for step, row in rows.items()} == {5: 1, 10: 5, 15: 1, 20: 0}
+    assert [step for step, row in rows.items() if "made/loss" in row] == [5, 15, 20]
+    assert all(np.isfinite(value) for row in rows.values() for value in row.values())
+    assert int(state.step) == 20 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("most, step", [(0, 3), (1, 7), (2, 8)])
+def test_more_in_a_row_than_may_be_skipped_stop_training(
+    tiny_dataset, tmp_path, sometimes_nan, most, step
+):
+    sometimes_nan([3, 6, 7, 8])
+    experiment = prepared(tiny_dataset, "made", **{"optimizer.skip_non_finite": most})
+    with pytest.raises(train.NonFiniteError, match=rf"made/loss.* step {step}:"):
+        run(experiment, tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_layout_is_not_called_damaged(tiny_dataset, tmp_path, capsys):
+    """The first field that differs is named; one that fits is gone on from."""
+    path = tmp_path / "run"
+    run(prepared(tiny_dataset, "made"), path)
+    other = prepared(tiny_dataset, "made", **{"model.hidden": (8,)})
+    with pytest.raises(UserError) as refused:
+        train.train(other, Workdir(path))
+    message = str(refused.value)
+    assert "(steps [20, 10]) fits this version" in message and "damaged" not in message
+    assert "params.made." in message and "(16,) there and float32 (8,) here" in message
+    shutil.rmtree(path / "checkpoints" / "10")
+    run(other, tmp_path / "other")
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "10", path / "checkpoints" / "10")
+    capsys.readouterr()
+    train.train(other, Workdir(path))
+    assert "step 20 has another layout (params.made." in capsys.readouterr().out
+    kept = Checkpoints(path / "checkpoints").steps
+    assert kept == [10, 20] and (path / "damaged_checkpoints" / "20").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_says_so(tiny_dataset, tmp_path):
+    (tmp_path / "file").touch()
+    state = train.initial_state(prepared(tiny_dataset, "made"))
+    with pytest.raises(UserError, match=r"cannot be written .*file.*same command goes on"):
+        Checkpoints(tmp_path / "file" / "checkpoints").save(state)
+
+
+def test_what_unfinished_saves_have_left_is_removed(tiny_dataset, tmp_path):
+    path = tmp_path / "run"
+    run(prepared(tiny_dataset, "made"), path)
+    left = path / "checkpoints" / "25.orbax-checkpoint-tmp"
+    shutil.copytree(path / "checkpoints" / "20", left)
+    train.train(prepared(tiny_dataset, "made"), Workdir(path))
+    assert not left.exists() and Checkpoints(path / "checkpoints").steps == [10, 20]
+
+
+def test_the_best_is_on_disk_before_a_checkpoint_that_takes_it_for_granted(
+    tiny_dataset, tmp_path, monkeypatch
+):
+    """A run killed between the two would otherwise never see its best again."""
+    save, seen = Checkpoints.save, []
+
+    def watched(self, state):
+        if self._directory.name == "checkpoints":
+            rows = writers.read(tmp_path / "run" / "metrics.jsonl")
+            scores = {r["step"]: r[name] for r in rows if (name := "validation/log_prob") in r}
+            there = Checkpoints(tmp_path / "run" / "best_checkpoint")
+            seen.append(there.steps == [max(scores, key=scores.get)])
+        save(self, state)
+
+    monkeypatch.setattr(Checkpoints, "save", watched)
+    run(prepared(tiny_dataset, "made", **{"train.keep_best": "log_prob"}), tmp_path / "run")
+    assert seen == [True, True]

@@ -95,7 +95,8 @@ def train(
       Interrupted: SIGTERM or Ctrl-C came; what was reached is saved.
     """
     experiment, *_ = [prepare(config, dataset) for config in members]  # each is checked
-    for field in ("mesh.fsdp", "train.keep_best", "train.init_from"):
+    absent = "mesh.fsdp", "train.keep_best", "train.init_from", "optimizer.skip_non_finite"
+    for field in absent:
         if value := configs.value_of(experiment.config, field):
             raise UserError(f"{field}={value!r}: there is no such thing in a sweep; leave it out")
     state, run_steps, arrays = compile_members(experiment, members)
@@ -106,14 +107,15 @@ def train(
         state = restored
         say(f"resumed     {title} from step {int(state.step.max()):,}")
     steps = np.asarray(state.step)[: len(members)]
-    first = int(steps.max())
+    done = first = int(steps.max())
+    checkpoints.tidy(first)
     log = _Log(experiment, workdirs, first, title)
     for i in np.flatnonzero(steps < first):
         log.failures[i] = f"diverged after step {steps[i]:,}, before the program was interrupted"
     validate = _compile_validation(experiment, members)
     every = {name: experiment.steps(name) for name in ("validate_every", "checkpoint_every")}
-    try:
-        with interruption.noted() as asked_to_stop:
+    with interruption.noted() as asked_to_stop:
+        try:
             for step in range(first, experiment.num_steps, experiment.steps_per_dispatch):
                 state, measured, finite = run_steps(state, arrays)
                 done = step + experiment.steps_per_dispatch
@@ -125,11 +127,13 @@ def train(
                     break
                 if done % every["checkpoint_every"] == 0 or last or signum:
                     checkpoints.save(state)
-                if signum and not last:
-                    raise Interrupted(signum, done)
-    finally:
-        checkpoints.close()
-        log.close()
+                if signum:
+                    break
+        finally:
+            checkpoints.close()
+            log.close()
+        if signum := asked_to_stop():
+            raise Interrupted(signum, done)
     state = jax.device_get(state)
     own = [jax.tree.map(lambda a, i=i: np.asarray(a[i]), state) for i in range(len(members))]
     return [Outcome(s, log.seconds, f) for s, f in zip(own, log.failures, strict=True)]

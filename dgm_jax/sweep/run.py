@@ -20,7 +20,7 @@ from dgm_jax.progress import Progress, say
 from dgm_jax.run import Trained, load_data, write_result
 from dgm_jax.sweep import axes, jobs, program, report
 from dgm_jax.sweep.axes import Member
-from dgm_jax.workdir import Workdir, write_json
+from dgm_jax.workdir import Workdir, is_new, write_json
 
 _MOST_MEMBERS = 10_000  # of a sweep that is read back
 
@@ -117,7 +117,7 @@ def _claim(folder: Path, config: ConfigDict, members: Sequence[Member]) -> None:
         if differs or list(members) != there[1]:
             what = "; ".join(differs) or f"its members are {len(there[1])} others"
             raise UserError(f"{folder} is of another sweep ({what}): choose another --workdir")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and not is_new(folder):
         raise UserError(f"{folder} is not empty and is no sweep: choose another --workdir")
     else:
         folder.mkdir(parents=True, exist_ok=True)
