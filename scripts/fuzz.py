@@ -788,8 +788,9 @@ def table(kinds: dict[str, dict[str, Any]]) -> str:
     lines.append(["**together**", *sums, "", ""])
     made_with = ", ".join(sorted({of["with"] for of in kinds.values()}))
     below = (
-        "`python scripts/fuzz.py --keep`, kinds apart with `--only` and `--share`: the slowest input by "
-        f"processor time, and the most memory above what there was before one. {made_with}."
+        "`python scripts/fuzz.py --keep`, kinds apart with `--only` and `--share`: the slowest "
+        "input by processor time, and the most memory above what there was before one. "
+        f"{made_with}."
     )
     return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", below])
 
