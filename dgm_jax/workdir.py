@@ -162,13 +162,7 @@ class Workdir(NamedTuple):
             raise UserError(
                 f"{self.path} is not empty and is no work directory: choose another --workdir"
             )
-        parent = self.path
-        while not parent.exists():
-            parent = parent.parent
-        if not parent.is_dir():
-            raise UserError(f"{parent} is a file: choose another --workdir")
-        if not os.access(parent, os.W_OK):
-            raise UserError(f"{parent} is not writable: choose another --workdir")
+        check_writable(self.path)
 
     def check_card(self, card: dict[str, Any]) -> None:
         """Refuse to mix data: numbers on other images would pass for numbers on these.
@@ -228,6 +222,20 @@ class Workdir(NamedTuple):
             yield
         finally:
             lock.release()
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a directory that cannot be written to, or not be made.
+
+    Raises:
+      UserError: names what stands in the way.
+    """
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise UserError(f"{path} is a file: choose another --workdir")
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{path} is not writable: choose another --workdir")
 
 
 def is_new(path: Path) -> bool:

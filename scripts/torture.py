@@ -73,7 +73,7 @@ TIMING = {"seconds", "cpu_seconds", "examples_per_second"}
 SWEEP = "sweep"
 GRID = "model.beta=0.5,2;seed=0:2"
 
-NUM_STEPS, DISPATCHES = 16, 60
+NUM_STEPS, DISPATCHES = 16, 33
 # Saved every second dispatch and validated as often: 8 dispatches, 4 checkpoints.
 SHORT = {
     "train.batch_size": 16,

@@ -20,7 +20,7 @@ from dgm_jax.progress import Progress, say
 from dgm_jax.run import Trained, load_data, write_result
 from dgm_jax.sweep import axes, jobs, program, report
 from dgm_jax.sweep.axes import Member
-from dgm_jax.workdir import Workdir, is_new, write_json
+from dgm_jax.workdir import Workdir, check_writable, is_new, write_json
 
 _MOST_MEMBERS = 10_000  # of a sweep that is read back
 
@@ -111,6 +111,7 @@ def workdirs_of(folder: Path, members: Sequence[Member]) -> list[Workdir]:
 
 def _claim(folder: Path, config: ConfigDict, members: Sequence[Member]) -> None:
     """Make the folder and say in it what it is about, or find that it is about the same."""
+    check_writable(folder)
     path = _about(folder)
     if path.exists():
         differs = configs.differences(config, (there := read_about(folder))[0])

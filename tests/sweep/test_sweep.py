@@ -163,3 +163,13 @@ def test_the_baseline_is_the_config_or_else_the_first():
     config = configs.experiment("vae")
     assert report.baseline(_rows({3.0: {0: 0.0}, 1.0: {0: 0.0}}), config) == (("model.beta", 1.0),)
     assert report.baseline(_rows({3.0: {0: 0.0}, 2.0: {0: 0.0}}), config) == (("model.beta", 3.0),)
+
+
+def test_a_start_cut_short_is_no_obstacle_and_a_folder_not_writable_is(tmp_path, monkeypatch):
+    config, members = configs.experiment("vae"), [{"seed": 0}, {"seed": 1}]
+    (tmp_path / "sweep.json.tmp").write_text('{"conf')
+    sweep._claim(tmp_path, config, members)
+    assert sweep.read_about(tmp_path)[1] == members
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match="is not writable: choose another --workdir"):
+        sweep._claim(tmp_path, config, members)
