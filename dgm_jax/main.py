@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
             workdir, _NUM.value, _SAMPLE_SEED.value, _JUDGE.value
         ),
         "ais": lambda: run.ais_mode(workdir, num),
-        "sweep": lambda: late("dgm_jax.sweep.run").sweep_mode(path, config, file, *how),
+        "sweep": lambda: late("dgm_jax.sweep.mode").sweep_mode(path, config, file, *how),
         "plan": lambda: late("dgm_jax.plan").plan_mode(config, _DEVICES.value),
         "replay": lambda: late("dgm_jax.replay").replay_mode(workdir),
     }[mode]()

@@ -1,4 +1,4 @@
-"""`--mode=sweep`: from the members to their work directories, a table and plots."""
+"""From the members of a sweep to their work directories, a table and plots."""
 
 import re
 import shutil
@@ -25,45 +25,6 @@ from dgm_jax.workdir import Workdir, check_writable, is_new, write_json
 _MOST_MEMBERS = 10_000  # of a sweep that is read back
 
 
-def sweep_mode(
-    folder: Path,
-    config: ConfigDict | None = None,
-    config_file: str | None = None,
-    grid: str | None = None,
-    launcher: str | None = None,
-    only: int | None = None,
-    trials: str | None = None,
-) -> None:
-    """Train and measure every member; write `sweep.csv`, `sweep.md` and plots to `folder`.
-
-    Goes on with the members that are not finished where an earlier call was interrupted.
-
-    Args:
-      folder: of the sweep; each member has a work directory of its own in it.
-      config: what the members vary; None for the sweep that is in `folder` already.
-      config_file: where it came from; its `sweep()` gives the members where there is no grid.
-      grid: as in `axes.parse`.
-      launcher: as in `jobs.run`, each program a job of its own; None for this process.
-      only: the number of the one program to run, without a table at the end.
-      trials: makes it a search over the ranges in `grid`, as in `search.search_mode`.
-
-    Raises:
-      UserError: a value that makes no sense, or the folder is of another sweep.
-    """
-    if trials is not None:
-        from dgm_jax.sweep import search  # it builds on this module
-
-        if config is None or grid is None:
-            raise UserError("--trials needs --config, and ranges in --sweep='field=uniform(0,1)'")
-        search.search_mode(folder, config, axes.parse_search(grid, config), trials, launcher)
-        return
-    if config is None:
-        config, members = read_about(folder)
-    else:
-        members = configs.load_sweep(config_file) if grid is None else axes.parse(grid, config)
-    run_sweep(folder, config, members, launcher, only)
-
-
 def run_sweep(
     folder: Path,
     config: ConfigDict,
@@ -71,7 +32,10 @@ def run_sweep(
     launcher: str | None = None,
     only: int | None = None,
 ) -> None:
-    """As `sweep_mode`, of given members."""
+    """Train and measure given members; write `sweep.csv`, `sweep.md` and plots to `folder`.
+
+    See `mode.sweep_mode`.
+    """
     members = axes.complete(config, members)
     each = [configs.override(config, member) for member in members]
     workdirs = workdirs_of(folder, members)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _METRIC = "validation/elbo"
 
 
-def search_mode(
+def search(
     folder: Path,
     config: ConfigDict,
     over: Mapping[str, Distribution],

@@ -7,7 +7,7 @@ from conftest import REPO, on_one_device
 
 from dgm_jax import config as configs
 from dgm_jax.core import UserError
-from dgm_jax.sweep import axes, search
+from dgm_jax.sweep import axes, mode, search
 from dgm_jax.sweep import run as sweep
 
 pytest.importorskip("optuna", reason="Optuna is not installed")
@@ -45,8 +45,8 @@ def test_rounds_are_sweeps_and_an_interrupted_search_goes_on(tmp_path, monkeypat
     monkeypatch.setattr(search, "run_sweep", counted)
     with on_one_device():
         with pytest.raises(KeyboardInterrupt):
-            search.search_mode(tmp_path / "search", _config(), OVER, "2x2")
-        search.search_mode(tmp_path / "search", _config(), OVER, "2x2")
+            search.search(tmp_path / "search", _config(), OVER, "2x2")
+        search.search(tmp_path / "search", _config(), OVER, "2x2")
     assert calls == ["round-0", "round-1", "round-0", "round-1"]
     assert capsys.readouterr().out.count("program 1 of 1 10/10") == 2  # each was trained once
     with (tmp_path / "search/sweep.csv").open() as file:
@@ -55,7 +55,7 @@ def test_rounds_are_sweeps_and_an_interrupted_search_goes_on(tmp_path, monkeypat
     rates = [float(row["optimizer.learning_rate"]) for row in rows]
     assert len(set(rates)) == 4 and min(rates) >= 1e-9 and max(rates) <= 1e-2
     with pytest.raises(UserError, match="another search"):
-        search.search_mode(tmp_path / "search", _config(), OVER, "2x3")
+        search.search(tmp_path / "search", _config(), OVER, "2x3")
 
 
 def test_it_learns_where_the_elbo_is_high(tmp_path, monkeypatch):
@@ -70,7 +70,7 @@ def test_it_learns_where_the_elbo_is_high(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "run_sweep", pretend)
     monkeypatch.setattr(search, "_elbo", lambda path: found[path])
     monkeypatch.setattr(search.report, "write", lambda *args: None)
-    search.search_mode(tmp_path, _config(), {"model.beta": axes.uniform(0.0, 10.0)}, "12x5")
+    search.search(tmp_path, _config(), {"model.beta": axes.uniform(0.0, 10.0)}, "12x5")
     away = [(-value) ** 0.5 for value in found.values()]
     assert len(away) == 60
     first, last = sorted(away[:10])[5], sorted(away[-20:])[10]
@@ -80,15 +80,15 @@ def test_it_learns_where_the_elbo_is_high(tmp_path, monkeypatch):
 @pytest.mark.parametrize("trials", ["8", "0x3", "ax2", "2x"])
 def test_trials_that_make_no_sense_are_refused(trials, tmp_path):
     with pytest.raises(UserError, match=f"--trials='{trials}'"):
-        search.search_mode(tmp_path, _config(), OVER, trials)
+        search.search(tmp_path, _config(), OVER, trials)
 
 
 def test_a_search_wants_a_validation_split(tmp_path):
     config = configs.override(_config(), {"data.validation": 0})
     with pytest.raises(UserError, match=r"data\.validation=0"):
-        search.search_mode(tmp_path, config, OVER, "1x1")
+        search.search(tmp_path, config, OVER, "1x1")
 
 
 def test_ranges_and_a_config_are_needed(tmp_path):
     with pytest.raises(UserError, match="--trials needs --config"):
-        sweep.sweep_mode(tmp_path, _config(), None, None, trials="1x2")
+        mode.sweep_mode(tmp_path, _config(), None, None, trials="1x2")
