@@ -515,7 +515,7 @@ KINDS = {
 
 
 def torture(family: str, folder: Path, num: int, seed: int, kinds: list[str]) -> dict[str, Any]:
-    """Interrupt a family `num` times.
+    """Interrupt a family at least `num` times, in each way at least once.
 
     Returns:
       `tried` and `survived` by kind, the number of `runs` that came to their end, and `faults`.
@@ -528,10 +528,10 @@ def torture(family: str, folder: Path, num: int, seed: int, kinds: list[str]) ->
         return {"tried": {}, "survived": {}, "runs": 0, "faults": [f"{family}: {fault}"]}
     shares = [KINDS[kind].share for kind in kinds]
     todo = [kind for kind in kinds for _ in range(max(1, num * KINDS[kind].share // sum(shares)))]
-    todo = [*todo, *rng.choices(kinds, shares, k=max(0, num - len(todo)))][:num]
+    todo += rng.choices(kinds, shares, k=max(0, num - len(todo)))
     rng.shuffle(todo)
     tried, survived, faults, runs = Counter(), Counter(), [], 0
-    with Progress(family, num) as progress:
+    with Progress(family, len(todo)) as progress:
         while todo:
             runs += 1
             run = Run(family, folder / str(runs), undisturbed.times)
