@@ -19,6 +19,7 @@ file is their config as well: `--config=scripts/torture.py:vae`.
 
 import argparse
 import ctypes
+import faulthandler
 import functools
 import gc
 import json
@@ -66,14 +67,14 @@ from dgm_jax.workdir import Workdir
 
 PAGE, RECORD = REPO / "docs" / "reliability.md", REPO / "docs" / "reliability.json"
 SECTION = "interruptions"
-GRACE = 30.0  # seconds in which a process that is told to stop has saved and gone
+GRACE = 60.0  # seconds in which a process that is told to stop has saved and gone
 PATIENCE = 120.0  # seconds in which an attempt that nobody ends has ended
 DISK = 48 * 2**20  # bytes of the small file system
 TIMING = {"seconds", "cpu_seconds", "examples_per_second"}
 SWEEP = "sweep"
 GRID = "model.beta=0.5,2;seed=0:2"
 
-NUM_STEPS, DISPATCHES = 16, 33
+NUM_STEPS, DISPATCHES = 16, 24
 # Saved every second dispatch and validated as often: 8 dispatches, 4 checkpoints.
 SHORT = {
     "train.batch_size": 16,
@@ -169,6 +170,12 @@ class Attempt(NamedTuple):
         """End it without a word; its status, which is 0 where it was quicker."""
         os.kill(self.pid, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def abort(self) -> str:
+        """End it, and return where it was."""
+        os.kill(self.pid, signal.SIGABRT)
+        os.waitpid(self.pid, 0)
+        return self.complaint[:6000]
 
     @property
     def said(self) -> str:
@@ -291,6 +298,7 @@ def _become(argv: list[str], words: Path, before: Callable[[], None]) -> None:
         for fd, name in ((1, ".out"), (2, ".err")):
             os.dup2(os.open(words.with_suffix(name), os.O_WRONLY | os.O_CREAT), fd)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        faulthandler.enable()
         before()
         sys.argv = argv
         runpy.run_module("dgm_jax.main", run_name="__main__", alter_sys=True)
@@ -334,8 +342,7 @@ def _told(signum: int, wanted: int) -> Callable[[Run, random.Random], bool]:
             os.kill(attempt.pid, signum)
             status = attempt.wait(GRACE)
             if status is None:
-                attempt.kill()
-                raise Fault(f"still there {GRACE} s after {signal.Signals(signum).name}")
+                raise Fault(f"still there after {signal.Signals(signum).name}: {attempt.abort()}")
             if early and status in (-signum, 1):
                 return True
         return _expect(attempt, status, {wanted})
@@ -359,8 +366,7 @@ def _disk_full(run: Run, rng: random.Random) -> bool:
     status = attempt.wait(PATIENCE)
     ballast.unlink(missing_ok=True)
     if status is None:
-        attempt.kill()
-        raise Fault("hangs on a full disk")
+        raise Fault(f"hangs on a full disk: {attempt.abort()}")
     return _expect(attempt, status, {1}, "error: ")
 
 
@@ -439,8 +445,7 @@ def _read_only(run: Run, rng: random.Random) -> bool:
     finally:
         subprocess.run(["umount", run.path], check=True)
     if status is None:
-        attempt.kill()
-        raise Fault("hangs in a directory that is not writable")
+        raise Fault(f"hangs in a directory that is not writable: {attempt.abort()}")
     if _listing(run.path) != before:
         raise Fault("changed a directory that is not writable")
     return _expect(attempt, status, {1}, "not writable")
@@ -510,7 +515,7 @@ KINDS = {
 
 
 def torture(family: str, folder: Path, num: int, seed: int, kinds: list[str]) -> dict[str, Any]:
-    """Interrupt a family `num` times.
+    """Interrupt a family at least `num` times, in each way at least once.
 
     Returns:
       `tried` and `survived` by kind, the number of `runs` that came to their end, and `faults`.
@@ -523,10 +528,10 @@ def torture(family: str, folder: Path, num: int, seed: int, kinds: list[str]) ->
         return {"tried": {}, "survived": {}, "runs": 0, "faults": [f"{family}: {fault}"]}
     shares = [KINDS[kind].share for kind in kinds]
     todo = [kind for kind in kinds for _ in range(max(1, num * KINDS[kind].share // sum(shares)))]
-    todo = [*todo, *rng.choices(kinds, shares, k=max(0, num - len(todo)))][:num]
+    todo += rng.choices(kinds, shares, k=max(0, num - len(todo)))
     rng.shuffle(todo)
     tried, survived, faults, runs = Counter(), Counter(), [], 0
-    with Progress(family, num) as progress:
+    with Progress(family, len(todo)) as progress:
         while todo:
             runs += 1
             run = Run(family, folder / str(runs), undisturbed.times)
