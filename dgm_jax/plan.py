@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 
 from dgm_jax import limit, sharding
 from dgm_jax.core import UserError
+from dgm_jax.experiment import Experiment, abstract_state, compile_steps, prepare, step_products
 from dgm_jax.progress import say
 from dgm_jax.run import load_data
-from dgm_jax.train import Experiment, abstract_state, compile_steps, prepare, step_products
 
 
 class Hardware(NamedTuple):

@@ -14,9 +14,7 @@ from jax.experimental import checkify
 from dgm_jax.checkpoint import Checkpoints, abstract
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
-from dgm_jax.progress import Progress, say
-from dgm_jax.run import load_data
-from dgm_jax.train import (
+from dgm_jax.experiment import (
     Experiment,
     compile_steps,
     initial_state,
@@ -24,6 +22,8 @@ from dgm_jax.train import (
     state_shardings,
     training_arrays,
 )
+from dgm_jax.progress import Progress, say
+from dgm_jax.run import load_data
 from dgm_jax.train_state import TrainState
 from dgm_jax.train_step import Metrics, inputs_of, train_step
 from dgm_jax.workdir import Workdir

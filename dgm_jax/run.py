@@ -15,16 +15,10 @@ from dgm_jax.core import DataSpec, Model, Params, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.data import text
 from dgm_jax.evaluators import ais, likelihood
+from dgm_jax.experiment import Experiment, abstract_state, measure_speed, prepare
 from dgm_jax.progress import Progress, say
 from dgm_jax.rng import stream
-from dgm_jax.train import (
-    Experiment,
-    abstract_state,
-    best_or_newest,
-    measure_speed,
-    prepare,
-    train,
-)
+from dgm_jax.train import best_or_newest, train
 from dgm_jax.train_state import num_parameters
 from dgm_jax.workdir import Workdir, write_json, write_text
 

@@ -192,7 +192,7 @@ def compiled_run(config: Any, steps_per_call: int) -> Trainer:
     import jax
 
     from dgm_jax.evaluators import likelihood, passes
-    from dgm_jax.train import compile_steps, initial_state, prepare, training_arrays
+    from dgm_jax.experiment import compile_steps, initial_state, prepare, training_arrays
     from dgm_jax.train_state import num_parameters
 
     experiment = prepare(config, dataset())
@@ -337,7 +337,7 @@ def pythae_trainer(
 def measure_limit(case: str, seconds: float) -> dict[str, Any]:
     """`measure` of nothing but the matrix products of this project's step, back to back."""
     from dgm_jax import limit
-    from dgm_jax.train import prepare, step_products
+    from dgm_jax.experiment import prepare, step_products
 
     chosen = CASES[case]
     products = step_products(prepare(config_of(chosen), dataset()))

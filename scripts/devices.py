@@ -8,6 +8,8 @@ the family's default model on tiny data, and the terms of its loss on the test s
 compiled without optimisation, as in the tests: compiling them is what takes time.
 """
 
+# ruff: noqa: E402 - what is imported comes from beside this folder
+
 import argparse
 import importlib.metadata
 import os
@@ -28,13 +30,14 @@ import numpy as np
 REPO = Path(__file__).resolve().parent.parent
 sys.path += [str(REPO), str(REPO / "tests")]
 
-import tiny  # noqa: E402
+import tiny
 
-from dgm_jax import config as configs  # noqa: E402
-from dgm_jax import metrics, models, processes, sharding, train  # noqa: E402
-from dgm_jax.data import dataset as data  # noqa: E402
-from dgm_jax.evaluators import likelihood, passes  # noqa: E402
-from dgm_jax.train_step import inputs_of  # noqa: E402
+from dgm_jax import config as configs
+from dgm_jax import metrics, models, processes, sharding
+from dgm_jax.data import dataset as data
+from dgm_jax.evaluators import likelihood, passes
+from dgm_jax.experiment import Experiment, compile_steps, initial_state, prepare, training_arrays
+from dgm_jax.train_step import inputs_of
 
 PAGE = REPO / "docs" / "reliability.md"
 STEPS = 100
@@ -85,9 +88,9 @@ def measure(family: str, mesh: jax.sharding.Mesh, num_steps: int = STEPS, **valu
     """Train a family for `num_steps` on the devices of `mesh`; `values` override its config."""
     config = configs.override(configs.experiment(family), {**VALUES, **values})
     dataset = tiny.accepted_by(config.model)
-    experiment = train.prepare(config, dataset, mesh)
-    state, update = train.initial_state(experiment), train.compile_steps(experiment)
-    arrays, rows = train.training_arrays(experiment), []
+    experiment = prepare(config, dataset, mesh)
+    state, update = initial_state(experiment), compile_steps(experiment)
+    arrays, rows = training_arrays(experiment), []
     for _ in range(num_steps):
         state, measured = update(state, arrays)
         rows.append(jax.device_get(measured))
@@ -111,7 +114,7 @@ def _leaves(tree: Any) -> list[np.ndarray]:
     return [processes.on_host(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def _first_batch(experiment: train.Experiment, arrays: Any) -> Any:
+def _first_batch(experiment: Experiment, arrays: Any) -> Any:
     """Ids and `x` as the training step makes them, divided over the devices."""
     mesh, config, dataset = experiment.mesh, experiment.config, experiment.dataset
 

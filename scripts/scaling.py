@@ -82,8 +82,14 @@ def measure_point(name: str, value: int) -> dict[str, float]:
 
     from dgm_jax import config as configs
     from dgm_jax import limit
+    from dgm_jax.experiment import (
+        compile_steps,
+        initial_state,
+        prepare,
+        step_products,
+        training_arrays,
+    )
     from dgm_jax.sweep import program
-    from dgm_jax.train import compile_steps, initial_state, prepare, step_products, training_arrays
 
     axis = AXES[name]
     shape = NETWORK if axis.model == "vae" else {}
@@ -128,8 +134,8 @@ def measure_program(members: int) -> dict[str, float]:
     from contestants import MLPCase, config_of, dataset
 
     from dgm_jax import config as configs
+    from dgm_jax.experiment import prepare
     from dgm_jax.sweep.program import compile_members
-    from dgm_jax.train import prepare
 
     config = configs.override(config_of(MLPCase(100)), {"train.steps_per_dispatch": 1})
     several = [configs.override(config, {"seed": i}) for i in range(members)]

@@ -48,7 +48,7 @@ def measure(case: Case) -> dict[str, Any]:
     import jax
 
     from dgm_jax import config as configs
-    from dgm_jax.train import compile_steps, initial_state, prepare, training_arrays
+    from dgm_jax.experiment import compile_steps, initial_state, prepare, training_arrays
 
     steps = case.steps_per_call
     config = configs.override(config_of(case), {"train.steps_per_dispatch": steps})

@@ -17,6 +17,7 @@ import tiny
 from dgm_jax import config as configs
 from dgm_jax import metrics, processes, sharding, train
 from dgm_jax.evaluators import likelihood, passes
+from dgm_jax.experiment import Experiment, initial_state, prepare
 from dgm_jax.interruption import Interrupted
 from dgm_jax.workdir import Workdir
 
@@ -33,10 +34,10 @@ TINY = {
 }
 
 
-def experiment_on(mesh: jax.sharding.Mesh, fsdp: bool = False) -> train.Experiment:
+def experiment_on(mesh: jax.sharding.Mesh, fsdp: bool = False) -> Experiment:
     """The tiny VAE on some devices."""
     config = configs.override(configs.experiment("vae"), {**TINY, "mesh.fsdp": fsdp})
-    return train.prepare(config, tiny.images(), mesh)
+    return prepare(config, tiny.images(), mesh)
 
 
 def run(
@@ -73,9 +74,9 @@ def run(
 def start(fsdp: bool) -> list[Any]:
     """Parameters given to a run to start from, and what it starts from."""
     experiment = experiment_on(sharding.make_mesh(), fsdp)
-    given = train.initial_state(experiment_on(sharding.make_mesh())).params
+    given = initial_state(experiment_on(sharding.make_mesh())).params
     given = jax.tree.map(lambda leaf: leaf + 1, given)
-    started = train.start_from(train.initial_state(experiment), given)
+    started = train.start_from(initial_state(experiment), given)
     return [
         [processes.on_host(leaf).tolist() for leaf in jax.tree.leaves(tree)]
         for tree in (given, started.params, started.ema)

@@ -26,7 +26,7 @@ from dgm_jax import models, optim, run, sharding
 from dgm_jax.checkpoint import Checkpoints
 from dgm_jax.core import DataSpec, UserError
 from dgm_jax.data import dataset as data
-from dgm_jax.train import abstract_state
+from dgm_jax.experiment import abstract_state
 from dgm_jax.workdir import Workdir
 
 # Orbax leaves coroutines of a failed read to the garbage collector, which complains.

@@ -16,7 +16,7 @@ from dgm_jax import models, run, writers
 from dgm_jax.core import Batch, Model, Params, UserError, masked_mean
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood
-from dgm_jax.train import abstract_state, prepare
+from dgm_jax.experiment import abstract_state, prepare
 from dgm_jax.train_step import init_state
 from dgm_jax.workdir import Workdir
 

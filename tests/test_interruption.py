@@ -13,6 +13,7 @@ from conftest import REPO, on_one_device
 from dgm_jax import config as configs
 from dgm_jax import interruption, train, writers
 from dgm_jax.core import UserError
+from dgm_jax.experiment import prepare
 from dgm_jax.interruption import Interrupted
 from dgm_jax.workdir import Workdir
 
@@ -41,7 +42,7 @@ def _train(dataset, path):
     workdir = Workdir(path)
     config = configs.override(configs.experiment("vae"), TINY)
     with on_one_device(), workdir.claimed(config, {}, np.zeros(1)):
-        return train.train(train.prepare(config, dataset), workdir)[0]
+        return train.train(prepare(config, dataset), workdir)[0]
 
 
 def _rows(path):

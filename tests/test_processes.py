@@ -20,6 +20,7 @@ from dgm_jax import processes, sharding, train, writers
 from dgm_jax.checkpoint import Checkpoints, abstract
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
+from dgm_jax.experiment import prepare
 from dgm_jax.workdir import Workdir
 
 ENV = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device each
@@ -218,7 +219,7 @@ def test_a_preempted_job_of_a_cluster_ends_as_the_undisturbed_run(slurm, tmp_pat
     values = {**MNIST, "train.duration": "2000 steps", "train.steps_per_dispatch": 20}
     values |= {"train.validate_every": "500 steps", "train.checkpoint_every": "100 steps"}
     config = configs.load(str(REPO / CONFIG), values)
-    experiment = train.prepare(config, data.load(configs.section(config, "data")), _mesh(2))
+    experiment = prepare(config, data.load(configs.section(config, "data")), _mesh(2))
     with Workdir(tmp_path / "alone").claimed(config, {}, np.zeros(1)):
         undisturbed, _ = train.train(experiment, Workdir(tmp_path / "alone"))
 

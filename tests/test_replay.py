@@ -9,6 +9,7 @@ from conftest import on_one_device
 from dgm_jax import config as configs
 from dgm_jax import replay, train
 from dgm_jax.core import UserError
+from dgm_jax.experiment import initial_state, prepare
 from dgm_jax.models import vae
 from dgm_jax.workdir import Workdir
 
@@ -52,7 +53,7 @@ def failed(tmp_path, tiny_dataset, monkeypatch):
     about = tiny_dataset.card, tiny_dataset.spec.mean
     with on_one_device(), workdir.claimed(config, *about):
         with pytest.raises(train.NonFiniteError, match=r"step 7.*--mode=replay"):
-            train.train(train.prepare(config, tiny_dataset), workdir)
+            train.train(prepare(config, tiny_dataset), workdir)
         yield workdir
 
 
@@ -68,8 +69,8 @@ def test_the_place_is_named(failed, capsys):
 def test_a_step_without_a_fault_has_none(tiny_dataset):
     config = configs.override(configs.experiment("vae"), TINY)
     with on_one_device():
-        experiment = train.prepare(config, tiny_dataset)
-        state = train.initial_state(experiment)
+        experiment = prepare(config, tiny_dataset)
+        state = initial_state(experiment)
         assert replay.look_into(experiment, state) == ["no NaN is made: a value overflows"]
         broken = state.replace(params=jax.tree.map(lambda p: p.at[...].set(jnp.inf), state.params))
         lines = replay.look_into(experiment, broken)

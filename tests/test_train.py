@@ -14,6 +14,7 @@ from dgm_jax import interruption, sharding, train, writers
 from dgm_jax.checkpoint import Checkpoints
 from dgm_jax.core import UserError
 from dgm_jax.data import order
+from dgm_jax.experiment import initial_state, prepare
 from dgm_jax.interruption import Interrupted
 from dgm_jax.models import made
 from dgm_jax.workdir import Workdir
@@ -39,7 +40,7 @@ def mesh_of(num_devices):
 def prepared(dataset, model, num_devices=1, **values):
     fields = {**SHORT, **{"vae": VAE, "made": MADE}[model], **values}
     config = configs.override(configs.experiment(model), fields)
-    return train.prepare(config, dataset, mesh_of(num_devices))
+    return prepare(config, dataset, mesh_of(num_devices))
 
 
 def run(experiment, path, params=None):
@@ -286,7 +287,7 @@ def test_a_checkpoint_of_another_layout_is_not_called_damaged(tiny_dataset, tmp_
 
 def test_a_checkpoint_that_cannot_be_written_says_so(tiny_dataset, tmp_path):
     (tmp_path / "file").touch()
-    state = train.initial_state(prepared(tiny_dataset, "made"))
+    state = initial_state(prepared(tiny_dataset, "made"))
     with pytest.raises(UserError, match=r"cannot be written .*file.*same command goes on"):
         Checkpoints(tmp_path / "file" / "checkpoints").save(state)
 

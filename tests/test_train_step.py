@@ -11,8 +11,8 @@ from dgm_jax import models, optim, sharding
 from dgm_jax.core import Aux, Model, Player
 from dgm_jax.data import dataset as data
 from dgm_jax.data.order import batch_ids
+from dgm_jax.experiment import initial_state, prepare
 from dgm_jax.rng import stream
-from dgm_jax.train import initial_state, prepare
 from dgm_jax.train_step import compile_train_steps, init_state, train_step
 
 BATCH = 16

@@ -18,9 +18,10 @@ from dgm_jax.checkpoint import Checkpoints, abstract
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood, passes
+from dgm_jax.experiment import Experiment, prepare, training_arrays
 from dgm_jax.interruption import Interrupted
 from dgm_jax.progress import Progress, say
-from dgm_jax.train import Experiment, prepare, refuse_non_finite, training_arrays
+from dgm_jax.train import refuse_non_finite
 from dgm_jax.train_state import TrainState
 from dgm_jax.train_step import Metrics, init_state, train_steps
 from dgm_jax.workdir import Workdir

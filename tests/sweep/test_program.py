@@ -7,8 +7,9 @@ import pytest
 from dgm_jax import config as configs
 from dgm_jax.checkpoint import Checkpoints
 from dgm_jax.core import UserError
+from dgm_jax.experiment import prepare
 from dgm_jax.sweep import program
-from dgm_jax.train import prepare, train
+from dgm_jax.train import train
 from dgm_jax.workdir import Workdir
 from dgm_jax.writers import read
 
