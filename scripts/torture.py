@@ -209,7 +209,7 @@ class Run:
             argv += ["--mode=sweep", f"--sweep={GRID}", "--config.train.keep_best="]
         self.words.mkdir(parents=True, exist_ok=True)
         for name in (".out", ".err"):
-            words.with_suffix(name).touch()
+            words.with_suffix(name).write_text("")
         sys.stdout.flush()
         pid = os.fork()
         if not pid:
