@@ -181,7 +181,7 @@ def rows(families: Sequence[str]) -> Iterator[tuple[str, str, Difference]]:
         each = [compare(ones[family], other) for other in others]
         worst = Difference(*map(max, zip(*each, strict=True)))
         yield family, f"{', '.join(map(str, COUNTS[1:]))} devices", worst
-        if family == "vae":
+        if family in ("vae", "masked_diffusion"):
             plain = [measure(family, mesh_of(num), **PLAIN) for num in (1, 8)]
             yield family, "8 devices, Adam's ε = 1", compare(*plain)
         jax.clear_caches()
