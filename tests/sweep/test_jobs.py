@@ -78,7 +78,7 @@ def test_a_preempted_job_of_a_cluster_is_queued_again_and_resumes(slurm, tmp_pat
     preempted: list[str] = []
     threading.Thread(target=preempt_first, daemon=True).start()
     config = configs.override(_config(), longer)
-    sweep.run_sweep(folder, config, MEMBERS, launcher="slurm;cpus_per_task=1;nodelist=n0")
+    sweep.run_sweep(folder, config, MEMBERS, launcher="slurm;cpus_per_task=1;slurm_nodelist=n0")
     assert preempted
     assert _finished(folder) == [("3", "finished", "3000"), ("4", "finished", "3000")]
     logs = "".join(path.read_text() for path in (folder / "jobs").glob("*_log.out"))
