@@ -114,6 +114,8 @@ _HEAD = ("experiment", "model", "seeds", "epochs", "NLL", "what it is", "per dim
 _HEAD += ("active units", "training, min", "half of its CPU, min", "evaluation, min")
 _HEAD += ("published NLL", "difference")
 
+_POINTS = "points"  # what data in the plane are called; they come last
+
 # What is known of log p(x), the tightest first.
 _TIGHTEST = ("log_prob", "importance_weighted_bound", "elbo")
 
@@ -155,14 +157,16 @@ def _by_data() -> dict[str, list[tuple[str, list[dict]]]]:
             found[_data(run["data"])][name, card, num_samples].append(run)
     return {
         title: [(name, runs) for (name, *_), runs in experiments.items()]
-        for title, experiments in sorted(found.items())
+        for title, experiments in sorted(
+            found.items(), key=lambda item: (_POINTS in item[0], item[0])
+        )
     }
 
 
 def _data(card: dict) -> str:
     """What a card's numbers are about, in a few words."""
     grey, drawn = "grey values", f"{card['binarisation']['train']} binarisation"
-    kind = {"uint8": grey, "binary": drawn, "tokens": "characters", "real": "points"}
+    kind = {"uint8": grey, "binary": drawn, "tokens": "characters", "real": _POINTS}
     held_out = f"{card['counts']['test']:,} test examples"
     return f"{card['dataset']}, {kind[card['support']]}, {held_out}"
 
@@ -182,10 +186,11 @@ def _row(name: str, runs: list[dict]) -> list[str]:
     published, source = PUBLISHED.get(name, (None, ""))
     what = _likelihood(runs[0])
     nll = _mean(runs, what, -1)
+    nats = "{:.3f} ± {:.3f}" if card["support"] == "real" else "{:.2f} ± {:.2f}"
     kind = {"log_prob": "exact", "elbo": "bound: ELBO"}
     kind = kind.get(what, f"bound: K = {_num_samples(runs[0]):,}")
     if "data_log_prob" in first:
-        kind += "; of the data's own density {:.2f}".format(*_mean(runs, "data_log_prob", -1))
+        kind += "; of the data's own density {:.3f}".format(*_mean(runs, "data_log_prob", -1))
     per_dim = first.get("nats_per_token") or first.get("bits_per_dim")
     active = [run["metrics"]["active_units"] for run in runs if "active_units" in run["metrics"]]
     return [
@@ -193,10 +198,10 @@ def _row(name: str, runs: list[dict]) -> list[str]:
         config["model"]["name"],
         ", ".join(sorted(str(run["config"]["seed"]) for run in runs)),
         f"{epochs:.3g}",
-        "{:.2f} ± {:.2f}".format(*nll),
+        nats.format(*nll),
         kind,
         f"{per_dim['value']:.4f} {per_dim['unit']}" if per_dim else "",
-        "{:.2f} ± {:.2f}".format(*_mean(runs, "elbo", -1)) if "elbo" in first else "",
+        nats.format(*_mean(runs, "elbo", -1)) if "elbo" in first else "",
         ", ".join(f"{metric['value']:.0f}" for metric in active),
         _minutes(runs, "training"),
         _minutes(runs, "training_cpu", 0.5),
