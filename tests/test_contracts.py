@@ -234,7 +234,7 @@ def test_config_is_short_and_says_how_to_run_it(path):
 
 def _by_duration(path):
     """A few, of every kind of data, run with all tests; the others in a job of their own."""
-    quick = ("vae_mnist", "gan_mnist", "flow_toy", "transformer_shakespeare", "made_mnist")
+    quick = ("vae_mnist", "gan_grid", "flow_toy", "transformer_shakespeare", "made_mnist")
     marks = () if path.stem in quick else pytest.mark.configs
     return pytest.param(path, id=path.stem, marks=marks)
 

@@ -13,7 +13,7 @@ import jax
 import joined
 import numpy as np
 import pytest
-from conftest import REPO, preempt
+from conftest import COMPILING, REPO, preempt
 
 from dgm_jax import config as configs
 from dgm_jax import processes, sharding, train, writers
@@ -23,7 +23,7 @@ from dgm_jax.data import dataset as data
 from dgm_jax.experiment import prepare
 from dgm_jax.workdir import Workdir
 
-ENV = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device each
+ENV = {**os.environ, "XLA_FLAGS": COMPILING}  # one device each
 CONFIG = "configs/vae_mnist.py:smoke"
 MNIST = {
     **joined.TINY,

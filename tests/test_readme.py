@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from conftest import COMPILING, REPO
 
 README = (REPO / "README.md").read_text()
 
@@ -15,7 +15,7 @@ def test_python_example_runs(tmp_path):
     """In a process of its own, after the command that leaves the work directory it restores."""
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     (tmp_path / "configs").symlink_to(REPO / "configs")
-    env = {**os.environ, "PYTHONPATH": str(REPO), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    env = {**os.environ, "PYTHONPATH": str(REPO), "XLA_FLAGS": COMPILING}
     train = [
         *("-m", "dgm_jax.main", "--config=configs/vae_mnist.py:smoke"),
         *("--config.train.duration=2 steps", "--config.eval.num_samples=1"),
