@@ -67,7 +67,7 @@ from dgm_jax.workdir import Workdir
 
 PAGE, RECORD = REPO / "docs" / "reliability.md", REPO / "docs" / "reliability.json"
 SECTION = "interruptions"
-GRACE = 60.0  # seconds in which a process that is told to stop has saved and gone
+GRACE = 30.0  # seconds in which a process that is told to stop has saved and gone
 PATIENCE = 120.0  # seconds in which an attempt that nobody ends has ended
 DISK = 48 * 2**20  # bytes of the small file system
 TIMING = {"seconds", "cpu_seconds", "examples_per_second"}

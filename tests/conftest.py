@@ -10,10 +10,12 @@ from pathlib import Path
 
 # Before jax is imported anywhere. Compiling takes most of the tests' time: no optimisation, no
 # threads, and the emitters that are quickest at it, which XLA had until jaxlib 0.11.
-COMPILING = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    " --xla_cpu_parallel_codegen_split_count=1"
+)
 if version("jaxlib").startswith("0.10."):
-    COMPILING += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {COMPILING}"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
@@ -25,6 +27,8 @@ from dgm_jax import sharding
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 REPO = Path(__file__).resolve().parent.parent
+# Of a process of its own: the same programs, on one device.
+COMPILING = os.environ["XLA_FLAGS"].partition(" ")[2]
 
 
 @pytest.fixture(autouse=True, scope="session")

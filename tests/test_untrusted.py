@@ -18,7 +18,6 @@ import pytest
 from conftest import REPO
 
 from dgm_jax import results, run, writers
-from dgm_jax.checkpoint import Checkpoints
 from dgm_jax.core import UserError
 from dgm_jax.data import sources, text
 from dgm_jax.sweep.run import read_about
