@@ -449,7 +449,7 @@ def test_a_checkpoint_in_parts_larger_than_its_arrays(workdir, capsys):
     for key, change, says in (
         (matrix, {"chunks": [10**5, 10**5]}, whole),
         ("step/.zarray", {"shape": [10**6], "chunks": [10**9]}, "step is int32 (1000000,) there"),
-        ("step/.zarray", {"dtype": "|S1000000000"}, "step is "),
+        ("step/.zarray", {"dtype": "|S1000000000"}, "is damaged"),
     ):
         about = store.read(key).result().value
         store.write(key, json.dumps({**json.loads(about), **change}).encode()).result()
