@@ -3,7 +3,9 @@
 Papers: Huang et al. 2024, "The GAN is dead; long live the GAN!"; see `models/gan.py` for the other
         objectives.
 Run:   python -m dgm_jax.main --config=configs/gan_mnist.py
-Gives: digits in `prior_samples.png`; no number is claimed.
+Gives: digits in `prior_samples.png`; kernel distance 0.013 ± 0.004 (of test images 0.003 ± 0.005),
+       recall 0.84 (0.86), precision 0.71 (0.87), 5,000 samples, seed 0, after 1,510 s of processor
+       time; docs/results.md
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant
