@@ -45,9 +45,17 @@ class Checkpoints:
             to.
         """
         self._directory, self._keep = directory.absolute(), keep
+        self._unlisted: dict[int, str] = {}  # steps that were set aside, and why
 
     @functools.cached_property
     def _manager(self) -> "ocp.CheckpointManager":
+        try:
+            return self._open()
+        except Exception:  # it reads what each checkpoint says of itself
+            self._set_aside_unlisted()
+        return self._open()
+
+    def _open(self) -> "ocp.CheckpointManager":
         import orbax.checkpoint as ocp
 
         return ocp.CheckpointManager(
@@ -102,6 +110,8 @@ class Checkpoints:
             layout, of which the first field that differs is named.
         """
         steps, other = self.steps[::-1], ""
+        for step, why in self._unlisted.items():
+            announce(f"WARNING: the checkpoint of step {step:,} is damaged ({why}) and set aside")
         for step in steps:
             state, error = self._read(step, abstract_state)
             if not processes.any_of(error is not None):
@@ -120,11 +130,14 @@ class Checkpoints:
                 "to start again"
             )
         if steps:
-            raise UserError(
-                f"every checkpoint in {self._directory} is damaged (steps {steps}): "
-                "move the directory away to start again"
-            )
+            raise self._every_one_damaged(steps)
         return None
+
+    def _every_one_damaged(self, steps: list[int]) -> UserError:
+        return UserError(
+            f"every checkpoint in {self._directory} is damaged (steps {steps}): "
+            "move the directory away to start again"
+        )
 
     def tidy(self, step: int) -> None:
         """Make room for what comes after `step`, from which training goes on.
@@ -136,15 +149,41 @@ class Checkpoints:
             return
         if processes.is_first():
             for newer in (there for there in self.steps if there > step):
-                folder = self._directory.parent / "damaged_checkpoints"
-                folder.mkdir(exist_ok=True)
-                names = itertools.chain([f"{newer}"], (f"{newer}-{i}" for i in itertools.count(2)))
-                free = next(name for name in names if not (folder / name).exists())
-                shutil.move(self._directory / str(newer), folder / free)
+                self._set_aside(newer)
             for unfinished in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished)
         processes.wait_for_all("the checkpoints are tidied")
         self._manager.reload()
+
+    def _set_aside(self, step: int) -> None:
+        folder = self._directory.parent / "damaged_checkpoints"
+        folder.mkdir(exist_ok=True)
+        names = itertools.chain([f"{step}"], (f"{step}-{i}" for i in itertools.count(2)))
+        free = next(name for name in names if not (folder / name).exists())
+        shutil.move(self._directory / str(step), folder / free)
+
+    def _set_aside_unlisted(self) -> None:
+        """Move away what Orbax cannot even list: with it there, it lists none.
+
+        Raises:
+          UserError: there would be none left.
+        """
+        import orbax.checkpoint as ocp
+
+        listed = []
+        for found in ocp.path.step.standard_name_format().find_all(self._directory):
+            try:
+                listed.append(found.commit_timestamp)
+            except Exception as error:  # as any damaged file
+                self._unlisted[found.step] = reason(error)
+        processes.wait_for_all("all know what cannot be listed")
+        if not listed:
+            raise self._every_one_damaged(sorted(self._unlisted, reverse=True))
+        if processes.is_first():
+            with self._writing():
+                for step in self._unlisted:
+                    self._set_aside(step)
+        processes.wait_for_all("what cannot be listed is set aside")
 
     def wait(self) -> None:
         """Return when what was saved is on disk.
@@ -188,7 +227,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         like = {"state": ocp.args.StandardRestore(abstract_state), "digest": ocp.args.JsonRestore()}
-        item, error = None, None
+        state, digest, error = None, "", None
         try:
             about = self._manager.item_metadata(step)["state"]
             if about is None:
@@ -196,12 +235,13 @@ class Checkpoints:
             _refuse_another_layout(about.tree, abstract_state)
             _refuse_large_parts(self._directory / str(step) / "state", abstract_state)
             item = self._manager.restore(step, args=ocp.args.Composite(**like))
+            digest, state = item.digest["sha256"], item.state
         except Exception as raised:  # Orbax raises many kinds for a damaged file.
             error = raised.__cause__ or raised
         # To digest a state that is divided takes all processes.
-        if not processes.any_of(item is None) and _digest(item.state) != item.digest["sha256"]:
+        if not processes.any_of(state is None) and _digest(state) != digest:
             error = ValueError("its values do not match their SHA-256")
-        return item and item.state, error
+        return state, error
 
 
 def abstract(state: TrainState, shardings: Any) -> TrainState:

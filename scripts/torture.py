@@ -88,6 +88,8 @@ SHORT = {
 MORE = {
     "vae": {"train.ramp": "model.beta over 10 steps", "train.keep_best": "elbo"},
     "made": {"train.keep_best": "log_prob"},
+    "masked_diffusion": {"model.heads": 2},  # of a width of 8
+    "transformer": {"model.heads": 2},
 }
 
 

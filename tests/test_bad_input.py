@@ -612,6 +612,22 @@ def test_training_falls_back_to_the_checkpoint_before(trained, unfinished, damag
     assert _bytes(unfinished / "damaged_checkpoints" / "8") == damaged
 
 
+@pytest.mark.parametrize("name", ["metrics", "commit_timestamp_nsecs"])
+def test_a_checkpoint_that_cannot_be_listed_is_set_aside(trained, unfinished, name):
+    """What it says of itself is of another type: Orbax would list no other either."""
+    about = unfinished / "checkpoints" / "8" / "_CHECKPOINT_METADATA"
+    about.write_text(json.dumps({**_read(about), name: "damaged"}))
+    restored, said = _restore_all(unfinished)
+    assert int(restored.step) == 6
+    assert len(said) == 1 and "step 8" in said[0] and "set aside" in said[0]
+    assert (unfinished / "damaged_checkpoints" / "8").is_dir()
+    about = unfinished / "checkpoints" / "6" / "_CHECKPOINT_METADATA"
+    about.write_text(json.dumps({**_read(about), name: "damaged"}))
+    with pytest.raises(UserError, match="every checkpoint"):
+        _restore_all(unfinished)
+    assert _steps(unfinished) == [6]  # the last one stays where it is
+
+
 def test_without_any_checkpoint_it_starts_again(trained, unfinished):
     """As after an end before the first checkpoint; the rows written until then come once."""
     shutil.rmtree(unfinished / "checkpoints")
