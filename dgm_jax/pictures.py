@@ -87,7 +87,7 @@ def save_plane(
     data: np.ndarray,
     samples: np.ndarray,
     log_density: Callable[[np.ndarray], np.ndarray] | None,
-    side: int = 150,
+    side: int = 100,
 ) -> None:
     """Data and samples `[N, 2]` side by side, and the density that the model gives to the plane.
 

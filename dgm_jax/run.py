@@ -355,7 +355,19 @@ def density(trained: Trained) -> Callable[[np.ndarray], np.ndarray] | None:
     if exact is None:
         return None
     log_prob, rng = jax.jit(exact), stream(trained.config.seed, "pictures")
-    return lambda x: np.asarray(log_prob(trained.params, {"x": x}, rng), np.float64)
+    at_once = trained.config.eval.batch_size
+
+    def log_p(x: np.ndarray) -> np.ndarray:
+        parts = []
+        with Progress("density", len(x)) as progress:
+            for start in range(0, len(x), at_once):
+                part = x[start : start + at_once]
+                full = np.pad(part, [(0, at_once - len(part)), (0, 0)], mode="edge")
+                parts.append(np.asarray(log_prob(trained.params, {"x": full}, rng), np.float64))
+                progress.advance(len(part))
+        return np.concatenate(parts)[: len(x)]
+
+    return log_p
 
 
 def _say_header(experiment: Experiment, workdir: Workdir) -> None:

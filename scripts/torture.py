@@ -34,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -176,7 +177,8 @@ class Attempt(NamedTuple):
     def abort(self) -> str:
         """End it, and return where it was."""
         os.kill(self.pid, signal.SIGABRT)
-        os.waitpid(self.pid, 0)
+        if self.wait(GRACE) is None:
+            self.kill()
         return self.complaint[:6000]
 
     @property
@@ -188,6 +190,29 @@ class Attempt(NamedTuple):
     def complaint(self) -> str:
         """What it has said of errors."""
         return self.path.with_suffix(".err").read_text()
+
+
+def fork(words: Path, act: Callable[[], int]) -> Attempt:
+    """A process that does `act`, ends with the status that it returns, and writes to `words`."""
+    words.parent.mkdir(parents=True, exist_ok=True)
+    for name in (".out", ".err"):
+        words.with_suffix(name).write_text("")
+    sys.stdout.flush()
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            for fd, name in ((1, ".out"), (2, ".err")):
+                os.dup2(os.open(words.with_suffix(name), os.O_WRONLY), fd)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            faulthandler.enable()
+            status = act()
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return Attempt(pid, words)
 
 
 class Fault(Exception):
@@ -209,15 +234,13 @@ class Run:
         if self.family == SWEEP:
             argv = [f"--config={__file__}:vae", f"--workdir={self.path}"]
             argv += ["--mode=sweep", f"--sweep={GRID}", "--config.train.keep_best="]
-        self.words.mkdir(parents=True, exist_ok=True)
-        for name in (".out", ".err"):
-            words.with_suffix(name).write_text("")
-        sys.stdout.flush()
-        pid = os.fork()
-        if not pid:
+
+        def act() -> int:
             trace_once(self.words.parent / self.family)
-            _become(["dgm_jax/main.py", *argv], words, before)
-        return Attempt(pid, words)
+            before()
+            return _main(["dgm_jax/main.py", *argv])
+
+        return fork(words, act)
 
     def moment(self, rng: random.Random) -> float:
         """Seconds after the start: at any time until the end, but more often soon after the first
@@ -294,30 +317,16 @@ def _export(function: Callable, args: tuple, path: Path) -> None:
     path.write_bytes(pickle.dumps((bytes(program), shape[0])))
 
 
-def _become(argv: list[str], words: Path, before: Callable[[], None]) -> None:
-    """Be the command line from here on."""
+def _main(argv: list[str]) -> int:
+    """Be the command line; its exit status, as the interpreter makes it of what is raised."""
+    sys.argv = argv
     try:
-        for fd, name in ((1, ".out"), (2, ".err")):
-            os.dup2(os.open(words.with_suffix(name), os.O_WRONLY | os.O_CREAT), fd)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        faulthandler.enable()
-        before()
-        sys.argv = argv
         runpy.run_module("dgm_jax.main", run_name="__main__", alter_sys=True)
-        status = 0
     except SystemExit as end:
-        # As the interpreter does it.
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
 
 
 # What is done to a run: each returns whether it was hit, or had come to its end before.
@@ -604,32 +613,29 @@ def _compare(run: Run, other: Run) -> None:
             raise Fault(f"other rows of metrics in {here.path}")
         if _result(here) != _result(there):
             raise Fault(f"another result in {here.path}")
-    pid = os.fork()
-    if not pid:
-        os._exit(_differ(run, other))
-    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
-        raise Fault("leaves of the state differ")
+    reader = fork(run.words / "compared", lambda: _differ(run, other))
+    status = reader.wait(PATIENCE)
+    if status is None:
+        raise Fault(f"a checkpoint is not read: {reader.abort()}")
+    if status:
+        raise Fault(f"leaves of the state differ: {reader.said}{reader.complaint}")
 
 
 def _differ(run: Run, other: Run) -> int:
     """1 where a leaf of a checkpoint differs in a bit."""
-    try:
-        for here, there in zip(run.workdirs, other.workdirs, strict=True):
-            for folder in (there.checkpoints, there.best_checkpoint):
-                if not folder.exists():
-                    continue
-                path = max(folder.glob("*"), key=lambda p: int(p.name)) / "state"
-                same = here.path / path.relative_to(there.path)
-                with ocp.StandardCheckpointer() as reader:
-                    pair = [jax.tree.leaves_with_path(reader.restore(p)) for p in (path, same)]
-                for (name, a), (other_name, b) in zip(*pair, strict=True):
-                    equal = np.asarray(a).tobytes() == np.asarray(b).tobytes()
-                    if name != other_name or a.dtype != b.dtype or not equal:
-                        say(f"{same}: {jax.tree_util.keystr(name)}")
-                        return 1
-    except BaseException as error:
-        say(repr(error))
-        return 1
+    for here, there in zip(run.workdirs, other.workdirs, strict=True):
+        for folder in (there.checkpoints, there.best_checkpoint):
+            if not folder.exists():
+                continue
+            path = max(folder.glob("*"), key=lambda p: int(p.name)) / "state"
+            same = here.path / path.relative_to(there.path)
+            with ocp.StandardCheckpointer() as reader:
+                pair = [jax.tree.leaves_with_path(reader.restore(p)) for p in (path, same)]
+            for (name, a), (other_name, b) in zip(*pair, strict=True):
+                equal = np.asarray(a).tobytes() == np.asarray(b).tobytes()
+                if name != other_name or a.dtype != b.dtype or not equal:
+                    say(f"{same}: {jax.tree_util.keystr(name)}")
+                    return 1
     return 0
 
 

@@ -65,7 +65,7 @@ def main() -> None:
                 trained = run.restore(paths[data])
                 density = run.density(trained)
                 if density is not None:
-                    steps = np.linspace(-REACH, REACH, 120, dtype=np.float32)
+                    steps = np.linspace(-REACH, REACH, 100, dtype=np.float32)
                     x, y = np.meshgrid(steps, steps)
                     log_p = density(np.stack([x, y], axis=-1).reshape(-1, 2)).reshape(x.shape)
                     axes.pcolormesh(x, y, np.exp(log_p), cmap="Blues", rasterized=True)
