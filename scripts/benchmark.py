@@ -21,16 +21,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from contestants import CASES, NUM_DRAWS
 from quality import RECIPES, TARGETS, seconds_to
+from records import DOCS, Section, markdown
 
-REPO = Path(__file__).resolve().parent.parent
-RECORD = REPO / "docs" / "benchmark.json"
-PAGE = REPO / "docs" / "performance.md"
+REPO = DOCS.parent
+RECORD = DOCS / "benchmark.json"
 PYTHAE, LIMIT, OURS = "pythae", "matrix products alone", "dgm_jax"
 FLOW = "dgm_jax, flow prior"
 # Relative. Other seeds change an MLP's loss by 1 %, the top-down VAE's after 200 steps by 7 %.
@@ -40,10 +39,14 @@ Measured = dict[str, Any]  # what one process found
 
 
 def contestants_of(case: str) -> list[str]:
-    """Who can run a case: pythae its own network only."""
+    """Who can run a case.
+
+    pythae its own network only; torch.compile no gradient of a gradient, which a GAN's penalty has.
+    """
     if case.startswith(PYTHAE):
         return [OURS, PYTHAE, LIMIT]
-    return [OURS, "dgm_jax, a dispatch per step", "PyTorch eager", "torch.compile", LIMIT]
+    compiled = [] if case.startswith("GAN") else ["torch.compile"]
+    return [OURS, "dgm_jax, a dispatch per step", "PyTorch eager", *compiled, LIMIT]
 
 
 def in_a_process(function: str, *args: Any) -> Measured:
@@ -141,7 +144,7 @@ def speed_table(record: dict[str, Any]) -> str:
                 cells += [f"{loss:.1f}", f"{taken[0]['num_parameters']:,}"]
             rows.append([*cells, _memory(taken)])
     about = f"Medians of {record['rounds']} rounds of {record['seconds']} s each."
-    return _markdown((*head, "memory, MiB"), rows, f"{about} {_describe(record['machine'])}")
+    return f"{markdown((*head, 'memory, MiB'), rows)}\n{about} {_describe(record['machine'])}"
 
 
 def quality_table(record: dict[str, Any]) -> str:
@@ -160,7 +163,7 @@ def quality_table(record: dict[str, Any]) -> str:
         f"Medians of {record['rounds']} runs of at most {limit:.0f} s. ELBO and NLL are by "
         f"{NUM_DRAWS} draws for each validation image. {_describe(record['machine'])}"
     )
-    return _markdown((*head, "parameters", "memory, MiB"), rows, below)
+    return f"{markdown((*head, 'parameters', 'memory, MiB'), rows)}\n{below}"
 
 
 def _time_to(
@@ -192,45 +195,10 @@ def _describe(about: dict[str, Any]) -> str:
     )
 
 
-def _markdown(head: tuple[str, ...], rows: list[list[str]], below: str) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", below])
-
-
-TABLES = {"benchmark": speed_table, "quality": quality_table}
-
-
-def keep_record(section: str, record: dict[str, Any]) -> None:
-    """Put a section's record into the file; the others stay."""
-    records = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    RECORD.write_text(json.dumps({**records, section: record}, indent=2) + "\n")
-
-
-def keep(section: str, record: dict[str, Any], table: Callable[[dict[str, Any]], str]) -> None:
-    """Put a section's record into the file, and its table into the page."""
-    keep_record(section, record)
-    put(section, table(record), PAGE)
-
-
-def put(section: str, text: str, page: Path) -> None:
-    """Replace what stands between a section's marks in a page."""
-    before, after = around(section, page)
-    page.write_text(f"{before}{text}\n{after}")
-
-
-def around(section: str, page: Path) -> tuple[str, str]:
-    """The page up to and from a section's table, marks included.
-
-    Raises:
-      SystemExit: there is no such page, or the marks are not in it.
-    """
-    start, end = f"<!-- {section}: start -->\n", f"<!-- {section}: end -->"
-    text = page.read_text() if page.exists() else ""
-    before, found, rest = text.partition(start)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        sys.exit(f"{page}: needs the lines {start.strip()} and {end}, in this order")
-    return before + start, end + after
+SECTIONS = {
+    name: Section(name, RECORD, DOCS / "performance.md", table)
+    for name, table in (("benchmark", speed_table), ("quality", quality_table))
+}
 
 
 def main() -> None:
@@ -253,16 +221,16 @@ def main() -> None:
     chosen = parser.parse_args()
     if unknown := [case for case in chosen.cases if case not in CASES]:
         parser.error(f"no case {unknown[0]!r}; there are: {'; '.join(CASES)}")
-    section = "quality" if chosen.quality else "benchmark"
+    section = SECTIONS["quality" if chosen.quality else "benchmark"]
     if chosen.keep:
-        around(section, PAGE)  # raises where the page could not be written, before an hour is spent
+        section.check()
     if chosen.quality:
         record = measure_time_to_quality(chosen.rounds or 1, chosen.quality_limit)
     else:
         record = measure_speed(chosen.cases, chosen.rounds or 3, chosen.seconds)
-    print("\n" + TABLES[section](record))
+    print("\n" + section.show(record))
     if chosen.keep:
-        keep(section, record, TABLES[section])
+        section.keep(record)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The same training in several programs: what `benchmark.py` times, a process for each.
 
-All train one network on the same images, binarised anew at every visit, with Adam. This project
-also computes the gradient's norm, to log it and to clip by it, though at a norm never reached; the
-others do neither.
+All train one network on the same data, images binarised anew at every visit where the model is of
+bits, with Adam. This project also computes the gradient's norm, to log it and to clip by it, though
+at a norm never reached; the others do neither.
 """
 
 import functools
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+REPO = Path(__file__).resolve().parent.parent
 LEARNING_RATE = 1e-3
 NUM_DRAWS = 100  # K, posterior draws for each validation image
 
@@ -43,10 +44,9 @@ class MLPCase(NamedTuple):
     steps_per_call: int = 100
 
     @property
-    def model(self) -> dict[str, Any]:
-        """The `model` section of this project's config."""
-        return {
-            "name": "vae",
+    def config(self) -> Any:
+        """What this project trains."""
+        fields = {
             "encoder": self.hidden,
             "decoder": self.hidden[::-1],
             "latents": self.latents,
@@ -54,12 +54,13 @@ class MLPCase(NamedTuple):
             "num_samples": self.num_samples,
             "objective": "elbo" if self.num_samples == 1 else "iwae",
         }
+        return _experiment("vae", fields)
 
-    def torch_network(self, mean: Any) -> Any:
-        """The same in PyTorch, for images of this `mean`."""
+    def torch_network(self, x: Any) -> Any:
+        """The same in PyTorch, for the training split `x` of `train_x`."""
         from torch_networks import MLPVAE
 
-        return MLPVAE(self.hidden, self.latents, self.num_samples, self.activation, mean)
+        return MLPVAE(self.hidden, self.latents, self.num_samples, self.activation, x.mean(0))
 
 
 class TopDownCase(NamedTuple):
@@ -79,25 +80,67 @@ class TopDownCase(NamedTuple):
     steps_per_call: int = 10
 
     @property
-    def model(self) -> dict[str, Any]:
-        """The `model` section of this project's config."""
+    def config(self) -> Any:
+        """What this project trains."""
         fields = ("layers", "latents", "channels", "width")
-        return {"name": "topdown", **{field: getattr(self, field) for field in fields}}
+        return _experiment("topdown", {field: getattr(self, field) for field in fields})
 
-    def torch_network(self, mean: Any) -> Any:
-        """The same in PyTorch, for images of this `mean`."""
+    def torch_network(self, x: Any) -> Any:
+        """The same in PyTorch, for the training split `x` of `train_x`."""
         from torch_networks import TopDownVAE
 
-        return TopDownVAE(self.layers, self.latents, self.channels, self.width, mean)
+        return TopDownVAE(self.layers, self.latents, self.channels, self.width, x.mean(0))
 
 
-Case = MLPCase | TopDownCase
+class FileCase(NamedTuple):
+    """What a config file says, but for its optimizer.
+
+    Attributes:
+      batch_size, num_steps, steps_per_call: as in `MLPCase`.
+      file: of configs/, without its ending.
+    """
+
+    batch_size: int
+    num_steps: int
+    file: str
+    steps_per_call: int = 10
+
+    @property
+    def config(self) -> Any:
+        """What this project trains."""
+        from dgm_jax import config as configs
+
+        return configs.load(str(REPO / "configs" / f"{self.file}.py"))
+
+    def torch_network(self, x: Any) -> Any:
+        """The same in PyTorch, for the training split `x` of `train_x`."""
+        import torch_networks
+
+        model = self.config.model
+        if model.name == "transformer":
+            return torch_networks.Transformer(model, int(x.max()) + 1, x.shape[1])
+        network = {"flow_matching": torch_networks.FlowMatching, "gan": torch_networks.GAN}
+        return network[model.name](model, x.mean(0))
+
+
+def _experiment(model: str, fields: dict[str, Any]) -> Any:
+    """A model of this project with some of its fields, on dynamically binarised MNIST."""
+    from dgm_jax import config as configs
+
+    named = {f"model.{field}": value for field, value in fields.items()}
+    return configs.override(configs.experiment(model), named)
+
+
+Case = MLPCase | TopDownCase | FileCase
 CASES: dict[str, Case] = {
     "MLP VAE, batch 20": MLPCase(20),
     "MLP VAE, batch 100": MLPCase(100),
     "MLP VAE, batch 512": MLPCase(512, 600),
     "IWAE, K = 50, batch 20": MLPCase(20, 300, num_samples=50),
     "top-down VAE, batch 32": TopDownCase(32, 200),
+    "U-Net, batch 100": FileCase(100, 100, "flow_matching_mnist"),
+    "Transformer, batch 32": FileCase(32, 100, "transformer_shakespeare"),
+    "GAN, batch 64": FileCase(64, 100, "gan_mnist"),
     "pythae's MLP, batch 100": MLPCase(100, hidden=(512,), activation="relu"),
 }
 
@@ -149,70 +192,84 @@ def resident_mib() -> int:
 
 
 @functools.cache
-def dataset() -> Any:
-    """The data of all contestants: `dgm_jax.data.dataset.Dataset`."""
-    from dgm_jax.data.dataset import Config, load
+def dataset(file: str = "vae_mnist") -> Any:
+    """The data of a config file, the same for all contestants: `dgm_jax.data.dataset.Dataset`."""
+    from dgm_jax import config as configs
+    from dgm_jax.data.dataset import load
 
-    return load(Config(), announce=lambda line: None)
+    config = configs.load(str(REPO / "configs" / f"{file}.py"))
+    return load(configs.section(config, "data"), announce=lambda line: None)
 
 
-def train_x() -> Any:
-    """The training split for PyTorch: float `[N, 784]` in [0, 1]."""
+def dataset_of(case: Case) -> Any:
+    """The data of a case."""
+    return dataset(case.file) if isinstance(case, FileCase) else dataset()
+
+
+def train_x(data: Any) -> Any:
+    """The training split for PyTorch: images float `[N, 784]` in [0, 1], tokens int64 `[N, T]`."""
     import torch
 
-    return torch.tensor(dataset().splits["train"].x).reshape(-1, 784) / 255
+    x = torch.tensor(data.splits["train"].x)
+    if data.spec.support == "tokens":
+        return x.long()
+    return x.reshape(len(x), -1) / 255
 
 
 def _dgm_jax(case: Case, by_step: bool = False) -> Trainer:
     """This project, or its step dispatched `by_step`."""
-    return compiled_run(config_of(case, by_step), case.steps_per_call)
+    return compiled_run(config_of(case, by_step), case.steps_per_call, dataset_of(case))
 
 
 def config_of(case: Case, by_step: bool = False) -> Any:
     """The case with the optimizer that all contestants have, for this project."""
     from dgm_jax import config as configs
 
+    config = case.config
+    config.optimizer.update(configs.experiment(config.model.name).optimizer)
     return configs.override(
-        configs.experiment(case.model["name"]),
+        config,
         {
             "train.batch_size": case.batch_size,
             "train.duration": "1000000 steps",  # the learning rate is all but constant
             "train.steps_per_dispatch": 1 if by_step else case.steps_per_call,
+            "train.ramp": "",
             "optimizer.learning_rate": LEARNING_RATE,
             "optimizer.warmup": 0.0,
             "optimizer.clip_norm": 1e9,
             "optimizer.ema": 0.0,
-            **{f"model.{field}": value for field, value in case.model.items()},
         },
     )
 
 
-def compiled_run(config: Any, steps_per_call: int) -> Trainer:
-    """A run of this project."""
+def compiled_run(config: Any, steps_per_call: int, data: Any) -> Trainer:
+    """A run of this project; `evaluate` is for what has an encoder."""
     import jax
 
     from dgm_jax.evaluators import likelihood, passes
     from dgm_jax.experiment import compile_steps, initial_state, prepare, training_arrays
     from dgm_jax.train_state import num_parameters
 
-    experiment = prepare(config, dataset())
+    experiment = prepare(config, data)
     arrays, run = training_arrays(experiment), compile_steps(experiment)
-    state = initial_state(experiment)
+    state, (player, *_) = initial_state(experiment), experiment.model.players
 
     def train() -> np.ndarray:
         nonlocal state
         losses = []
         for _ in range(steps_per_call // experiment.steps_per_dispatch):
             state, measured = run(state, arrays)
-            losses.append(measured[f"{config.model.name}/loss"])
+            losses.append(measured[f"{player.name}/loss"])
         return np.concatenate(jax.device_get(losses))
 
-    bound = likelihood.importance_weighted(experiment.model, NUM_DRAWS, config.eval.chunk)
-    evaluation = (experiment.dataset, "validation", config.eval.batch_size, experiment.mesh)
-    bounds = passes.compile_pass(bound, *evaluation)
+    @functools.cache
+    def bounds() -> Any:
+        bound = likelihood.importance_weighted(experiment.model, NUM_DRAWS, config.eval.chunk)
+        where = (experiment.dataset, "validation", config.eval.batch_size, experiment.mesh)
+        return passes.compile_pass(bound, *where)
 
     def evaluate() -> tuple[float, float]:
-        found = bounds(state.eval_params, config.seed)
+        found = bounds()(state.eval_params, config.seed)
         elbo, many = (found[f"importance_weighted_bound{k}"].mean() for k in ("_1", ""))
         return -float(elbo), -float(many)
 
@@ -224,24 +281,34 @@ def torch_trainer(case: Case, compiled: bool = False, seed: int = 0) -> Trainer:
     import torch
 
     torch.manual_seed(seed)
-    images = train_x()
-    network = case.torch_network(images.mean(0))
-    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
-    loss_of = torch.compile(network) if compiled else network
+    data = dataset_of(case)
+    examples, bits = train_x(data), data.spec.support == "binary"
+    network = case.torch_network(examples)
+
+    def player(own: Any) -> tuple[Callable, Any]:
+        adam = torch.optim.Adam(own.parameters(), lr=LEARNING_RATE, fused=True)
+        return torch.compile(own) if compiled else own, adam
+
+    players = [player(own) for own in getattr(network, "players", [network])]
 
     def batches() -> Iterator[torch.Tensor]:
         while True:
-            epoch = torch.randperm(len(images)).split(case.batch_size)
-            yield from epoch[: len(images) // case.batch_size]
+            epoch = torch.randperm(len(examples)).split(case.batch_size)
+            yield from epoch[: len(examples) // case.batch_size]
 
     ids = batches()
 
     def step() -> torch.Tensor:
-        loss = loss_of(torch.bernoulli(images[next(ids)]))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+        x = examples[next(ids)]
+        x = torch.bernoulli(x) if bits else x
+        losses = []
+        for loss_of, optimizer in players:
+            loss = loss_of(x)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return losses[0]
 
     def train() -> np.ndarray:
         return torch.stack([step() for _ in range(case.steps_per_call)]).numpy()
@@ -308,7 +375,7 @@ def pythae_trainer(
             mean = torch.sigmoid(self.decoder(z))
             return ModelOutput(reconstruction=mean.reshape(-1, 1, 28, 28))
 
-    images = train_x().reshape(-1, 1, 28, 28)
+    images = train_x(dataset()).reshape(-1, 1, 28, 28)
     config = VAEConfig((1, 28, 28), case.latents, reconstruction_loss="bce")
     model = VAE(config, Encoder(), Decoder()) if network else VAE(config)
     trainer = BaseTrainer(
@@ -340,7 +407,7 @@ def measure_limit(case: str, seconds: float) -> dict[str, Any]:
     from dgm_jax.experiment import prepare, step_products
 
     chosen = CASES[case]
-    products = step_products(prepare(config_of(chosen), dataset()))
+    products = step_products(prepare(config_of(chosen), dataset_of(chosen)))
     before = resident_mib()
     alone = limit.seconds_alone(products, seconds)
     return {

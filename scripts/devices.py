@@ -17,7 +17,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path += [str(REPO), str(REPO / "tests")]
 
 import tiny
+from records import DOCS, Section, markdown
 
 from dgm_jax import config as configs
 from dgm_jax import metrics, models, processes, sharding
@@ -39,11 +39,11 @@ from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.experiment import Experiment, compile_steps, initial_state, prepare, training_arrays
 from dgm_jax.train_step import inputs_of
 
-PAGE = REPO / "docs" / "reliability.md"
 STEPS = 100
 COUNTS = (1, 2, 4, 8)
 JOINED = (2, 4)  # real processes
 FAMILIES_JOINED = ("vae", "gan", "vqvae", "masked_diffusion")
+FAMILIES_PLAIN = ("vae", "masked_diffusion")
 # Steps in proportion to gradients, where Adam's are in proportion to their signs.
 PLAIN = {"optimizer.eps": 1.0, "optimizer.learning_rate": 0.03}
 VALUES = {
@@ -142,20 +142,21 @@ def _apart(one: list[np.ndarray], other: list[np.ndarray]) -> float:
     return worst
 
 
-def in_processes(families: Sequence[str], num: int) -> dict[str, Outcome]:
-    """The runs of `num` real processes, each with one device."""
+def in_processes(family: str, num: int) -> Outcome:
+    """A run of `num` real processes, each with one device."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, f"--into={folder}", "--families", *families]
+        path = Path(folder, "outcome.npz")
+        command = [sys.executable, __file__, f"--into={path}", "--families", family]
         each = [
             subprocess.Popen([*command, f"--distributed={address},{num},{i}"]) for i in range(num)
         ]
         statuses = [process.wait() for process in each]
         if any(statuses):
             sys.exit(f"{num} processes ended with {statuses}")
-        return {family: _read(Path(folder) / f"{family}.npz") for family in families}
+        return _read(path)
 
 
 def _write(path: Path, outcome: Outcome) -> None:
@@ -175,31 +176,33 @@ def _read(path: Path) -> Outcome:
 
 def rows(families: Sequence[str]) -> Iterator[tuple[str, str, Difference]]:
     """Family, on what, and the largest differences; as they are measured."""
-    ones: dict[str, Outcome] = {}
     for family in families:
-        ones[family], *others = (measure(family, mesh_of(num)) for num in COUNTS)
-        each = [compare(ones[family], other) for other in others]
+        one, *others = (measure(family, mesh_of(num)) for num in COUNTS)
+        each = [compare(one, other) for other in others]
         worst = Difference(*map(max, zip(*each, strict=True)))
         yield family, f"{', '.join(map(str, COUNTS[1:]))} devices", worst
-        if family in ("vae", "masked_diffusion"):
+        if family in FAMILIES_PLAIN:
             plain = [measure(family, mesh_of(num), **PLAIN) for num in (1, 8)]
             yield family, "8 devices, Adam's ε = 1", compare(*plain)
-        jax.clear_caches()
-    joined = [family for family in families if family in FAMILIES_JOINED]
-    for num in JOINED if joined else ():
-        for family, outcome in in_processes(joined, num).items():
-            yield family, f"{num} processes", compare(ones[family], outcome)
-            alike = compare(measure(family, mesh_of(num)), outcome)
+        for num in JOINED if family in FAMILIES_JOINED else ():
+            joined = in_processes(family, num)
+            yield family, f"{num} processes", compare(one, joined)
+            alike = compare(measure(family, mesh_of(num)), joined)
             yield family, f"{num} processes, from {num} devices of one", alike
+        jax.clear_caches()
 
 
-def cells(found: Difference) -> list[str]:
-    """Of a row; 0 is bit for bit the same."""
-    return ["0" if value == 0 else f"{value:.0e}" for value in found]
-
-
-HEAD = ("family", "on", "ids and `x`", "loss, step 1", "gradient, step 1")
-HEAD += (f"losses of {STEPS} steps", f"parameters after {STEPS}", "as printed")
+def table(found: dict[str, Any]) -> str:
+    """The differences of each family, by what it ran on; 0 is bit for bit the same."""
+    lines = [
+        [f"`{family}`", on, *("0" if value == 0 else f"{value:.0e}" for value in values)]
+        for family, of in sorted(found.items())
+        for on, values in of["differences"].items()
+    ]
+    head = ("family", "on", "ids and `x`", "loss, step 1", "gradient, step 1")
+    head += (f"losses of {STEPS} steps", f"parameters after {STEPS}", "as printed")
+    made_with = "; ".join(sorted({of["with"] for of in found.values()}))
+    return f"{markdown(head, lines)}\n{made_with}."
 
 
 def main() -> None:
@@ -208,31 +211,31 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--families", nargs="+", default=models.names(), metavar="FAMILY")
-    parser.add_argument("--keep", action="store_true", help="write the page")
+    parser.add_argument("--keep", action="store_true", help="write the record and the page")
     parser.add_argument("--distributed", help=argparse.SUPPRESS)  # for `in_processes`
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.distributed:
         processes.join(chosen.distributed, lost_after=60)
-        for family in chosen.families:
-            outcome = measure(family, sharding.make_mesh())
-            if processes.is_first():
-                _write(chosen.into / f"{family}.npz", outcome)
+        (family,) = chosen.families
+        outcome = measure(family, sharding.make_mesh())
+        if processes.is_first():
+            _write(chosen.into, outcome)
         return
-    from benchmark import around, put
-
+    section = Section("devices", DOCS / "reliability.json", DOCS / "reliability.md", table)
     if chosen.keep:
-        around("devices", PAGE)  # raises where the page could not be written
+        section.check()
     jax.config.update("jax_num_cpu_devices", max(COUNTS))
-    lines, began = [HEAD, ["---"] * len(HEAD)], time.monotonic()
-    for family, on, found in rows(chosen.families):
-        lines.append([f"`{family}`", on, *cells(found)])
-        print(" | ".join(lines[-1]), flush=True)
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    about = f"jax {importlib.metadata.version('jax')}, CPU; {time.monotonic() - began:,.0f} s."
-    print(f"\n{table}\n\n{about}")
-    if chosen.keep:
-        put("devices", f"{table}\n\n{about}", PAGE)
+    found: dict[str, Any] = {}
+    for family, on, difference in rows(chosen.families):
+        of = found.setdefault(
+            family, {"with": f"jax {importlib.metadata.version('jax')}, CPU", "differences": {}}
+        )
+        of["differences"][on] = list(difference)
+        print(family, on, " ".join(f"{value:.0e}" for value in difference), flush=True)
+        if chosen.keep:  # after each, so that nothing measured is lost
+            section.keep({**section.read(), family: of})
+    print("\n" + table(found))
 
 
 if __name__ == "__main__":

@@ -41,10 +41,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from records import DOCS, Section, markdown
 
 REPO = Path(__file__).resolve().parent.parent
-PAGE, SECTION = REPO / "docs" / "reliability.md", "untrusted input"
-RECORD = REPO / "docs" / "fuzz.json"
 MOST_SECONDS, MOST_MIB = 30.0, 256
 STUCK = 120.0  # seconds of the clock after which an input is given up: the machine may be busy
 EXTREMES = (-1, 0, 1, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1)
@@ -777,22 +776,22 @@ def _serve_in_process(
 def table(kinds: dict[str, dict[str, Any]]) -> str:
     """A row for each kind, and what is a fault."""
     head = ("what is read", "inputs", "refused", "read", "faults", "slowest, s", "memory, MiB")
-    lines = [head, ["---"] * len(head)]
+    rows: list[list[str]] = []
     whole: Counter = Counter()
     for name, of in ((name, kinds[name]) for name in KINDS if name in kinds):
         whole.update({key: of[key] for key in ("inputs", "refused", "read", "faults")})
         counts = [f"{of[key]:,}" for key in ("inputs", "refused", "read", "faults")]
         title = f"{KINDS[name].title} (`{name}`)"
-        lines.append([title, *counts, f"{of['seconds']:.2f}", f"{of['mib']}"])
+        rows.append([title, *counts, f"{of['seconds']:.2f}", f"{of['mib']}"])
     sums = [f"{whole[key]:,}" for key in ("inputs", "refused", "read", "faults")]
-    lines.append(["**together**", *sums, "", ""])
+    rows.append(["**together**", *sums, "", ""])
     made_with = ", ".join(sorted({of["with"] for of in kinds.values()}))
     below = (
         "`python scripts/fuzz.py --keep`, kinds apart with `--only` and `--share`: the slowest "
         "input by processor time, and the most memory above what there was before one. "
         f"{made_with}."
     )
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", below])
+    return f"{markdown(head, rows)}\n{below}"
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, Any]:
@@ -828,10 +827,9 @@ def main() -> None:
         name, sound, first, num = chosen.serve
         serve(name, Path(sound), range(int(first), int(num)))
         return
-    from benchmark import around, put
-
+    section = Section("untrusted input", DOCS / "reliability.json", DOCS / "reliability.md", table)
     if chosen.keep:
-        around(SECTION, PAGE)  # raises where the page could not be written
+        section.check()
     kinds = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in chosen.only:
@@ -846,10 +844,7 @@ def main() -> None:
                 if outcome.result not in ("read", "refused"):
                     print(f"FAULT: --only {name} --seed={outcome.seed}: {outcome.result}")
             if chosen.keep:  # of each, so that nothing is lost
-                kept = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-                kept |= {name: kinds[name]}
-                RECORD.write_text(json.dumps(kept, indent=2) + "\n")
-                put(SECTION, table(kept), PAGE)
+                section.keep({**section.read(), name: kinds[name]})
     if kinds:
         print(table(kinds))
 

@@ -17,6 +17,7 @@ from contestants import (
     MLPCase,
     Trainer,
     compiled_run,
+    dataset,
     pythae_trainer,
     resident_mib,
     torch_trainer,
@@ -81,14 +82,14 @@ def _dgm_jax(seed: int, variant: str) -> Trainer:
     from dgm_jax import config as configs
 
     config = configs.load(f"{REPO}/configs/vae_mnist.py:{variant}", {"seed": seed})
-    return compiled_run(config, config.train.steps_per_dispatch)
+    return compiled_run(config, config.train.steps_per_dispatch, dataset())
 
 
 def _pythae(seed: int) -> Trainer:
     import torch
 
     torch.manual_seed(seed)
-    network = PLAIN.torch_network(train_x().mean(0))
+    network = PLAIN.torch_network(train_x(dataset()))
     return pythae_trainer(PLAIN._replace(batch_size=64), network, learning_rate=1e-4, seed=seed)
 
 

@@ -5,19 +5,17 @@
 Each file in docs/results/ is the results.json of one run, named `<experiment>-seed<seed>.json`;
 seeds of one experiment, measured with the same K on the same data, make one row. Files in
 docs/results/features/ are the features.json of the same, and in docs/results/quality/ the
-quality.json. Nothing in the tables is typed in but the
-published values.
+quality.json. Nothing in the tables is typed in but the published values.
 """
 
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
+
+from records import DOCS, markdown
 
 from dgm_jax import results
-
-DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 # Test NLL in nats, dynamic MNIST, by experiment.
 PUBLISHED = {
@@ -125,22 +123,17 @@ def table() -> str:
     text = LIKELIHOOD
     for title, experiments in _by_data().items():
         ranked = sorted(experiments, key=lambda of: _mean(of[1], _likelihood(of[1][0]), -1))
-        text += f"\n### {title}\n\n" + _markdown(_HEAD, [_row(*of) for of in ranked])
+        text += f"\n### {title}\n\n" + markdown(_HEAD, [_row(*of) for of in ranked])
     for title, columns, sign, unit in (
         (FEATURES, _PROBES, 100, "{:.1f}"),
         (DISENTANGLEMENT, _SCORES, 1, "{:.3f}"),
     ):
         if rows := list(_feature_rows(columns, sign, unit)):
-            text += title + _markdown(("experiment", "features", *columns.values()), rows)
+            text += title + markdown(("experiment", "features", *columns.values()), rows)
     if rows := list(_quality_rows()):
         names = [name for name, _ in _QUALITY.values()]
-        text += QUALITY + _markdown(("experiment", "of", *names, "judge"), rows)
+        text += QUALITY + markdown(("experiment", "of", *names, "judge"), rows)
     return text
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def _by_data() -> dict[str, list[tuple[str, list[dict]]]]:

@@ -7,7 +7,6 @@ product, forward and backward), at the speed of the fastest point. Each point is
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -198,7 +197,8 @@ def draw(found: dict[str, list[dict[str, float]]], path: Any) -> None:
 
 def measure() -> None:
     """Measure every point and keep the record."""
-    from benchmark import in_a_process, keep_record, machine
+    import records
+    from benchmark import RECORD, in_a_process, machine
 
     starts: dict[str, list[float]] = {"cold": [], "warm": []}
     for _ in range(3):
@@ -220,11 +220,12 @@ def measure() -> None:
     for num, cost in programs.items():
         print(f"{num} members: " + ", ".join(f"{k} {v:,.0f}" for k, v in cost.items()))
     record = {"first_step": first, "axes": found, "sweep_programs": programs}
-    keep_record("scaling", {"machine": machine(), **record})
+    records.write(RECORD, "scaling", {"machine": machine(), **record})
 
 
 def main() -> None:
     """Measure every point and keep the record, unless told not to; draw the picture."""
+    import records
     from benchmark import RECORD
 
     parser = argparse.ArgumentParser(
@@ -233,7 +234,7 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="the picture alone, from the record")
     if not parser.parse_args().draw:
         measure()
-    found = json.loads(RECORD.read_text())["scaling"]["axes"]
+    found = records.read(RECORD, "scaling")["axes"]
     draw(found, REPO / "docs" / "pictures" / "scaling.png")
 
 

@@ -53,8 +53,8 @@ import jax.export
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorboardX  # noqa: F401 - what a child would import
-from benchmark import around
 from ml_collections import ConfigDict, config_flags  # noqa: F401
+from records import DOCS, Section, markdown
 
 from dgm_jax import cache, models, results, run
 from dgm_jax import config as configs
@@ -66,8 +66,6 @@ from dgm_jax.sweep import report
 from dgm_jax.sweep import run as sweep
 from dgm_jax.workdir import Workdir
 
-PAGE, RECORD = REPO / "docs" / "reliability.md", REPO / "docs" / "reliability.json"
-SECTION = "interruptions"
 GRACE = 30.0  # seconds in which a process that is told to stop has saved and gone
 PATIENCE = 120.0  # seconds in which an attempt that nobody ends has ended
 DISK = 48 * 2**20  # bytes of the small file system
@@ -696,12 +694,11 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         each.append([sum(column) for column in zip(*each, strict=True)])
         return [name, *(f"{a} / {b}" if b else "–" for a, b in each)]
 
-    lines = [["", *KINDS, "together"], ["---"] * (len(KINDS) + 2)]
-    lines += [row(f"`{family}`", [of]) for family, of in sorted(found.items())]
+    lines = [row(f"`{family}`", [of]) for family, of in sorted(found.items())]
     lines.append(row("together", list(found.values())))
     cut = sum(of["seconds"] for of in found.values()), sum(of["runs"] for of in found.values())
     below = f"Survived / tried; {cut[1]} runs came to their end, in {cut[0] / 60:.0f} minutes."
-    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", below])
+    return f"{markdown(('', *KINDS, 'together'), lines)}\n{below}"
 
 
 def measure_saving() -> dict[str, Any]:
@@ -742,17 +739,10 @@ def about_saving(found: dict[str, Any]) -> str:
     )
 
 
-def recorded(section: str) -> dict[str, Any]:
-    """What was measured before."""
-    return json.loads(RECORD.read_text()).get(section, {}) if RECORD.exists() else {}
-
-
-def keep(section: str, record: dict[str, Any], show: Callable[[dict[str, Any]], str]) -> None:
-    """Put a record into its file, and what it shows between its marks in the page."""
-    before, after = around(section, PAGE)
-    records = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    RECORD.write_text(json.dumps({**records, section: record}, indent=2) + "\n")
-    PAGE.write_text(f"{before}{show(record)}\n{after}")
+INTERRUPTIONS, SAVING = (
+    Section(name, DOCS / "reliability.json", DOCS / "reliability.md", show)
+    for name, show in (("interruptions", table), ("saving", about_saving))
+)
 
 
 def main() -> None:
@@ -773,7 +763,7 @@ def main() -> None:
         found = measure_saving()
         print(about_saving(found))
         if chosen.keep:
-            keep("saving", found, about_saving)
+            SAVING.keep(found)
         return
     datasets = {name: dataset_of(name) for name in models.names()}
     for module in (run, sweep):
@@ -782,7 +772,7 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache.folder() / "torture"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if chosen.keep:
-        around(SECTION, PAGE)  # raises where the page could not be written, before it takes long
+        INTERRUPTIONS.check()
     gc.freeze()  # a child that ends need not tidy up what it shares
     found: dict[str, Any] = {}
     with small_disk() as (folder, cannot):
@@ -796,7 +786,7 @@ def main() -> None:
             for path in folder.iterdir():
                 shutil.rmtree(path)
             if chosen.keep:  # after each, so that what was measured outlives this process too
-                keep(SECTION, {**recorded(SECTION), family: of}, table)
+                INTERRUPTIONS.keep({**INTERRUPTIONS.read(), family: of})
     print("\n" + table(found))
     for fault in (fault for of in found.values() for fault in of["faults"]):
         print(fault)

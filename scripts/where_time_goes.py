@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmark import PAGE, around, keep, machine
-from contestants import CASES, Case, config_of, dataset
+from benchmark import RECORD, machine
+from contestants import CASES, Case, config_of, dataset_of
+from records import DOCS, Section
 
 # The first that is found in what XLA says of a kernel's origin names its kind.
 PRODUCTS, RANDOM = "matrix products", "random numbers"
@@ -52,7 +53,7 @@ def measure(case: Case) -> dict[str, Any]:
 
     steps = case.steps_per_call
     config = configs.override(config_of(case), {"train.steps_per_dispatch": steps})
-    experiment = prepare(config, dataset())
+    experiment = prepare(config, dataset_of(case))
     state, arrays = initial_state(experiment), training_arrays(experiment)
     run = compile_steps(experiment)
     text = run.lower(state, arrays).compile().as_text()
@@ -91,10 +92,11 @@ def main() -> None:
     )
     parser.add_argument("case", nargs="?", default="MLP VAE, batch 100", choices=list(CASES))
     case = parser.parse_args().case
-    around("profile", PAGE)
+    section = Section("profile", RECORD, DOCS / "performance.md", table)
+    section.check()
     record = {"machine": machine(), "case": case, **measure(CASES[case])}
     print(table(record))
-    keep("profile", record, table)
+    section.keep(record)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """The benchmark refuses unlike contestants and keeps what it does not measure."""
 
-import importlib
 import json
 import math
 
+import benchmark
 import pytest
-from conftest import REPO
+import quality
 
 MARKS = "Top.\n<!-- benchmark: start -->\n<!-- benchmark: end -->\nMiddle.\n"
 MARKS += "<!-- quality: start -->\nold\n<!-- quality: end -->\nBottom.\n"
@@ -34,12 +34,10 @@ def run_of(*history):
 
 
 @pytest.fixture
-def benchmark(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(REPO / "scripts"))
-    module = importlib.import_module("benchmark")
-    monkeypatch.setattr(module, "RECORD", tmp_path / "benchmark.json")
-    monkeypatch.setattr(module, "PAGE", tmp_path / "performance.md")
-    return module
+def sections(tmp_path):
+    """Those of the benchmark, in files of their own."""
+    files = {"record": tmp_path / "benchmark.json", "page": tmp_path / "performance.md"}
+    return {name: section._replace(**files) for name, section in benchmark.SECTIONS.items()}
 
 
 @pytest.fixture
@@ -56,22 +54,23 @@ def records():
     }
 
 
-def test_a_section_is_kept_and_the_other_left_alone(benchmark, records):
-    benchmark.PAGE.write_text(MARKS)
-    benchmark.keep("benchmark", records["benchmark"], benchmark.speed_table)
-    assert "-->\nold\n<!--" in benchmark.PAGE.read_text()
-    benchmark.keep("quality", records["quality"], benchmark.quality_table)
-    # again: in place of what is there
-    benchmark.keep("quality", records["quality"], benchmark.quality_table)
-    assert json.loads(benchmark.RECORD.read_text()) == records
-    tables = {name: table(records[name]) for name, table in benchmark.TABLES.items()}
+def test_a_section_is_kept_and_the_other_left_alone(sections, records):
+    speeds, qualities = sections["benchmark"], sections["quality"]
+    speeds.page.write_text(MARKS)
+    speeds.keep(records["benchmark"])
+    assert "-->\nold\n<!--" in speeds.page.read_text()
+    for _ in range(2):  # the second time in place of what is there
+        qualities.keep(records["quality"])
+    assert json.loads(speeds.record.read_text()) == records
+    assert qualities.read() == records["quality"]
+    tables = {name: each.show(records[name]) for name, each in sections.items()}
     filled = MARKS.replace(
         "-->\n<!-- benchmark: end", f"-->\n{tables['benchmark']}\n<!-- benchmark: end"
     )
-    assert benchmark.PAGE.read_text() == filled.replace("old", tables["quality"])
+    assert speeds.page.read_text() == filled.replace("old", tables["quality"])
 
 
-def test_tables_say_medians_and_ratios(benchmark, records):
+def test_tables_say_medians_and_ratios(records):
     first, second = benchmark.speed_table(records["benchmark"]).splitlines()[2:4]
     assert first == "| MLP | dgm_jax | 200 | 1.00 × | 100.0 | 10 | 500 → 500 |"
     assert second.startswith("| MLP | PyTorch eager | 50 | 4.00 × |")
@@ -85,14 +84,15 @@ def test_tables_say_medians_and_ratios(benchmark, records):
 
 
 @pytest.mark.parametrize("page", [None, "", MARKS.replace("end", "And"), MARKS[::-1]])
-def test_a_page_without_its_marks_is_an_error(benchmark, page):
+def test_a_page_without_its_marks_is_an_error(sections, page):
+    section = sections["quality"]
     if page is not None:
-        benchmark.PAGE.write_text(page)
+        section.page.write_text(page)
     with pytest.raises(SystemExit, match=r"performance\.md: needs the lines <!-- quality: start"):
-        benchmark.around("quality", benchmark.PAGE)
+        section.check()
 
 
-def test_unlike_contestants_are_refused(benchmark):
+def test_unlike_contestants_are_refused():
     refuse = benchmark.refuse_unlike
     refuse("MLP", {"dgm_jax": speed(1, 100.0), "PyTorch eager": speed(1, 101.0)})
     refuse("MLP", {"dgm_jax": speed(1, 100.0), "pythae": speed(1, 120.0)})  # other initial draws
@@ -103,9 +103,8 @@ def test_unlike_contestants_are_refused(benchmark):
             refuse("MLP", {"dgm_jax": speed(1), "PyTorch eager": speed(1, loss)})
 
 
-def test_the_clock_counts_training_alone(benchmark, monkeypatch):
+def test_the_clock_counts_training_alone(monkeypatch):
     """A trainer of 3 s to compile and 2 s a call, evaluated for 100 s each time."""
-    quality = importlib.import_module("quality")
     costs = iter([(120.0, 110.0), (105.0, 95.0), (100.0, 91.0), (97.0, 90.0), (1.0, 1.0)])
     now, calls = [0.0], iter([5.0, *[2.0] * 9])
 

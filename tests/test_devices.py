@@ -1,17 +1,13 @@
 """A short version of scripts/devices.py."""
 
-import importlib
-
+import devices
 import pytest
-from conftest import REPO
 
 SMALL = {"model.encoder": (8,), "model.decoder": (8,), "model.prior_hidden": (8,)}
 
 
-def test_devices_do_not_change_a_run(monkeypatch):
+def test_devices_do_not_change_a_run():
     """Two players, and a codebook that follows averages over the batch; on one and on eight."""
-    monkeypatch.syspath_prepend(str(REPO / "scripts"))
-    devices = importlib.import_module("devices")
     one, many = (devices.measure("vqvae", devices.mesh_of(n), 20, **SMALL) for n in (1, 8))
     found = devices.compare(one, many)
     assert found.batch == found.printed == 0

@@ -1,24 +1,17 @@
 """docs/results.md says what the kept results.json files say."""
 
-import importlib.util
 import json
 
 import pytest
+import report
 from conftest import REPO
 
 RESULTS = sorted((REPO / "docs" / "results").glob("*.json"))
 EXAMPLE = REPO / "docs" / "results" / "iwae_mnist-l1-vae-k1-seed0.json"
 
 
-def _report():
-    spec = importlib.util.spec_from_file_location("report", REPO / "scripts" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_table_is_the_one_that_the_kept_results_give():
-    assert (REPO / "docs" / "results.md").read_text() == _report().table()
+    assert (REPO / "docs" / "results.md").read_text() == report.table()
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -31,7 +24,6 @@ def test_a_kept_result_is_of_committed_code_and_named_after_its_seed(path):
 
 def test_seeds_of_one_experiment_make_one_row(tmp_path, monkeypatch):
     """Mean over seeds, and s/√n; a run with another K stands apart."""
-    report = _report()
     (tmp_path / "results").mkdir()
     for seed, nll, k in ((0, 84.0, 10), (1, 86.0, 10), (2, 50.0, 20)):
         result = json.loads(EXAMPLE.read_text())
@@ -48,7 +40,6 @@ def test_seeds_of_one_experiment_make_one_row(tmp_path, monkeypatch):
 
 def test_families_are_ranked_by_the_tightest_that_each_knows(tmp_path, monkeypatch):
     """Those with no likelihood are not there; other data have a table of their own."""
-    report = _report()
     (tmp_path / "results").mkdir()
 
     def keep(name, metrics, **card):

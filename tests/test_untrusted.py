@@ -2,7 +2,6 @@
 
 import gc
 import gzip
-import importlib
 import io
 import json
 import os
@@ -12,10 +11,10 @@ import tracemalloc
 import zipfile
 from pathlib import Path
 
+import fuzz
 import jax
 import numpy as np
 import pytest
-from conftest import REPO
 
 from dgm_jax import results, run, writers
 from dgm_jax.core import UserError
@@ -36,14 +35,7 @@ def _garbage_stays_here():
 
 
 @pytest.fixture(scope="module")
-def fuzz():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPO / "scripts"))
-        yield importlib.import_module("fuzz")
-
-
-@pytest.fixture(scope="module")
-def sound(fuzz, tmp_path_factory):
+def sound(tmp_path_factory):
     """A work directory with a checkpoint."""
     path = tmp_path_factory.mktemp("sound") / "run"
     fuzz.KINDS["workdir"].make(path)
@@ -178,7 +170,7 @@ def test_shapes_are_compared_before_anything_is_allocated(workdir):
     assert "no checkpoint" in refused(run.restore, workdir.path)
 
 
-def test_a_result_whose_numbers_are_none(fuzz, tmp_path):
+def test_a_result_whose_numbers_are_none(tmp_path):
     path = tmp_path / "results.json"
     for keys, value in (
         (("schema",), 2),
@@ -198,7 +190,7 @@ def test_a_result_whose_numbers_are_none(fuzz, tmp_path):
         assert "damaged" in refused(results.load, path)
 
 
-def test_a_sweep_of_members_that_it_cannot_have(fuzz, tmp_path):
+def test_a_sweep_of_members_that_it_cannot_have(tmp_path):
     path = tmp_path / "sweep.json"
     for members, word in (
         ([{"model.laments": 1}], "model.laments"),
@@ -368,7 +360,7 @@ def test_a_text_without_end_is_not_read(tmp_path, monkeypatch, path):
 
 
 @pytest.fixture
-def prepared(fuzz, tmp_path, monkeypatch):
+def prepared(tmp_path, monkeypatch):
     """A data set of ten images, and beside it a module that came with it."""
     directory = tmp_path / "cifar10" / "3.0.2"
     fuzz.KINDS["array_record"].make(directory)
@@ -427,7 +419,7 @@ def test_tfds_itself_would_import_it(prepared):
     assert "came_with_it" in sys.modules
 
 
-def test_an_image_is_not_decoded_where_its_head_says_another_size(fuzz, prepared):
+def test_an_image_is_not_decoded_where_its_head_says_another_size(prepared):
     images = [np.zeros((32, 32, 3), np.uint8)] * 9 + [np.zeros((4000, 4000, 3), np.uint8)]
     shutil.rmtree(prepared)
     fuzz.write_tfds(prepared, images, np.arange(10), {"train": 6, "test": 4})
@@ -486,7 +478,7 @@ MANY = (
 
 
 @pytest.mark.parametrize("name", [*MANY, *FEW])
-def test_damaged_files_are_read_or_refused(fuzz, tmp_path, name):
+def test_damaged_files_are_read_or_refused(tmp_path, name):
     path, found = tmp_path / "sound", []
     fuzz.KINDS[name].make(path)
     fuzz.try_inputs(name, path, range(FEW.get(name, 90)), found.append)
@@ -494,7 +486,7 @@ def test_damaged_files_are_read_or_refused(fuzz, tmp_path, name):
     assert "refused" in found and found <= {"read", "refused"}
 
 
-def test_every_kind_is_among_them(fuzz):
+def test_every_kind_is_among_them():
     assert {*MANY, *FEW} == set(fuzz.KINDS)
 
 
@@ -506,7 +498,7 @@ def test_every_kind_is_among_them(fuzz):
     ],
 )
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # NumPy does not close damaged files
-def test_a_careless_loader_is_found_out(fuzz, tmp_path, monkeypatch, name, load, word):
+def test_a_careless_loader_is_found_out(tmp_path, monkeypatch, name, load, word):
     """The same inputs, and loaders as they could have been written."""
     kind = fuzz.KINDS[name]
     monkeypatch.setitem(fuzz.KINDS, name, kind._replace(load=load))
@@ -516,7 +508,7 @@ def test_a_careless_loader_is_found_out(fuzz, tmp_path, monkeypatch, name, load,
     assert any(word in outcome.result for outcome in found)
 
 
-def test_memory_that_was_refused_by_the_system_is_a_fault(fuzz, tmp_path, monkeypatch):
+def test_memory_that_was_refused_by_the_system_is_a_fault(tmp_path, monkeypatch):
     def load(path):
         try:
             raise MemoryError

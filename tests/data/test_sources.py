@@ -15,9 +15,9 @@ import threading
 import time
 from pathlib import Path
 
+import fuzz
 import numpy as np
 import pytest
-from conftest import REPO
 
 from dgm_jax.core import UserError
 from dgm_jax.data import sources
@@ -166,9 +166,8 @@ def cifar10(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (10, 32, 32, 3), np.uint8)
     labels = np.arange(10)
-    monkeypatch.syspath_prepend(str(REPO / "scripts"))
     directory = tmp_path / "data" / "cifar10" / "3.0.2"
-    importlib.import_module("fuzz").write_tfds(directory, images, labels, {"train": 6, "test": 4})
+    fuzz.write_tfds(directory, images, labels, {"train": 6, "test": 4})
     return images, labels
 
 
