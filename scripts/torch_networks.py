@@ -115,8 +115,6 @@ class TopDownVAE(nn.Module):
         self.bias = nn.Parameter(_logit(mean).reshape(1, 1, 28, 28))
         _start(self)
         for module in self.modules():
-            if isinstance(module, ResidualBlock):
-                nn.init.zeros_(module.second.weight)
             if isinstance(module, Layer):
                 nn.init.zeros_(module.prior_head.weight)
                 nn.init.zeros_(module.posterior_head.weight)
@@ -218,8 +216,6 @@ class FlowMatching(nn.Module):
         self.head = nn.Conv2d(fine, model.patch**2, 1)
         _start(self)
         for module in self.modules():
-            if isinstance(module, ResidualBlock):
-                nn.init.zeros_(module.second.weight)
             if isinstance(module, Modulated | ConditionalBlock):
                 nn.init.zeros_(module.said.weight)
         nn.init.zeros_(self.head.weight)
@@ -417,9 +413,6 @@ class GAN(nn.Module):
         generator, discriminator = Generator(model, mean), Discriminator(model)
         for network in (generator, discriminator):
             _start(network)
-            for module in network.modules():
-                if isinstance(module, ResidualBlock):
-                    nn.init.zeros_(module.second.weight)
             network.to(memory_format=torch.channels_last)
         generator.bias.data = mean.clone()
         self.players = nn.ModuleList(
@@ -523,12 +516,15 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 def _start(network: nn.Module) -> None:
-    """Weights of variance 1 / fan-in and biases of 0, as Flax starts its layers."""
+    """Weights of variance 1 / fan-in and biases of 0, as Flax starts its layers; blocks add 0."""
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    for module in network.modules():
+        if isinstance(module, ResidualBlock):
+            nn.init.zeros_(module.second.weight)
 
 
 def _logit(mean: Tensor) -> Tensor:
