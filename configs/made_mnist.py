@@ -12,7 +12,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The default; `:conditional`, `:grey` for a model of grey values, `:smoke`."""
     config = experiment("made")
     config.model.hidden = (2000, 2000)
-    config.train.duration = "100 epochs"
+    config.train.duration = "60 epochs"
     config.train.batch_size = 200
     config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 0.05
