@@ -404,20 +404,20 @@ def _arrays() -> tuple[np.ndarray, ...]:
 def _load_cached(path: Path) -> Any:
     """What is damaged is made again, which here is said in an error."""
     from dgm_jax.core import UserError
-    from dgm_jax.data import sources
+    from dgm_jax.data import image_sets
 
     def announce(line: str) -> None:
         raise UserError(line)
 
-    return sources._cached(path, "embedded", "fuzz", _arrays, (28, 28, 1), announce)
+    return image_sets._cached(path, "embedded", "fuzz", _arrays, (28, 28, 1), announce)
 
 
 def _write_cached(path: Path) -> None:
-    from dgm_jax.data import sources
+    from dgm_jax.data import image_sets, sources
 
-    key = f"format {sources._CACHE_FORMAT} fuzz"
+    key = f"format {image_sets._CACHE_FORMAT} fuzz"
     images = sources.LabelledArrays(*_arrays(), "embedded", sources.fingerprint(_arrays()))
-    sources._write_cache(path, images, key)
+    image_sets._write_cache(path, images, key)
 
 
 def _write_idx(path: Path) -> None:
@@ -426,9 +426,9 @@ def _write_idx(path: Path) -> None:
 
 
 def _load_idx(path: Path) -> Any:
-    from dgm_jax.data import sources
+    from dgm_jax.data import image_sets
 
-    return sources._read_idx(path.read_bytes(), (4, 28, 28, 1))
+    return image_sets._read_idx(path.read_bytes(), (4, 28, 28, 1))
 
 
 def _write_text(path: Path) -> None:
@@ -496,14 +496,14 @@ def _write_prepared(path: Path) -> None:
 
 
 def _load_prepared(path: Path) -> Any:
-    from dgm_jax.data import sources
+    from dgm_jax.data import image_sets
 
-    facts = sources._DATASETS["cifar10"]
-    sources._DATASETS["cifar10"] = facts._replace(num_train=6, num_test=4)
+    facts = image_sets._DATASETS["cifar10"]
+    image_sets._DATASETS["cifar10"] = facts._replace(num_train=6, num_test=4)
     try:
-        return sources._read_tfds("cifar10", path, named=True)
+        return image_sets._read_tfds("cifar10", path, named=True)
     finally:
-        sources._DATASETS["cifar10"] = facts
+        image_sets._DATASETS["cifar10"] = facts
 
 
 def _write_onnx(path: Path) -> None:

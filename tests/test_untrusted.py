@@ -18,7 +18,7 @@ import pytest
 
 from dgm_jax import results, run, writers
 from dgm_jax.core import UserError
-from dgm_jax.data import sources, text
+from dgm_jax.data import image_sets, sources, text
 from dgm_jax.sweep.run import read_about
 from dgm_jax.workdir import Workdir
 
@@ -321,11 +321,11 @@ def test_a_forged_cache_is_made_again(tmp_path):
         images = sources.LabelledArrays(
             *forged.values(), "embedded", sources.fingerprint(tuple(forged.values()))
         )
-        key = f"format {sources._CACHE_FORMAT} k"
-        sources._write_cache(tmp_path / "c.npz", images, key)
+        key = f"format {image_sets._CACHE_FORMAT} k"
+        image_sets._write_cache(tmp_path / "c.npz", images, key)
         read = lambda: tuple(good.values())  # noqa: B023, E731
         args = (tmp_path / "c.npz", "embedded", "k", read, (28, 28, 1), said.append)
-        assert sources._cached(*args).test_labels.sum() == 0
+        assert image_sets._cached(*args).test_labels.sum() == 0
     assert len(said) == 2 and all("no labelled images" in line for line in said)
 
 
@@ -333,7 +333,7 @@ def test_a_download_that_would_unpack_to_a_gigabyte():
     bomb = gzip.compress(bytes(2**25), 1) * 32  # 5 MB
     tracemalloc.start()
     try:
-        assert "no idx file" in refused(sources._read_idx, bomb, (4, 28, 28, 1))
+        assert "no idx file" in refused(image_sets._read_idx, bomb, (4, 28, 28, 1))
         assert tracemalloc.get_traced_memory()[1] < 2**23
     finally:
         tracemalloc.stop()
@@ -345,8 +345,8 @@ def test_an_idx_file_of_another_shape(sides):
         head = bytes([0, 0, 8, len(sides)]) + np.array(sides, ">i4").tobytes()
         return gzip.compress(head + bytes(4 * 28 * 28))
 
-    assert sources._read_idx(packed((4, 28, 28)), (4, 28, 28, 1)).shape == (4, 28, 28, 1)
-    assert "no idx file" in refused(sources._read_idx, packed(sides), (4, 28, 28, 1))
+    assert image_sets._read_idx(packed((4, 28, 28)), (4, 28, 28, 1)).shape == (4, 28, 28, 1)
+    assert "no idx file" in refused(image_sets._read_idx, packed(sides), (4, 28, 28, 1))
 
 
 @pytest.mark.parametrize("path", ["/dev/zero", "a\0b", "pipe"])
@@ -364,8 +364,8 @@ def prepared(tmp_path, monkeypatch):
     """A data set of ten images, and beside it a module that came with it."""
     directory = tmp_path / "cifar10" / "3.0.2"
     fuzz.KINDS["array_record"].make(directory)
-    facts = sources._DATASETS["cifar10"]._replace(num_train=6, num_test=4)
-    monkeypatch.setitem(sources._DATASETS, "cifar10", facts)
+    facts = image_sets._DATASETS["cifar10"]._replace(num_train=6, num_test=4)
+    monkeypatch.setitem(image_sets._DATASETS, "cifar10", facts)
     (tmp_path / "came_with_it.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
     yield directory
@@ -405,7 +405,7 @@ FEATURES = {
 def test_a_data_set_imports_nothing(prepared, where):
     about = json.loads((prepared / "features.json").read_text()) | FEATURES[where]
     (prepared / "features.json").write_text(json.dumps(about))
-    assert "damaged" in refused(sources._read_tfds, "cifar10", prepared, True)
+    assert "damaged" in refused(image_sets._read_tfds, "cifar10", prepared, True)
     assert "came_with_it" not in sys.modules
 
 
@@ -423,7 +423,7 @@ def test_an_image_is_not_decoded_where_its_head_says_another_size(prepared):
     images = [np.zeros((32, 32, 3), np.uint8)] * 9 + [np.zeros((4000, 4000, 3), np.uint8)]
     shutil.rmtree(prepared)
     fuzz.write_tfds(prepared, images, np.arange(10), {"train": 6, "test": 4})
-    assert "(4000, 4000)" in refused(sources._read_tfds, "cifar10", prepared, True)
+    assert "(4000, 4000)" in refused(image_sets._read_tfds, "cifar10", prepared, True)
 
 
 # Checkpoints.

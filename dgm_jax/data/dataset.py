@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgm_jax.core import Batch, DataSpec, UserError
-from dgm_jax.data import shapes, sources, text, toys
+from dgm_jax.data import image_sets, shapes, text, toys
 from dgm_jax.rng import per_example, stream
 
-IMAGES = (*sources.NAMES, "shapes")
+IMAGES = (*image_sets.NAMES, "shapes")
 GENERATED = ("shapes", *toys.NAMES)
 DATASETS = (*IMAGES, *toys.NAMES, *text.NAMES)
 BINARISATIONS = ("dynamic", "fixed", "none")
@@ -29,7 +29,7 @@ class Config:
       dataset: images: `mnist`, `fashion_mnist`, `cifar10`, or `shapes`, generated from `seed`;
         points in the plane, generated likewise: `two_moons`, `eight_gaussians`, `checkerboard` or
         `grid`; windows of characters: `shakespeare`, or `text`, the file at `path`.
-      source: `auto`, `tfds`, `download` or `embedded`; see `sources.load` and `text.load`.
+      source: `auto`, `tfds`, `download` or `embedded`; see `image_sets.load` and `text.load`.
       path: of the file that `dataset="text"` reads.
       context: characters of a window of text.
       validation: number of training examples held out, drawn with `seed`; of a text, its last
@@ -236,7 +236,7 @@ def _find_labelled(config: Config, announce: Callable[[str], None]) -> _Found:
     elif config.dataset in toys.NAMES:
         arrays = toys.generate(config.dataset, config.seed)
     else:
-        arrays = sources.load(config.dataset, config.source, announce=announce)
+        arrays = image_sets.load(config.dataset, config.source, announce=announce)
     if factors is None:
         sizes = len(arrays.train_labels), len(arrays.test_labels)
         factors = [np.zeros((size, 0), np.int32) for size in sizes]

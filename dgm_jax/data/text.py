@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dgm_jax.core import UserError
-from dgm_jax.data import sources
+from dgm_jax.data import sources, tfds
 from dgm_jax.data.sources import Unavailable
 from dgm_jax.files import read_bytes, reason
 
@@ -129,13 +129,13 @@ def _read_file(path: str, source: str) -> str:
 
 
 def _read_tfds() -> str:
-    root, _ = sources.tfds_root()
-    directory = sources.prepared(root, "tiny_shakespeare")
+    root, _ = tfds.root()
+    directory = tfds.prepared(root, "tiny_shakespeare")
     if directory is None:
         raise Unavailable(f"no prepared TFDS data set tiny_shakespeare in {root}")
     try:
-        with sources.quiet():
-            builder = sources.prepared_builder(directory)
+        with tfds.quiet():
+            builder = tfds.builder(directory)
             parts = [builder.as_data_source(s)[0]["text"] for s in ("train", "validation", "test")]
         content = b"".join(parts)
     except Exception as error:

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 from dgm_jax.core import UserError
-from dgm_jax.data import sources
+from dgm_jax.data import image_sets, sources
 
-load_mnist = functools.partial(sources.load, "mnist")
+load_mnist = functools.partial(image_sets.load, "mnist")
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 TFDS_DIR = DATA / "tensorflow_datasets"
 RAW_DIR = DATA / "mnist_raw"
@@ -41,7 +41,7 @@ def isolated(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DGM_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(sources, "_URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr(image_sets, "_URL", "http://127.0.0.1:9/")
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_full_mnist_has_the_published_numbers(full):
 def test_tfds_and_the_original_files_give_the_same_arrays(full, monkeypatch):
     images, _ = full
     with serving(RAW_DIR) as url:
-        monkeypatch.setattr(sources, "_URL", url)
+        monkeypatch.setattr(image_sets, "_URL", url)
         downloaded = load_mnist("download")
     assert downloaded.source == "download"
     assert downloaded.sha256 == images.sha256
@@ -111,11 +111,11 @@ def test_tfds_and_the_original_files_give_the_same_arrays(full, monkeypatch):
 def test_one_changed_pixel_or_label_is_noticed(full, part):
     images, _ = full
     splits = [[images.train_x, images.train_labels], [images.test_x, images.test_labels]]
-    sources._checked("mnist", *splits)
+    image_sets._checked("mnist", *splits)
     splits[1][part] = splits[1][part].copy()
     splits[1][part].flat[7] ^= 1
     with pytest.raises(ValueError, match="not those of mnist"):
-        sources._checked("mnist", *splits)
+        image_sets._checked("mnist", *splits)
 
 
 def test_canonical_order_is_that_of_the_bytes_then_of_the_labels():
@@ -128,7 +128,7 @@ def test_canonical_order_is_that_of_the_bytes_then_of_the_labels():
     pairs = [(x.tobytes(), y) for x, y in zip(images, labels, strict=True)]
     shuffled = rng.permutation(400)
     for order in (np.arange(400), shuffled):
-        x, y = sources._canonical(images[order], labels[order])
+        x, y = image_sets._canonical(images[order], labels[order])
         assert [(row.tobytes(), label) for row, label in zip(x, y, strict=True)] == sorted(pairs)
 
 
@@ -160,8 +160,8 @@ def test_embedded_images_are_labelled_mnist_images(full):
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
     """Images and labels of a data set of six and four, prepared under TFDS_DATA_DIR."""
-    facts = sources._DATASETS["cifar10"]._replace(num_train=6, num_test=4)
-    monkeypatch.setitem(sources._DATASETS, "cifar10", facts)
+    facts = image_sets._DATASETS["cifar10"]._replace(num_train=6, num_test=4)
+    monkeypatch.setitem(image_sets._DATASETS, "cifar10", facts)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (10, 32, 32, 3), np.uint8)
@@ -174,7 +174,7 @@ def cifar10(tmp_path, monkeypatch):
 def test_colour_images_are_read_with_their_labels(cifar10):
     images, labels = cifar10
     for source in ("tfds", "auto"):  # the second from the cache
-        found = sources.load("cifar10", source)
+        found = image_sets.load("cifar10", source)
         assert found.train_x.shape == (6, 32, 32, 3) and found.train_x.dtype == np.uint8
         assert found.test_x.shape == (4, 32, 32, 3) and found.source == "tfds"
         read = np.concatenate([found.train_x, found.test_x])
@@ -186,24 +186,24 @@ def test_colour_images_are_read_with_their_labels(cifar10):
 
 def test_another_number_or_shape_of_images_is_damage(cifar10, tmp_path, monkeypatch):
     for changed, word in (({"num_train": 7}, "6 train records"), ({"shape": (28, 28, 1)}, "shape")):
-        facts = sources._DATASETS["cifar10"]
+        facts = image_sets._DATASETS["cifar10"]
         with monkeypatch.context() as patch:
-            patch.setitem(sources._DATASETS, "cifar10", facts._replace(**changed))
+            patch.setitem(image_sets._DATASETS, "cifar10", facts._replace(**changed))
             with pytest.raises(UserError, match=f"damaged.*{word}"):
-                sources.load("cifar10", cache_dir=tmp_path / "other")
+                image_sets.load("cifar10", cache_dir=tmp_path / "other")
 
 
 @pytest.mark.parametrize("source", ["auto", "tfds"])
 def test_cifar10_that_nobody_has_prepared(tmp_path, monkeypatch, source):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     with pytest.raises(UserError) as caught:
-        sources.load("cifar10", source)
+        image_sets.load("cifar10", source)
     text = str(caught.value)
     for words in (f"cifar10 in {tmp_path}", "tfds build cifar10", "TFDS_DATA_DIR"):
         assert words in text
     assert "\n" not in text
     with pytest.raises(UserError, match=r"data\.source='embedded'.*cifar10.*auto, tfds"):
-        sources.load("cifar10", "embedded")
+        image_sets.load("cifar10", "embedded")
 
 
 @needs_data
@@ -212,7 +212,7 @@ def test_fashion_mnist_has_the_published_numbers(monkeypatch):
     if not (TFDS_DIR / "fashion_mnist").is_dir():
         pytest.skip("no prepared Fashion-MNIST beside this checkout")
     monkeypatch.setenv("TFDS_DATA_DIR", str(TFDS_DIR))
-    images = sources.load("fashion_mnist")
+    images = image_sets.load("fashion_mnist")
     assert np.bincount(images.train_labels).tolist() == [6000] * 10
     assert np.bincount(images.test_labels).tolist() == [1000] * 10
     assert images.train_x.mean() / 255 == pytest.approx(0.2860, abs=5e-5)
@@ -244,7 +244,7 @@ def test_unreachable_host_is_refused_within_seconds():
 def test_silent_host_is_given_up(monkeypatch):
     monkeypatch.setattr(sources, "_TIMEOUT_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:  # accepts, never answers
-        monkeypatch.setattr(sources, "_URL", f"http://127.0.0.1:{server.getsockname()[1]}/")
+        monkeypatch.setattr(image_sets, "_URL", f"http://127.0.0.1:{server.getsockname()[1]}/")
         start = time.monotonic()
         assert "no answer from" in fault("download")
         assert time.monotonic() - start < 4
@@ -253,11 +253,11 @@ def test_silent_host_is_given_up(monkeypatch):
 def test_download_with_another_checksum_is_refused(monkeypatch, tmp_path):
     served = tmp_path / "served"
     served.mkdir()
-    for name in sources._SHA256:
+    for name in image_sets._SHA256:
         (served / f"{name}-ubyte.gz").write_bytes(b"a log-in page")
     lines = []
     with serving(served) as url:
-        monkeypatch.setattr(sources, "_URL", url)
+        monkeypatch.setattr(image_sets, "_URL", url)
         assert "hash" in fault("download")
         assert load_mnist(announce=lines.append).source == "embedded"
     assert len(lines) == 1
@@ -268,7 +268,7 @@ def test_download_with_another_checksum_is_refused(monkeypatch, tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_missing_file_on_the_host_is_named(monkeypatch, tmp_path):
     with serving(tmp_path) as url:
-        monkeypatch.setattr(sources, "_URL", url)
+        monkeypatch.setattr(image_sets, "_URL", url)
         assert "404" in fault("download")
     gc.collect()  # so that it is dropped here, and not in some later test
 
@@ -441,7 +441,7 @@ def test_preparation_is_left_alone_without_tensorflow_or_network(monkeypatch, tm
         importlib.util, "find_spec", lambda name: None if name == "tensorflow" else find_spec(name)
     )
     with serving(tmp_path) as url, monkeypatch.context() as patch:
-        patch.setattr(sources, "_URL", url)
+        patch.setattr(image_sets, "_URL", url)
         assert "no prepared" in fault("tfds")
     pretend_tensorflow(monkeypatch)  # but no network now
     assert "no prepared" in fault("tfds")
@@ -461,7 +461,7 @@ def test_preparation_with_tensorflow(monkeypatch, tmp_path):
         (Path(command[-1]) / "mnist" / "3.0.1").mkdir(parents=True)
 
     with serving(tmp_path) as url:
-        monkeypatch.setattr(sources, "_URL", url)
+        monkeypatch.setattr(image_sets, "_URL", url)
         monkeypatch.setattr(subprocess, "run", fail)
         assert "KeyError: 'x'" in fault("tfds")
         monkeypatch.setattr(subprocess, "run", prepare)
@@ -502,7 +502,7 @@ def test_cache_notices_another_or_changed_data_set(monkeypatch, tmp_path):
         monkeypatch.setenv("TFDS_DATA_DIR", str(root))
         return load_mnist("tfds", announce=lambda line: None).train_labels
 
-    monkeypatch.setattr(sources, "_read_tfds", read)
+    monkeypatch.setattr(image_sets, "_read_tfds", read)
     old, new = (tmp_path / "a" / "mnist" / version for version in ("3.0.9", "3.0.10"))
     other = tmp_path / "b" / "mnist" / "3.0.1"
     for directory in (old, other):
@@ -614,7 +614,7 @@ def test_interrupted_write_leaves_the_old_cache(monkeypatch, tmp_path):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(np, "savez", full_disk)
-    monkeypatch.setattr(sources, "_CACHE_FORMAT", "2")
+    monkeypatch.setattr(image_sets, "_CACHE_FORMAT", "2")
     lines = []
     load_mnist("embedded", announce=lines.append)
     assert "No space left" in lines[-1]
