@@ -164,3 +164,11 @@ def test_check_refuses_data_that_do_not_fit():
         denoisers.check(denoisers.Config(), DataSpec((6,), "tokens", np.zeros(6), vocabulary=5))
     with pytest.raises(UserError, match=r"model\.conditional=True.*no labels"):
         denoisers.check(denoisers.Config(conditional=True), PLANE._replace(num_classes=0))
+
+
+def test_vectors_are_seen_beside_waves_of_four_lengths():
+    x = np.array([[0.5, -2.0], [3.0, 0.0]], np.float32)
+    seen, cosines, sines = np.split(np.asarray(denoisers.place_features(x)), [2, 10], axis=1)
+    np.testing.assert_array_equal(seen, x)
+    waves = np.exp(1j * x[..., None] * np.array([1, 2, 4, 8])).reshape(2, 8)
+    np.testing.assert_allclose(cosines + 1j * sines, waves, atol=1e-5)
