@@ -42,7 +42,6 @@ from dgm_jax.train_step import inputs_of
 STEPS = 100
 COUNTS = (1, 2, 4, 8)
 JOINED = (2, 4)  # real processes
-FAMILIES_JOINED = ("vae", "gan", "vqvae", "masked_diffusion")
 FAMILIES_PLAIN = ("vae", "masked_diffusion")
 # Steps in proportion to gradients, where Adam's are in proportion to their signs.
 PLAIN = {"optimizer.eps": 1.0, "optimizer.learning_rate": 0.03}
@@ -184,7 +183,7 @@ def rows(families: Sequence[str]) -> Iterator[tuple[str, str, Difference]]:
         if family in FAMILIES_PLAIN:
             plain = [measure(family, mesh_of(num), **PLAIN) for num in (1, 8)]
             yield family, "8 devices, Adam's ε = 1", compare(*plain)
-        for num in JOINED if family in FAMILIES_JOINED else ():
+        for num in JOINED:
             joined = in_processes(family, num)
             yield family, f"{num} processes", compare(one, joined)
             alike = compare(measure(family, mesh_of(num)), joined)
