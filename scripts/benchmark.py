@@ -7,10 +7,11 @@
 
 Each measurement is a process of its own; they take turns, A B A B, and medians are compared. With
 --keep, what was measured goes to its section of docs/benchmark.json, and as a table between
-that section's marks in docs/performance.md; the other section stays as it was.
+that section's marks in docs/performance.md; other cases and the other section stay as they were.
 """
 
 import argparse
+import collections
 import datetime
 import importlib.metadata
 import json
@@ -67,22 +68,19 @@ def in_a_process(function: str, *args: Any) -> Measured:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure_speed(cases: list[str], rounds: int, seconds: float) -> dict[str, Any]:
-    """Every contestant of every case, `rounds` times in turn."""
-    found: dict[str, Any] = {}
-    for case in cases:
-        each: dict[str, list[Measured]] = {name: [] for name in contestants_of(case)}
-        for turn in range(rounds):
-            for name, taken in each.items():
-                if name == LIMIT:
-                    taken.append(in_a_process("contestants.measure_limit", case, seconds))
-                else:
-                    taken.append(in_a_process("contestants.measure", name, case, seconds))
-                speed = taken[-1]["images_per_second"]
-                print(f"{case}, round {turn + 1}: {name} {speed:,.0f} images/s", flush=True)
-            refuse_unlike(case, {name: taken[-1] for name, taken in each.items() if name != LIMIT})
-        found[case] = each
-    return {"machine": machine(), "rounds": rounds, "seconds": seconds, "cases": found}
+def measure_speed(case: str, rounds: int, seconds: float) -> dict[str, Any]:
+    """Every contestant of a case, `rounds` times in turn."""
+    each: dict[str, list[Measured]] = {name: [] for name in contestants_of(case)}
+    for turn in range(rounds):
+        for name, taken in each.items():
+            if name == LIMIT:
+                taken.append(in_a_process("contestants.measure_limit", case, seconds))
+            else:
+                taken.append(in_a_process("contestants.measure", name, case, seconds))
+            speed = taken[-1]["images_per_second"]
+            print(f"{case}, round {turn + 1}: {name} {speed:,.0f} images/s", flush=True)
+        refuse_unlike(case, {name: taken[-1] for name, taken in each.items() if name != LIMIT})
+    return {"machine": machine(), "rounds": rounds, "seconds": seconds, "programs": each}
 
 
 def measure_time_to_quality(rounds: int, limit: float) -> dict[str, Any]:
@@ -130,10 +128,14 @@ def machine() -> dict[str, Any]:
 
 
 def speed_table(record: dict[str, Any]) -> str:
-    """Medians of images/s, and ratios to this project within the run."""
+    """Of each case the medians of images/s, and ratios to this project within its run."""
     head = ("case", "program", "images/s", "dgm_jax is faster by", "loss", "parameters")
-    rows = []
-    for case, each in record["cases"].items():
+    rows, measured = [], collections.defaultdict(list)
+    for case in (case for case in CASES if case in record):
+        of = record[case]
+        about = f"medians of {of['rounds']} rounds of {of['seconds']} s each"
+        measured[f"{about}. {_describe(of['machine'])}"].append(case)
+        each = of["programs"]
         speeds = {n: statistics.median(m["images_per_second"] for m in t) for n, t in each.items()}
         for name, taken in each.items():
             cells = [case, name, f"{speeds[name]:,.0f}", f"{speeds[OURS] / speeds[name]:.2f} ×"]
@@ -141,10 +143,10 @@ def speed_table(record: dict[str, Any]) -> str:
                 cells += ["", ""]
             else:
                 loss = statistics.median(m["loss"] for m in taken)
-                cells += [f"{loss:.1f}", f"{taken[0]['num_parameters']:,}"]
+                cells += [f"{loss:#.4g}", f"{taken[0]['num_parameters']:,}"]
             rows.append([*cells, _memory(taken)])
-    about = f"Medians of {record['rounds']} rounds of {record['seconds']} s each."
-    return f"{markdown((*head, 'memory, MiB'), rows)}\n{about} {_describe(record['machine'])}"
+    below = "\n".join(f"* {'; '.join(cases)}: {about}" for about, cases in measured.items())
+    return f"{markdown((*head, 'memory, MiB'), rows)}\n{below}"
 
 
 def quality_table(record: dict[str, Any]) -> str:
@@ -226,11 +228,15 @@ def main() -> None:
         section.check()
     if chosen.quality:
         record = measure_time_to_quality(chosen.rounds or 1, chosen.quality_limit)
+        if chosen.keep:
+            section.keep(record)
     else:
-        record = measure_speed(chosen.cases, chosen.rounds or 3, chosen.seconds)
+        record = {}
+        for case in chosen.cases:
+            record[case] = measure_speed(case, chosen.rounds or 3, chosen.seconds)
+            if chosen.keep:  # after each, so that nothing measured is lost
+                section.keep({**section.read(), case: record[case]})
     print("\n" + section.show(record))
-    if chosen.keep:
-        section.keep(record)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ MARKS = "Top.\n<!-- benchmark: start -->\n<!-- benchmark: end -->\nMiddle.\n"
 MARKS += "<!-- quality: start -->\nold\n<!-- quality: end -->\nBottom.\n"
 MACHINE = {"processor": "a", "cores": 2, "python": "3", "jax": "1", "torch": "2", "pythae": "0"}
 MACHINE |= {"date": "2026-01-01"}
+CASE = "MLP VAE, batch 20"
 
 
 def speed(images_per_second, loss=100.0, num_parameters=10, memory=(500, 500)):
@@ -43,13 +44,16 @@ def sections(tmp_path):
 @pytest.fixture
 def records():
     """A record of each section."""
-    cases = {"MLP": {"dgm_jax": [speed(300), speed(100), speed(200)], "PyTorch eager": [speed(50)]}}
+    cases = {CASE: {"dgm_jax": [speed(300), speed(100), speed(200)], "PyTorch eager": [speed(50)]}}
     programs = {
         "dgm_jax": [run_of((1, 120, 110), (5, 99, 91), (10, 96, 89))],
         "pythae": [run_of((20, 100, 95), (600, 98, 90.5))],
     }
     return {
-        "benchmark": {"machine": MACHINE, "rounds": 3, "seconds": 5.0, "cases": cases},
+        "benchmark": {
+            case: {"machine": MACHINE, "rounds": 3, "seconds": 5.0, "programs": programs}
+            for case, programs in cases.items()
+        },
         "quality": {"machine": MACHINE, "rounds": 1, "limit_seconds": 600, "programs": programs},
     }
 
@@ -72,8 +76,8 @@ def test_a_section_is_kept_and_the_other_left_alone(sections, records):
 
 def test_tables_say_medians_and_ratios(records):
     first, second = benchmark.speed_table(records["benchmark"]).splitlines()[2:4]
-    assert first == "| MLP | dgm_jax | 200 | 1.00 × | 100.0 | 10 | 500 → 500 |"
-    assert second.startswith("| MLP | PyTorch eager | 50 | 4.00 × |")
+    assert first == f"| {CASE} | dgm_jax | 200 | 1.00 × | 100.0 | 10 | 500 → 500 |"
+    assert second.startswith(f"| {CASE} | PyTorch eager | 50 | 4.00 × |")
     first, second = benchmark.quality_table(records["quality"]).splitlines()[2:4]
     assert first.startswith("| dgm_jax | 5.0 s (1.00 ×) | 10.0 s (1.00 ×) | 1.5 s | 10 |")
     assert second.startswith("| pythae | 20.0 s (4.00 ×) | not within 600 s, best 90.5 |")
