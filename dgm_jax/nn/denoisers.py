@@ -25,6 +25,7 @@ from dgm_jax.nn.unet import UNet
 NETWORKS = ("mlp", "unet", "dit")
 
 _FREQUENCIES = 16  # of the time: 1 to 30 radians for each unit of it
+_WAVES = (1.0, 2.0, 4.0, 8.0)  # of vectors: radians for each unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +173,7 @@ def place_features(x: jax.Array) -> jax.Array:
     ring, the ring (Tancik et al. 2020, "Fourier features let networks learn high frequency
     functions in low dimensional domains").
     """
-    angles = (x[..., None] * 2.0 ** jnp.arange(4.0)[None, None]).reshape(len(x), -1)
+    angles = (x[..., None] * jnp.array(_WAVES)[None, None]).reshape(len(x), -1)
     return jnp.concatenate([x, jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

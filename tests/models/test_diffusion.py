@@ -404,7 +404,7 @@ def _moved(shapes):
     """Parameters away from the start, of these shapes."""
     leaves, structure = jax.tree.flatten(shapes)
     rng = np.random.default_rng(0)
-    drawn = [jnp.asarray(0.3 * rng.normal(size=leaf.shape)) for leaf in leaves]
+    drawn = [jnp.asarray(0.6 * rng.normal(size=leaf.shape)) for leaf in leaves]
     return jax.tree.unflatten(structure, drawn)
 
 
