@@ -98,11 +98,13 @@ class FileCase(NamedTuple):
     Attributes:
       batch_size, num_steps, steps_per_call: as in `MLPCase`.
       file: of configs/, without its ending.
+      network: class of `torch_networks`, made from the config's `model` and the training split.
     """
 
     batch_size: int
     num_steps: int
     file: str
+    network: str
     steps_per_call: int = 10
 
     @property
@@ -116,11 +118,7 @@ class FileCase(NamedTuple):
         """The same in PyTorch, for the training split `x` of `train_x`."""
         import torch_networks
 
-        model = self.config.model
-        if model.name == "transformer":
-            return torch_networks.Transformer(model, int(x.max()) + 1, x.shape[1])
-        network = {"flow_matching": torch_networks.FlowMatching, "gan": torch_networks.GAN}
-        return network[model.name](model, x.mean(0))
+        return getattr(torch_networks, self.network)(self.config.model, x)
 
 
 def _experiment(model: str, fields: dict[str, Any]) -> Any:
@@ -138,9 +136,9 @@ CASES: dict[str, Case] = {
     "MLP VAE, batch 512": MLPCase(512, 600),
     "IWAE, K = 50, batch 20": MLPCase(20, 300, num_samples=50),
     "top-down VAE, batch 32": TopDownCase(32, 200),
-    "U-Net, batch 100": FileCase(100, 100, "flow_matching_mnist"),
-    "Transformer, batch 32": FileCase(32, 100, "transformer_shakespeare"),
-    "GAN, batch 64": FileCase(64, 100, "gan_mnist"),
+    "U-Net, batch 100": FileCase(100, 100, "flow_matching_mnist", "FlowMatching"),
+    "Transformer, batch 32": FileCase(32, 100, "transformer_shakespeare", "Transformer"),
+    "GAN, batch 64": FileCase(64, 100, "gan_mnist", "GAN"),
     "pythae's MLP, batch 100": MLPCase(100, hidden=(512,), activation="relu"),
 }
 

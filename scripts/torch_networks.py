@@ -201,10 +201,10 @@ class FlowMatching(nn.Module):
 
     Args:
       model: the `model` section of the config.
-      mean: float `[784]`, of the training images in [0, 1].
+      images: float `[N, 784]`, of training, in [0, 1].
     """
 
-    def __init__(self, model: Any, mean: Tensor) -> None:
+    def __init__(self, model: Any, images: Tensor) -> None:
         """Start the layers as `dgm_jax.nn.denoisers` does."""
         super().__init__()
         self.patch, width, fine = model.patch, model.channels[-1], model.channels[0]
@@ -220,7 +220,7 @@ class FlowMatching(nn.Module):
                 nn.init.zeros_(module.said.weight)
         nn.init.zeros_(self.head.weight)
         self.register_buffer("frequencies", torch.logspace(0, math.log10(30), 16))
-        self.register_buffer("mean", mean)
+        self.register_buffer("mean", images.mean(0))
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -284,11 +284,10 @@ class Transformer(nn.Module):
 
     Args:
       model: the `model` section of the config.
-      classes: of the tokens.
-      num: of the tokens of a sequence.
+      tokens: int64 `[N, T]`, of training.
     """
 
-    def __init__(self, model: Any, classes: int, num: int) -> None:
+    def __init__(self, model: Any, tokens: Tensor) -> None:
         """Start the layers as `dgm_jax.nn.autoregressive` does."""
         super().__init__()
         width = model.width
@@ -299,9 +298,9 @@ class Transformer(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.attention.out.weight)
             nn.init.zeros_(block.feed_forward.out.weight)
-        self.table = nn.Parameter(0.02 * torch.randn(classes, width))
+        self.table = nn.Parameter(0.02 * torch.randn(int(tokens.max()) + 1, width))
         self.start = nn.Parameter(0.02 * torch.randn(1, width))
-        self.register_buffer("angles", rotary_angles((num,), width // model.heads))
+        self.register_buffer("angles", rotary_angles((tokens.shape[1],), width // model.heads))
 
     def forward(self, x: Tensor) -> Tensor:
         """The loss `[]` for tokens `[B, N]`, nats per sequence."""
@@ -404,17 +403,17 @@ class GAN(nn.Module):
 
     Args:
       model: the `model` section of the config.
-      mean: float `[784]`, of the training images in [0, 1].
+      images: float `[N, 784]`, of training, in [0, 1].
     """
 
-    def __init__(self, model: Any, mean: Tensor) -> None:
+    def __init__(self, model: Any, images: Tensor) -> None:
         """Start the layers as `dgm_jax.models.gan` does."""
         super().__init__()
-        generator, discriminator = Generator(model, mean), Discriminator(model)
+        generator, discriminator = Generator(model), Discriminator(model)
         for network in (generator, discriminator):
             _start(network)
             network.to(memory_format=torch.channels_last)
-        generator.bias.data = mean.clone()
+        generator.bias.data = images.mean(0)
         self.players = nn.ModuleList(
             [
                 DiscriminatorLoss(discriminator, generator, model.penalty_weight),
@@ -426,7 +425,7 @@ class GAN(nn.Module):
 class Generator(nn.Module):
     """`dgm_jax.nn.conv.ConvDecoder` and a last layer; for images of 28 x 28 in [0, 1]."""
 
-    def __init__(self, model: Any, mean: Tensor) -> None:
+    def __init__(self, model: Any) -> None:
         """Make the stages."""
         super().__init__()
         self.latents, channels = model.latents, model.generator
@@ -442,7 +441,7 @@ class Generator(nn.Module):
             nn.Conv2d(i, 4 * o, 1) for i, o in zip(inputs, channels, strict=True)
         )
         self.head = nn.Conv2d(channels[-1], 1, 1, bias=False)
-        self.bias = nn.Parameter(torch.zeros_like(mean))
+        self.bias = nn.Parameter(torch.zeros(784))
 
     def forward(self, num: int) -> Tensor:
         """`num` images `[num, 784]`."""

@@ -1,8 +1,10 @@
-"""The features mode: what it leaves on the disk are the model's features, judged as they say."""
+"""The features mode leaves what the model knows, judged as it says; densities of the plane."""
 
 import json
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import on_one_device
@@ -104,3 +106,19 @@ def test_the_speed_counts_each_product_of_a_step(judged):
     expected = operations * speed["examples_per_second"] / 1e9
     np.testing.assert_allclose(speed["gflops"], expected, rtol=1e-6)
     assert 0 < speed["share_of_limit"] < np.inf
+
+
+def test_a_density_is_taken_in_parts_of_one_size():
+    """Of seven points by fours, the last filled up: each point's own."""
+    sizes = []
+
+    def log_prob(params, batch, rng):
+        sizes.append(len(batch["x"]))
+        return -params * jnp.sum(batch["x"] ** 2, axis=1)
+
+    config = configs.override(configs.experiment("flow"), {"eval.batch_size": 4})
+    model = SimpleNamespace(log_likelihood_fns={"log_prob": log_prob})
+    x = np.arange(14, dtype=np.float32).reshape(7, 2)
+    found = run.density(run.Trained(config, model, jnp.float32(2), None, 0))(x)
+    np.testing.assert_allclose(found, -2 * np.sum(x**2, axis=1))
+    assert sizes == [4]
