@@ -31,6 +31,8 @@ class TrainConfig:
       steps_per_dispatch: K updates in one compiled call; one row of metrics each.
       validate_every: length between measurements on the validation split.
       checkpoint_every: length between checkpoints; there is one at the end in any case.
+      checkpoint_minutes: there is one also whenever so many have passed: what a run of slow steps
+        loses at most where it is killed without a word.
       keep_best: a number of the validation split, such as `elbo`: the checkpoint where it is best
         is kept as well, and is what is evaluated, sampled and started from. Empty for the last.
       init_from: a work directory whose parameters training starts from, in place of random ones.
@@ -48,6 +50,7 @@ class TrainConfig:
     steps_per_dispatch: int = 200
     validate_every: str = "5 epochs"
     checkpoint_every: str = "10 epochs"
+    checkpoint_minutes: float = 10.0
     keep_best: str = ""
     init_from: str = ""
     ramp: str = ""

@@ -1,8 +1,9 @@
-"""SIGTERM and Ctrl-C: noted when they come, obeyed where nothing is lost."""
+"""SIGTERM and Ctrl-C: noted when they come, obeyed where nothing is lost; a clock for the rest."""
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -69,3 +70,18 @@ def noted() -> Iterator[Callable[[], int | None]]:
         yield lambda: came[0] if came else None
     finally:
         restore()
+
+
+def every(seconds: float) -> Callable[[], bool]:
+    """What tells, once each time that so many seconds have passed, that they have."""
+    last = time.monotonic()
+
+    def passed() -> bool:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < seconds:
+            return False
+        last = now
+        return True
+
+    return passed

@@ -25,6 +25,9 @@ from dgm_jax.train_state import TrainState
 from dgm_jax.train_step import Metrics
 from dgm_jax.workdir import Workdir, write_json
 
+# What the processes tell each other, as they do the number of a signal to stop, which is larger.
+_SAVE = 1
+
 
 def best_or_newest(workdir: Workdir, like: TrainState) -> TrainState | None:
     """The best checkpoint where one is kept, else the newest that is whole; None without any.
@@ -116,6 +119,7 @@ def train(
         )
     validate_every = experiment.steps("validate_every")
     checkpoint_every = experiment.steps("checkpoint_every")
+    overdue = interruption.every(60 * config.train.checkpoint_minutes)
 
     pending: tuple[int, Metrics] | None = None
     with interruption.noted() as asked_to_stop:
@@ -128,9 +132,12 @@ def train(
                 done = step + experiment.steps_per_dispatch
                 pending = done, measured
                 last = done == experiment.num_steps
-                signum = heard(asked_to_stop() or 0)
+                # One clock for all processes: they save together.
+                save = _SAVE if processes.is_first() and overdue() else 0
+                told = heard(asked_to_stop() or save)
+                signum = told if told != _SAVE else 0
                 validating = validate is not None and (done % validate_every == 0 or last)
-                saving = done % checkpoint_every == 0 or last or signum
+                saving = done % checkpoint_every == 0 or last or told
                 if validating or saving:
                     log.dispatch(*pending)
                     pending = None
@@ -151,7 +158,7 @@ def train(
             checkpoints.close()
             best.close()
             log.close()
-        if signum := heard(asked_to_stop() or 0):
+        if (signum := heard(asked_to_stop() or 0)) > _SAVE:
             raise Interrupted(signum, done)
     if config.train.keep_best:
         state = best_or_newest(workdir, abstract(state, state_shardings(experiment)))

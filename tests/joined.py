@@ -29,7 +29,8 @@ TINY = {
     "train.duration": "24 steps",
     "train.steps_per_dispatch": 4,
     "train.validate_every": "8 steps",
-    "train.checkpoint_every": "8 steps",
+    "train.checkpoint_every": "24 steps",
+    "train.checkpoint_minutes": 0.0,
     "eval.batch_size": 24,
 }
 

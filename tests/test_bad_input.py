@@ -414,6 +414,7 @@ VALUES = {
     "train.duration='inf epochs'": ("train.duration", "100 epochs"),
     "train.validate_every='often'": ("100 epochs",),
     "train.checkpoint_every='0 steps'": ("100 epochs",),
+    "train.checkpoint_minutes=-1.0": ("at least 0",),
     "optimizer.name='sgd'": ("adamw, muon",),
     "optimizer.learning_rate=-0.001": ("at least 0",),
     "optimizer.learning_rate=nan": ("at least 0",),

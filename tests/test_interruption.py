@@ -12,6 +12,7 @@ from conftest import REPO, on_one_device
 
 from dgm_jax import config as configs
 from dgm_jax import interruption, train, writers
+from dgm_jax.checkpoint import Checkpoints
 from dgm_jax.core import UserError
 from dgm_jax.experiment import prepare
 from dgm_jax.interruption import Interrupted
@@ -38,9 +39,9 @@ def _usual_handlers():
     signal.signal(signal.SIGINT, before)
 
 
-def _train(dataset, path):
+def _train(dataset, path, **fields):
     workdir = Workdir(path)
-    config = configs.override(configs.experiment("vae"), TINY)
+    config = configs.override(configs.experiment("vae"), {**TINY, **fields})
     with on_one_device(), workdir.claimed(config, {}, np.zeros(1)):
         return train.train(prepare(config, dataset), workdir)[0]
 
@@ -51,6 +52,35 @@ def _rows(path):
         {name: value for name, value in row.items() if name not in timing}
         for row in writers.read(Workdir(path).metrics)
     ]
+
+
+def test_a_clock_tells_once_each_time(monkeypatch):
+    """Of ten seconds: not before, once when they are over, and again ten after that."""
+    clock = iter((0, 3, 9, 12, 13, 21, 22.5))
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: next(clock))
+    passed = interruption.every(10)
+    told = [passed() for _ in range(6)]
+    assert told == [False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(0.0, [4, 8, 12]), (10.0, [])])
+def test_a_checkpoint_is_due_by_the_clock_too(tiny_dataset, tmp_path, monkeypatch, minutes, steps):
+    """Killed without a word, a run goes on from the last one, however far off the next was."""
+
+    class Killed(BaseException):
+        """Nothing of the loop catches it."""
+
+    write = train._Log.dispatch
+
+    def dispatch(self, step, measured):
+        if step == 16:
+            raise Killed
+        write(self, step, measured)
+
+    monkeypatch.setattr(train._Log, "dispatch", dispatch)
+    with pytest.raises(Killed):
+        _train(tiny_dataset, tmp_path, **{"train.checkpoint_minutes": minutes})
+    assert Checkpoints(Workdir(tmp_path).checkpoints).steps == steps[-2:]
 
 
 def test_a_stopped_run_ends_as_the_undisturbed_one(tiny_dataset, tmp_path, monkeypatch):

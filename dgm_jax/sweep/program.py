@@ -115,6 +115,7 @@ def train(
         log.failures[i] = f"diverged after step {steps[i]:,}, before the program was interrupted"
     validate = _compile_validation(experiment, members)
     every = {name: experiment.steps(name) for name in ("validate_every", "checkpoint_every")}
+    overdue = interruption.every(60 * experiment.config.train.checkpoint_minutes)
     with interruption.noted() as asked_to_stop:
         try:
             for step in range(first, experiment.num_steps, experiment.steps_per_dispatch):
@@ -126,7 +127,8 @@ def train(
                     log.validation(done, validate(state, [config.seed for config in members]))
                 if None not in log.failures:  # nothing left to train
                     break
-                if done % every["checkpoint_every"] == 0 or last or signum:
+                saving = done % every["checkpoint_every"] == 0 or last or signum
+                if saving or overdue():
                     checkpoints.save(state)
                 if signum:
                     break
