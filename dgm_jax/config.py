@@ -25,8 +25,9 @@ class TrainConfig:
     Attributes:
       duration: how long to train; rounded up to a whole number of dispatches.
       batch_size: B, over all devices.
-      num_parts: into which each batch is cut, one after another, where all of it would not fit in
-        memory ("gradient accumulation"). The update is that of the whole batch, but the noise is
+      num_parts: into which each batch is cut, one after another ("gradient accumulation"): where
+        all of it would not fit in memory, or, on a CPU, a part of a convolutional network fits in
+        the cache (docs/performance.md). The update is that of the whole batch, but the noise is
         drawn anew for each part; what looks at a whole batch, such as the β-TCVAE, looks at a part.
       steps_per_dispatch: K updates in one compiled call; one row of metrics each.
       validate_every: length between measurements on the validation split.

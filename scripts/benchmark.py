@@ -47,7 +47,8 @@ def contestants_of(case: str) -> list[str]:
     if case.startswith(PYTHAE):
         return [OURS, PYTHAE, LIMIT]
     compiled = [] if case.startswith("GAN") else ["torch.compile"]
-    return [OURS, "dgm_jax, a dispatch per step", "PyTorch eager", *compiled, LIMIT]
+    whole = ["dgm_jax, batch in one part"] if CASES[case].num_parts > 1 else []
+    return [OURS, *whole, "dgm_jax, a dispatch per step", "PyTorch eager", *compiled, LIMIT]
 
 
 def in_a_process(function: str, *args: Any) -> Measured:

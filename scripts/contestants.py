@@ -33,6 +33,7 @@ class MLPCase(NamedTuple):
       num_samples: K; above 1 the objective is IWAE's.
       activation: between the layers.
       steps_per_call: updates in one call of `Trainer.train`.
+      num_parts: into which this project cuts a batch; the update is that of the whole.
     """
 
     batch_size: int
@@ -42,6 +43,7 @@ class MLPCase(NamedTuple):
     num_samples: int = 1
     activation: str = "silu"
     steps_per_call: int = 100
+    num_parts: int = 1
 
     @property
     def config(self) -> Any:
@@ -67,7 +69,7 @@ class TopDownCase(NamedTuple):
     """The network of configs/topdown_mnist.py.
 
     Attributes:
-      batch_size, num_steps, steps_per_call: as in `MLPCase`.
+      batch_size, num_steps, steps_per_call, num_parts: as in `MLPCase`.
       layers, latents, channels, width: as in `dgm_jax.models.topdown.Config`.
     """
 
@@ -78,6 +80,7 @@ class TopDownCase(NamedTuple):
     channels: int = 32
     width: int = 32
     steps_per_call: int = 10
+    num_parts: int = 1
 
     @property
     def config(self) -> Any:
@@ -96,7 +99,7 @@ class FileCase(NamedTuple):
     """What a config file says, but for its optimizer.
 
     Attributes:
-      batch_size, num_steps, steps_per_call: as in `MLPCase`.
+      batch_size, num_steps, steps_per_call, num_parts: as in `MLPCase`.
       file: of configs/, without its ending.
       network: class of `torch_networks`, made from the config's `model` and the training split.
     """
@@ -106,6 +109,7 @@ class FileCase(NamedTuple):
     file: str
     network: str
     steps_per_call: int = 10
+    num_parts: int = 1
 
     @property
     def config(self) -> Any:
@@ -135,10 +139,10 @@ CASES: dict[str, Case] = {
     "MLP VAE, batch 100": MLPCase(100),
     "MLP VAE, batch 512": MLPCase(512, 600),
     "IWAE, K = 50, batch 20": MLPCase(20, 300, num_samples=50),
-    "top-down VAE, batch 32": TopDownCase(32, 200),
-    "U-Net, batch 100": FileCase(100, 100, "flow_matching_mnist", "FlowMatching"),
+    "top-down VAE, batch 32": TopDownCase(32, 200, num_parts=8),
+    "U-Net, batch 100": FileCase(100, 100, "flow_matching_mnist", "FlowMatching", num_parts=10),
     "Transformer, batch 32": FileCase(32, 100, "transformer_shakespeare", "Transformer"),
-    "GAN, batch 64": FileCase(64, 100, "gan_mnist", "GAN"),
+    "GAN, batch 64": FileCase(64, 100, "gan_mnist", "GAN", num_parts=8),
     "pythae's MLP, batch 100": MLPCase(100, hidden=(512,), activation="relu"),
 }
 
@@ -229,6 +233,7 @@ def config_of(case: Case, by_step: bool = False) -> Any:
         config,
         {
             "train.batch_size": case.batch_size,
+            "train.num_parts": case.num_parts,
             "train.duration": "1000000 steps",  # the learning rate is all but constant
             "train.steps_per_dispatch": 1 if by_step else case.steps_per_call,
             "train.ramp": "",
@@ -338,6 +343,11 @@ def _evaluate_torch(network: Any) -> tuple[float, float]:
     return -float(log_w.mean()), -float(bound.mean())
 
 
+def _whole(case: Case) -> Trainer:
+    """This project, its batch in one part."""
+    return _dgm_jax(case._replace(num_parts=1))
+
+
 def pythae_trainer(
     case: MLPCase, network: Any = None, learning_rate: float = LEARNING_RATE, seed: int = 0
 ) -> Trainer:
@@ -417,6 +427,7 @@ def measure_limit(case: str, seconds: float) -> dict[str, Any]:
 
 CONTESTANTS: dict[str, Callable[[Case], Trainer]] = {
     "dgm_jax": _dgm_jax,
+    "dgm_jax, batch in one part": _whole,
     "dgm_jax, a dispatch per step": functools.partial(_dgm_jax, by_step=True),
     "PyTorch eager": torch_trainer,
     "torch.compile": functools.partial(torch_trainer, compiled=True),
