@@ -139,10 +139,10 @@ CASES: dict[str, Case] = {
     "MLP VAE, batch 100": MLPCase(100),
     "MLP VAE, batch 512": MLPCase(512, 600),
     "IWAE, K = 50, batch 20": MLPCase(20, 300, num_samples=50),
-    "top-down VAE, batch 32": TopDownCase(32, 200, num_parts=8),
-    "U-Net, batch 100": FileCase(100, 100, "flow_matching_mnist", "FlowMatching", num_parts=10),
+    "top-down VAE, batch 32": TopDownCase(32, 200, num_parts=2),
+    "U-Net, batch 100": FileCase(100, 100, "flow_matching_mnist", "FlowMatching", num_parts=4),
     "Transformer, batch 32": FileCase(32, 100, "transformer_shakespeare", "Transformer"),
-    "GAN, batch 64": FileCase(64, 100, "gan_mnist", "GAN", num_parts=8),
+    "GAN, batch 64": FileCase(64, 400, "gan_mnist", "GAN"),
     "pythae's MLP, batch 100": MLPCase(100, hidden=(512,), activation="relu"),
 }
 
