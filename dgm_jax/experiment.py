@@ -156,9 +156,9 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh: Mesh | None = None)
     )
     for field in ("validate_every", "checkpoint_every"):
         experiment.steps(field)  # raises where the text makes no sense
+    _ = experiment.ramps  # likewise
     if not train.checkpoint_minutes >= 0:
         raise UserError(f"train.checkpoint_minutes={train.checkpoint_minutes}: at least 0")
-    _ = experiment.ramps  # likewise
     if train.keep_best and not len(dataset.splits["validation"]):
         raise UserError(f"train.keep_best={train.keep_best!r} needs data.validation above 0")
     return experiment

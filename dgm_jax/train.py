@@ -135,7 +135,6 @@ def train(
                 # One clock for all processes: they save together.
                 save = _SAVE if processes.is_first() and overdue() else 0
                 told = heard(asked_to_stop() or save)
-                signum = told if told != _SAVE else 0
                 validating = validate is not None and (done % validate_every == 0 or last)
                 saving = done % checkpoint_every == 0 or last or told
                 if validating or saving:
@@ -148,7 +147,7 @@ def train(
                     _refuse_non_finite_parameters(done, state)
                     best.wait()  # who goes on from here takes it that the best so far is there
                     checkpoints.save(state)
-                if signum:
+                if told > _SAVE:
                     break
         except NonFiniteError as error:
             write_json(workdir.replay, {"step": error.step, "what": error.what})

@@ -134,7 +134,7 @@ def speed_table(record: dict[str, Any]) -> str:
     rows, measured = [], collections.defaultdict(list)
     for case in (case for case in CASES if case in record):
         of = record[case]
-        about = f"medians of {of['rounds']} rounds of {of['seconds']} s each"
+        about = f"medians of {of['rounds']} round(s) of {of['seconds']} s each"
         measured[f"{about}. {_describe(of['machine'])}"].append(case)
         each = of["programs"]
         speeds = {n: statistics.median(m["images_per_second"] for m in t) for n, t in each.items()}

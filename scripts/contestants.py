@@ -223,6 +223,11 @@ def _dgm_jax(case: Case, by_step: bool = False) -> Trainer:
     return compiled_run(config_of(case, by_step), case.steps_per_call, dataset_of(case))
 
 
+def _whole(case: Case) -> Trainer:
+    """This project, its batch in one part."""
+    return _dgm_jax(case._replace(num_parts=1))
+
+
 def config_of(case: Case, by_step: bool = False) -> Any:
     """The case with the optimizer that all contestants have, for this project."""
     from dgm_jax import config as configs
@@ -341,11 +346,6 @@ def _evaluate_torch(network: Any) -> tuple[float, float]:
     log_w = torch.cat(log_w, 1)
     bound = torch.logsumexp(log_w, 0) - math.log(NUM_DRAWS)
     return -float(log_w.mean()), -float(bound.mean())
-
-
-def _whole(case: Case) -> Trainer:
-    """This project, its batch in one part."""
-    return _dgm_jax(case._replace(num_parts=1))
 
 
 def pythae_trainer(

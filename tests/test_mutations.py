@@ -31,7 +31,7 @@ QUALITY = "evaluators/quality.py"
 ATTENTION, MASKED = "nn/attention.py", "models/masked_diffusion.py"
 ENERGY = "models/energy.py"
 PRIORS, POSTERIORS = ("nn/priors.py", "nn/posteriors.py")
-BIJECTIONS, FLOW = "nn/bijections.py", "models/flow.py"
+BIJECTIONS, TRANSFORMS, FLOW = "nn/bijections.py", "nn/transforms.py", "models/flow.py"
 DIFFUSION, MATCHING, MEAN_FLOW = (
     f"models/{name}.py" for name in ("diffusion", "flow_matching", "mean_flow")
 )
@@ -342,15 +342,15 @@ MUTANTS = {
     ),
     # Flows.
     "scale left out of the log-determinant": Mutant(
-        BIJECTIONS, "return x * jnp.exp(log_scale) + shift, log_scale",
+        TRANSFORMS, "return x * jnp.exp(log_scale) + shift, log_scale",
         "return x * jnp.exp(log_scale) + shift, 0 * log_scale", "nn/test_priors.py",
     ),
     "inverse with the log-determinant of the map": Mutant(
-        BIJECTIONS, "jnp.exp(-log_scale), -log_scale", "jnp.exp(-log_scale), log_scale",
+        TRANSFORMS, "jnp.exp(-log_scale), -log_scale", "jnp.exp(-log_scale), log_scale",
         "nn/test_priors.py",
     ),
     "coupling inverted wrongly": Mutant(
-        BIJECTIONS, "(x - shift) * jnp.exp(-log_scale)", "(x - shift) * jnp.exp(log_scale)",
+        TRANSFORMS, "(x - shift) * jnp.exp(-log_scale)", "(x - shift) * jnp.exp(log_scale)",
         "nn/test_priors.py",
     ),
     "variables left at zero": Mutant(
@@ -358,7 +358,7 @@ MUTANTS = {
         "nn/test_priors.py",
     ),
     "spline's slope with a first power": Mutant(
-        BIJECTIONS, "/ divisor**2", "/ divisor", "nn/test_bijections.py"
+        TRANSFORMS, "/ divisor**2", "/ divisor", "nn/test_bijections.py"
     ),
     "one pixel's determinant for all": Mutant(
         BIJECTIONS, "jnp.sum(log_diagonal) * (len(flat) // len(x))", "jnp.sum(log_diagonal)",

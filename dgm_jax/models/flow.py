@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from dgm_jax import likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.distributions import standard_gaussian_log_prob
-from dgm_jax.nn import bijections, networks
+from dgm_jax.nn import bijections, networks, transforms
 from dgm_jax.nn.mlp import MaskedMLP
 
 TRANSFORMS = ("affine", "spline")
@@ -130,14 +130,14 @@ def check(config: Config, spec: DataSpec) -> None:
 def flow(config: Config, spec: DataSpec) -> nn.Module:
     """x `[B, *event]`, of vectors `[B, D]`, to z `[B, D]`: the bijection that the config names."""
     if config.transform == "spline":
-        transform = bijections.spline(config.bins, config.bound)
+        transform = transforms.spline(config.bins, config.bound)
     else:
-        transform = bijections.affine()
+        transform = transforms.affine()
 
     def layer() -> nn.Module:
         if config.structure == "autoregressive":
             # An affine z_j = (x_j - mu) exp(-alpha), as in Papamakarios et al. 2017, eqs. 3 and 4.
-            own = bijections.inverted(transform) if config.transform == "affine" else transform
+            own = transforms.inverted(transform) if config.transform == "affine" else transform
             shape = (spec.num_dims, config.hidden, own.num_outputs, config.activation)
             return bijections.Autoregressive(own, MaskedMLP(*shape))
         net = bijections.Conditioner(config.network, config.hidden, config.activation)
@@ -163,7 +163,7 @@ def _log_slope_of_sigmoid(v: jax.Array) -> jax.Array:
     return nn.log_sigmoid(v) + nn.log_sigmoid(-v)
 
 
-def to_line(x: jax.Array, v: jax.Array, num_values: int, margin: float) -> bijections.Mapped:
+def to_line(x: jax.Array, v: jax.Array, num_values: int, margin: float) -> transforms.Mapped:
     """logit(α + (1 - 2 α) y) of y = (x + u) / V, where u = sigmoid(v).
 
     Args:
@@ -218,7 +218,7 @@ def build(config: Config, spec: DataSpec) -> Model:
             params["dequantiser"] = noise_net.init(rngs[2], 0 * v, x / spec.scale)["params"]
         return {"flow": params}
 
-    def bijection(params: Params, x: jax.Array, inverse: bool = False) -> bijections.Mapped:
+    def bijection(params: Params, x: jax.Array, inverse: bool = False) -> transforms.Mapped:
         return net.apply({"params": params["flow"]["net"]}, x, inverse=inverse)
 
     def log_prob(params: Params, x: jax.Array) -> jax.Array:
@@ -226,7 +226,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         z, log_det = bijection(params, x)
         return base_log_prob(config.base, z) + log_det
 
-    def draw_noise(params: Params, x: jax.Array, rng: jax.Array) -> bijections.Mapped:
+    def draw_noise(params: Params, x: jax.Array, rng: jax.Array) -> transforms.Mapped:
         """v, logits of the noise u, shaped as `x`; and log q(u | x) `[B]`."""
         if not variational:
             return jax.random.logistic(rng, x.shape), jnp.zeros(len(x))

@@ -19,7 +19,7 @@ import numpy as np
 
 from dgm_jax.core import UserError
 from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
-from dgm_jax.nn import bijections
+from dgm_jax.nn import bijections, transforms
 from dgm_jax.nn.mlp import MLP, MaskedMLP
 from dgm_jax.nn.precision import Dense
 
@@ -125,11 +125,11 @@ class RealNVP(nn.Module):
         # In turn rounded down and up: with an odd L the middle latent is kept every other time.
         return (self.latents + i % 2) // 2
 
-    def _couple(self, i: int, z: jax.Array, inverse: bool) -> bijections.Mapped:
+    def _couple(self, i: int, z: jax.Array, inverse: bool) -> transforms.Mapped:
         def parameters_of(kept: jax.Array) -> jax.Array:
             return jnp.stack(jnp.split(self.heads[i](self.bodies[i](kept)), 2, axis=-1), axis=-1)
 
-        return bijections.couple(z, self._kept(i), bijections.affine(), parameters_of, inverse)
+        return bijections.couple(z, self._kept(i), transforms.affine(), parameters_of, inverse)
 
     def log_prob(self, z: jax.Array, posterior_of: PosteriorOf) -> jax.Array:
         """log p(z): noise is where the couplings send z, by the change of variables."""
@@ -161,7 +161,7 @@ class Autoregressive(nn.Module):
 
     def setup(self) -> None:
         """One masked network a step."""
-        self._transform = bijections.inverted(bijections.affine())  # z is noise scaled and shifted
+        self._transform = transforms.inverted(transforms.affine())  # z is noise scaled and shifted
         self.nets = [
             MaskedMLP(self.latents, (self.width, self.width), 2) for _ in range(self.steps)
         ]

@@ -127,8 +127,7 @@ def train(
                     log.validation(done, validate(state, [config.seed for config in members]))
                 if None not in log.failures:  # nothing left to train
                     break
-                saving = done % every["checkpoint_every"] == 0 or last or signum
-                if saving or overdue():
+                if done % every["checkpoint_every"] == 0 or last or signum or overdue():
                     checkpoints.save(state)
                 if signum:
                     break

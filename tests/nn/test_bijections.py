@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgm_jax.nn import bijections
+from dgm_jax.nn import bijections, transforms
 from dgm_jax.nn.bijections import (
     ActNorm,
     Autoregressive,
@@ -26,9 +26,9 @@ from dgm_jax.nn.mlp import MaskedMLP
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 BOUND = 2.0
 TRANSFORMS = {
-    "affine": bijections.affine(),
-    "affine, inverted": bijections.inverted(bijections.affine()),
-    "spline": bijections.spline(4, BOUND),
+    "affine": transforms.affine(),
+    "affine, inverted": transforms.inverted(transforms.affine()),
+    "spline": transforms.spline(4, BOUND),
 }
 AFFINE, SPLINE = TRANSFORMS["affine"], TRANSFORMS["spline"]
 DENSE, CONV = Conditioner("mlp", (6,), "silu"), Conditioner("conv", (2, 2), "silu")
@@ -158,7 +158,7 @@ def test_a_spline_is_smooth_at_its_knots_and_ends():
     """Value and slope, where one bin's formula takes over from another's."""
     with jax.enable_x64(True):
         parameters = _random(SPLINE.num_outputs)
-        starts, widths = bijections._bins(parameters[:, :4], BOUND)
+        starts, widths = transforms._bins(parameters[:, :4], BOUND)
         np.testing.assert_allclose(jnp.sum(widths, axis=1), 2 * BOUND, rtol=1e-12)
         knots = jnp.concatenate([starts, jnp.full((50, 1), BOUND)], axis=1)
         apply = jit(lambda x: SPLINE.apply(x, parameters[:, None].repeat(5, axis=1), False))

@@ -122,6 +122,15 @@ def test_an_interrupted_program_goes_on_to_the_same_end(tiny_dataset, tmp_path, 
     assert [row["step"] for row in read(dirs[0].metrics)][-1] == 200
 
 
+def test_a_checkpoint_is_due_by_the_clock_too(tiny_dataset, tmp_path, monkeypatch):
+    clock = {"train.checkpoint_every": "200 steps", "train.checkpoint_minutes": 0.0}
+    saved = []
+    monkeypatch.setattr(Checkpoints, "save", lambda self, state: saved.append(state.step[0].item()))
+    members = _configs({**clock, "seed": 1}, {**clock, "seed": 2})
+    program.train(members, tiny_dataset, _workdirs(tmp_path, 2), tmp_path / "program", None)
+    assert saved == [50, 100, 150, 200]
+
+
 def test_members_of_one_shape_share_a_program():
     members = _configs(
         {},
