@@ -12,7 +12,8 @@ from dgm_jax.config import ConfigDict, experiment, variant
 def get_config(arg: str | None = None) -> ConfigDict:
     """The default; `:conditional`, `:grey` for a model of grey values, `:smoke`."""
     config = experiment("pixelcnn")
-    config.train.duration = "12 epochs"
+    config.model.dilations = (1, 2, 4, 1, 2)
+    config.train.duration = "11 epochs"
     config.train.batch_size = 50
     config.train.steps_per_dispatch = 50
     config.train.validate_every = "1 epoch"
