@@ -25,7 +25,7 @@ class Mutant(NamedTuple):
     tests: str
 
 
-OBJECTIVES, DISTRIBUTIONS = ("objectives.py", "distributions.py")
+DRAWS, OBJECTIVES, DISTRIBUTIONS = "draws.py", "objectives.py", "distributions.py"
 GAN = "models/gan.py"
 QUALITY = "evaluators/quality.py"
 ATTENTION, MASKED = "nn/attention.py", "models/masked_diffusion.py"
@@ -112,15 +112,15 @@ MUTANTS = {
         "draws.distortion - options.beta * draws.total_rate", "test_objectives.py",
     ),
     "mean over latents": Mutant(
-        OBJECTIVES, "return jnp.sum(self.rate, axis=-1)", "return jnp.mean(self.rate, axis=-1)",
+        DRAWS, "return jnp.sum(self.rate, axis=-1)", "return jnp.mean(self.rate, axis=-1)",
         "test_objectives.py",
     ),
     "sum over draws": Mutant(
-        OBJECTIVES, "return -jnp.mean(self.log_likelihood, axis=0)",
+        DRAWS, "return -jnp.mean(self.log_likelihood, axis=0)",
         "return -jnp.sum(self.log_likelihood, axis=0)", "test_objectives.py",
     ),
     "posterior's sign in the weight": Mutant(
-        OBJECTIVES, "beta * (self.log_prior - self.log_posterior)",
+        DRAWS, "beta * (self.log_prior - self.log_posterior)",
         "beta * (self.log_prior + self.log_posterior)", "test_objectives.py",
     ),
     "no log K": Mutant(OBJECTIVES, " - math.log(log_w.shape[axis])", "", "test_objectives.py"),
@@ -237,7 +237,7 @@ MUTANTS = {
         "(mu_q - mu_p) * jnp.exp(-log_sigma_q)", "test_distributions.py",
     ),
     "layers' log-ratios reversed": Mutant(
-        OBJECTIVES, "jnp.mean(q - p, axis=0)", "jnp.mean(p - q, axis=0)",
+        DRAWS, "jnp.mean(q - p, axis=0)", "jnp.mean(p - q, axis=0)",
         "models/test_two_level.py",
     ),
     "posterior blind to the upper level": Mutant(

@@ -23,7 +23,8 @@ from dgm_jax.distributions import (
     gaussian_log_prob,
     standard_gaussian_log_prob,
 )
-from dgm_jax.objectives import OBJECTIVES, Draws, Options
+from dgm_jax.draws import Draws
+from dgm_jax.objectives import OBJECTIVES, Options
 
 LATENTS, PIXELS, ROWS, K = 2, 3, 5, 7
 S = 0.7

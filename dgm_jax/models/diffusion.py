@@ -1,10 +1,9 @@
 """Diffusion: a network brings back what Gaussian noise has covered, from any amount of noise.
 
-    z_t = α x + σ ε,  α² = sigmoid(-γ),  σ² = sigmoid(γ),  ε ~ N(0, I);   x̂(z_t, γ) ≈ E[x | z_t]
+    z_t = α x + σ ε,   x̂(z_t, γ) ≈ E[x | z_t]
 
-γ(t) is minus the logarithm of the signal-to-noise ratio and rises with the time t, from t = 0 where
-z is nearly x to t = 1 where it is nearly noise. One network serves objectives of two kinds: the
-bound on the likelihood, and the quality of samples; either has both the bound and the samplers.
+with the levels γ(t) of `nn.noise`. One network serves objectives of two kinds: the bound on the
+likelihood, and the quality of samples; either has both the bound and the samplers.
 
 References: Kingma et al. 2021, "Variational diffusion models" (VDM); Karras et al. 2022,
 "Elucidating the design space of diffusion-based generative models" (EDM); Hang et al. 2023,
@@ -16,7 +15,6 @@ probabilistic models"; Nichol & Dhariwal 2021, "Improved denoising diffusion pro
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -32,13 +30,10 @@ from dgm_jax.distributions import (
 )
 from dgm_jax.nn import denoisers
 from dgm_jax.nn.denoisers import Denoiser, beside
+from dgm_jax.nn.noise import SCHEDULES, Schedule, alpha_sigma, noisy, precondition
 
 OBJECTIVES = ("vdm", "edm", "min_snr")
-SCHEDULES = ("linear", "monotone", "cosine", "karras")
 SAMPLERS = ("ancestral", "ddim", "heun")
-
-_BINS = 32  # of the monotone schedule
-_RHO = 7.0  # of Karras et al. 2022, table 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,102 +102,9 @@ def check(config: Config, spec: DataSpec) -> None:
             raise UserError(f"model.{field}={getattr(config, field)}: must be at least {lowest}")
 
 
-def alpha_sigma(gamma: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """α and σ, α² + σ² = 1, where log α²/σ² is -γ (Kingma et al. 2021, eq. 3)."""
-    return jnp.sqrt(jax.nn.sigmoid(-gamma)), jnp.sqrt(jax.nn.sigmoid(gamma))
-
-
-class Schedule(nn.Module):
-    """t in [0, 1] -> γ(t), of the same shape, rising.
-
-    A monotone schedule is piecewise linear: t is the distribution function of γ, and how much of t
-    each of 32 equal intervals of γ gets is learned, so that the bound has little variance. Its mean
-    is the same for every schedule with the same ends (Kingma et al. 2021, section 5.1).
-
-    Attributes:
-      kind: one of `SCHEDULES`.
-      start: γ(0) and γ(1) at first.
-      learned: whether the ends are learned.
-    """
-
-    kind: str
-    start: tuple[float, float]
-    learned: bool
-
-    def setup(self) -> None:
-        """The ends as γ(0) and log(γ(1) - γ(0)): whatever is learned, γ rises."""
-        low, high = self.start
-        ends = lambda *_: jnp.array([low, jnp.log(high - low)])  # noqa: E731
-        self.ends = self.param("ends", ends) if self.learned else ends()
-        if self.kind == "monotone":
-            self.logits = self.param("logits", nn.initializers.zeros, (_BINS,))
-
-    def __call__(self, t: jax.Array) -> jax.Array:
-        """γ(t)."""
-        low, high = self.ends[0], self.ends[0] + jnp.exp(self.ends[1])
-        if self.kind == "linear":
-            return low + (high - low) * t
-        if self.kind == "cosine":  # α = cos of an angle (Nichol & Dhariwal 2021)
-            first, last = jnp.arctan(jnp.exp(low / 2)), jnp.arctan(jnp.exp(high / 2))
-            return 2 * jnp.log(jnp.tan(first + (last - first) * t))
-        if self.kind == "karras":  # σ/α to the power 1/ρ is linear (Karras et al. 2022, eq. 5)
-            first, last = jnp.exp(low / 2 / _RHO), jnp.exp(high / 2 / _RHO)
-            return 2 * _RHO * jnp.log(first + (last - first) * t)
-        # Only the ends have a gradient by way of γ(t): see `log_share`.
-        share = jnp.exp(jax.lax.stop_gradient(self._log_shares()))
-        which, before = self._interval(share, t)
-        return low + (high - low) * (which + (t - before) / share[which]) / _BINS
-
-    def log_share(self, t: jax.Array) -> jax.Array:
-        """log of the share of t that the interval around γ(t) gets; of a monotone schedule.
-
-        By which its logits are learned: the bound's second moment is ∫ c(γ)² / p(γ) dγ with p the
-        density of γ and c the cost at it. Its gradient is E[-(c/p)² ∇ log p], without any of the
-        network's.
-        """
-        log_shares = self._log_shares()
-        which, _ = self._interval(jax.lax.stop_gradient(jnp.exp(log_shares)), t)
-        return log_shares[which]
-
-    def _log_shares(self) -> jax.Array:
-        """Logarithms of the intervals' shares; none gets less than a tenth of an equal one."""
-        return jnp.log(0.9 * jax.nn.softmax(self.logits) + 0.1 / _BINS)
-
-    @staticmethod
-    def _interval(share: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """In which interval t lies, and the t at which it begins."""
-        ends = jnp.cumsum(share)
-        which = jnp.searchsorted(ends[:-1], t, side="right")
-        return which, (ends - share)[which]
-
-
-class Preconditioning(NamedTuple):
-    """x̂ = skip · z + out · F(scale · z) (Karras et al. 2022, eq. 7, of z in place of z / α).
-
-    The network F is given and asked for what has unit variance, and its error counts least.
-    """
-
-    skip: jax.Array
-    out: jax.Array
-    scale: jax.Array
-
-
-def precondition(gamma: jax.Array, sigma_data: float | jax.Array) -> Preconditioning:
-    """The factors, each of the shape of `gamma`, of data with this standard deviation."""
-    alpha, sigma = alpha_sigma(gamma)
-    scale = jax.lax.rsqrt(sigma**2 + (alpha * sigma_data) ** 2)
-    return Preconditioning(alpha * (sigma_data * scale) ** 2, sigma * sigma_data * scale, scale)
-
-
 # (z [B, *event], gamma [B]) -> E[x | z], like z
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 Gamma = Callable[[jax.Array], jax.Array]
-
-
-def noisy(x: jax.Array, gamma: jax.Array, noise: jax.Array) -> jax.Array:
-    """z = α x + σ ε, for `gamma` `[B]`."""
-    alpha, sigma = alpha_sigma(beside(gamma, x))
-    return alpha * x + sigma * noise
 
 
 def squared_error(denoise: Denoise, x: jax.Array, gamma: jax.Array, noise: jax.Array) -> jax.Array:

@@ -19,10 +19,12 @@ import jax.numpy as jnp
 
 from dgm_jax import likelihoods, objectives
 from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
+from dgm_jax.draws import Draws
+from dgm_jax.latent_variable import latent_variable_model
 from dgm_jax.nn import networks
 from dgm_jax.nn.autoregressive import AutoregressiveCategorical
 from dgm_jax.nn.precision import Dense
-from dgm_jax.objectives import Draws, Options
+from dgm_jax.objectives import Options
 
 OBJECTIVES = (*objectives.NEED_RELAXED, "vimco")
 PRIORS = ("uniform", "autoregressive")
@@ -213,7 +215,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         outputs = bound.outputs(bound.draw_prior(z_rng, num))
         return likelihoods.draw(likelihood, x_rng, outputs, spec)
 
-    return objectives.latent_variable_model(
+    return latent_variable_model(
         "discrete_vae",
         draw,
         None,

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from dgm_jax import likelihoods, objectives
 from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
+from dgm_jax.draws import Draws, layered_draws
+from dgm_jax.latent_variable import latent_variable_model
 from dgm_jax.nn import networks
 from dgm_jax.nn.posteriors import Conditional, draw_gaussian
-from dgm_jax.objectives import Draws, Options
+from dgm_jax.objectives import Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +148,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         def log_likelihood_at(z: tuple[jax.Array, ...]) -> jax.Array:
             return likelihood.log_prob(bound.outputs(z[0]), flat)
 
-        return objectives.layered_draws(
+        return layered_draws(
             *posterior_draw(bound, x, rng, k),
             log_likelihood_at,
             lambda z: log_priors(bound, z),
@@ -178,7 +180,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         samples = likelihoods.draw(likelihood, x_rng, bound.outputs(z[-1]), spec)
         return tuple(reversed(z)), samples
 
-    return objectives.latent_variable_model(
+    return latent_variable_model(
         "hvae",
         draw,
         draw_joint,

@@ -22,12 +22,14 @@ import jax.numpy as jnp
 from dgm_jax import likelihoods, objectives
 from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.distributions import gaussian_kl, gaussian_log_prob
+from dgm_jax.draws import Draws
+from dgm_jax.latent_variable import latent_variable_model
 from dgm_jax.nn import networks
 from dgm_jax.nn.conv import Conv, ResidualBlock, Upsample, halvings
 from dgm_jax.nn.mlp import ACTIVATIONS
 from dgm_jax.nn.posteriors import UNIT_RAW, draw_gaussian, positive
 from dgm_jax.nn.precision import Dense
-from dgm_jax.objectives import Draws, Options
+from dgm_jax.objectives import Options
 
 Gaussian = tuple[jax.Array, jax.Array]  # mu and log_sigma, each [K, B, H, W, latents]
 Latents = tuple[jax.Array, ...]  # z_1, ..., z_L, each [K, B, H, W, latents]
@@ -306,7 +308,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         )
         return likelihoods.picture(likelihood, outputs[0], spec)
 
-    return objectives.latent_variable_model(
+    return latent_variable_model(
         "topdown",
         draw,
         draw_joint,

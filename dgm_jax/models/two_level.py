@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from dgm_jax import likelihoods, objectives
 from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.distributions import gaussian_log_prob
+from dgm_jax.draws import Draws, layered_draws
+from dgm_jax.latent_variable import latent_variable_model
 from dgm_jax.nn import networks, priors
 from dgm_jax.nn.mlp import MLP
 from dgm_jax.nn.posteriors import Conditional, draw_gaussian
-from dgm_jax.objectives import Draws, Options
+from dgm_jax.objectives import Options
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -190,7 +192,7 @@ def build(config: Config, spec: DataSpec) -> Model:
             lower = jnp.sum(gaussian_log_prob(z[0], *bound.generate_1(z[1])), axis=-1)
             return [lower, bound.log_prior_2(z[1])]
 
-        return objectives.layered_draws(
+        return layered_draws(
             *posterior_draw(bound, batch, rng, k),
             lambda z: likelihood.log_prob(bound.outputs(z), flat),
             log_priors,
@@ -221,7 +223,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         z = jax.tree.map(lambda a: a[0], posterior_draw(bound, batch, rng, 1)[0])
         return likelihoods.picture(likelihood, bound.outputs(z), spec)
 
-    return objectives.latent_variable_model(
+    return latent_variable_model(
         "two_level",
         draw,
         draw_joint,

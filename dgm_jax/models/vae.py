@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from dgm_jax import likelihoods, objectives
 from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.distributions import gaussian_kl_to_standard, gaussian_log_prob
+from dgm_jax.draws import Draws
+from dgm_jax.latent_variable import latent_variable_model
 from dgm_jax.nn import networks, priors
 from dgm_jax.nn.posteriors import POSTERIORS, Context
-from dgm_jax.objectives import Draws, Options
+from dgm_jax.objectives import Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +276,7 @@ def build(config: Config, spec: DataSpec) -> Model:
             samples = likelihoods.draw(likelihood, x_rng, vae.outputs(z, label), spec)
         return z, samples | ({} if label is None else {"label": label})
 
-    return objectives.latent_variable_model(
+    return latent_variable_model(
         "vae",
         draw,
         draw_joint,

@@ -17,6 +17,7 @@ from scipy import special, stats
 from dgm_jax.core import DataSpec, UserError
 from dgm_jax.models import diffusion
 from dgm_jax.nn import denoisers
+from dgm_jax.nn.noise import SCHEDULES, Schedule, alpha_sigma, noisy, precondition
 
 SIGMA = 0.7
 LINE = DataSpec((1,), "real", np.zeros(1, np.float32), 100, 3)
@@ -92,17 +93,17 @@ KEY = jax.random.key(1)
 
 def test_signal_and_noise_have_unit_power_and_the_ratio_that_gamma_says():
     gamma = np.linspace(-15, 15, 31)
-    alpha, sigma = diffusion.alpha_sigma(gamma)
+    alpha, sigma = alpha_sigma(gamma)
     np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-12)
     np.testing.assert_allclose(np.log(alpha**2 / sigma**2), -gamma, rtol=1e-9, atol=1e-9)
-    z = diffusion.noisy(jnp.full(31, 2.0), jnp.asarray(gamma), jnp.full(31, 3.0))
+    z = noisy(jnp.full(31, 2.0), jnp.asarray(gamma), jnp.full(31, 3.0))
     np.testing.assert_allclose(z, 2 * alpha + 3 * sigma, rtol=1e-12)
 
 
-@pytest.mark.parametrize("kind", diffusion.SCHEDULES)
+@pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("learned", [False, True])
 def test_signal_to_noise_falls_from_end_to_end(kind, learned):
-    schedule = diffusion.Schedule(kind, (-6.0, 7.0), learned)
+    schedule = Schedule(kind, (-6.0, 7.0), learned)
     t = jnp.linspace(0.0, 1.0, 501)
     params = schedule.init(KEY, t)
     np.testing.assert_allclose(schedule.apply(params, t)[jnp.array([0, -1])], [-6, 7], rtol=1e-6)
@@ -118,19 +119,19 @@ def test_signal_to_noise_falls_from_end_to_end(kind, learned):
 
 def test_schedules_are_those_of_their_papers():
     t = np.linspace(0.05, 1, 20)
-    at = lambda kind, ends: diffusion.Schedule(kind, ends, False).apply({}, t)  # noqa: E731
+    at = lambda kind, ends: Schedule(kind, ends, False).apply({}, t)  # noqa: E731
     sigma = (0.002 ** (1 / 7) + t * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
     ends = (2 * math.log(0.002), 2 * math.log(80))
     np.testing.assert_allclose(np.exp(at("karras", ends) / 2), sigma, rtol=1e-9)
-    alpha, _ = diffusion.alpha_sigma(at("cosine", (-40.0, 40.0)))
+    alpha, _ = alpha_sigma(at("cosine", (-40.0, 40.0)))
     np.testing.assert_allclose(alpha, np.cos(np.pi / 2 * t), atol=1e-7)
 
 
 def test_what_the_network_is_given_and_asked_for_has_unit_variance():
     """And its answer 0 is the best linear guess: what is left is uncorrelated with z."""
     gamma = np.linspace(-15, 15, 31)
-    alpha, sigma = diffusion.alpha_sigma(gamma)
-    skip, out, scale = diffusion.precondition(gamma, SIGMA)
+    alpha, sigma = alpha_sigma(gamma)
+    skip, out, scale = precondition(gamma, SIGMA)
     variance = alpha**2 * SIGMA**2 + sigma**2  # of z
     np.testing.assert_allclose(scale**2 * variance, 1, rtol=1e-12)
     left = SIGMA**2 * (1 - skip * alpha) ** 2 + (skip * sigma) ** 2  # E (x - skip z)²
@@ -180,7 +181,7 @@ def test_more_steps_tighten_the_bound_to_that_of_infinitely_many():
 
 def test_the_prior_term_is_a_divergence_that_noise_removes():
     x, gamma = jnp.array([[1.3]]), 0.8
-    alpha, sigma = diffusion.alpha_sigma(gamma)
+    alpha, sigma = alpha_sigma(gamma)
     z = np.linspace(-12, 12, 4001)
     q, p = stats.norm(1.3 * alpha, sigma), stats.norm()
     expected = np.sum(q.pdf(z) * (q.logpdf(z) - p.logpdf(z))) * (z[1] - z[0])
@@ -203,7 +204,7 @@ def test_the_last_step_is_a_distribution_over_the_datas_values(gamma):
 
 def test_a_bit_is_decoded_by_bayes_rule():
     gamma, z = 0.5, np.linspace(-2, 2, 9)[:, None]
-    alpha, sigma = diffusion.alpha_sigma(gamma)
+    alpha, sigma = alpha_sigma(gamma)
     scaled = denoisers.scaled(jnp.array([[0.0], [1.0]]), BIT)
     density = stats.norm.pdf(z, np.asarray(alpha * scaled).T, sigma)
     y = denoisers.unscaled(z / alpha, BIT)
@@ -325,7 +326,7 @@ def test_an_error_counts_by_the_signal_to_noise_ratio_up_to_a_cap():
     found = _quality_loss(objective="min_snr", schedule="cosine", snr_cap=2.0)
     first, last = (math.atan(math.exp(gamma / 2)) for gamma in (-5, 8))
     gamma = 2 * np.log(np.tan(first + (last - first) * T))
-    _, out, _ = diffusion.precondition(gamma, SIGMA)
+    _, out, _ = precondition(gamma, SIGMA)
     expected = float(np.mean(np.minimum(np.exp(-gamma), 2) * np.asarray(out) ** 2))
     assert found == pytest.approx(expected, rel=1e-9)
 
@@ -347,7 +348,7 @@ def test_noise_levels_are_log_normal():
 
 
 def _denoise(z, gamma):
-    return diffusion.precondition(gamma, SIGMA).skip[:, None] * z
+    return precondition(gamma, SIGMA).skip[:, None] * z
 
 
 def _solve(sampler, steps):
@@ -356,7 +357,7 @@ def _solve(sampler, steps):
     with mock.patch.object(jax.random, "normal", lambda key, shape: jnp.ones(shape)):
         draw = jax.jit(lambda: diffusion.draw(_denoise, levels, sampler, KEY, (1, 1)))
         found = draw()[0, 0]
-    start = 1 / diffusion.alpha_sigma(4.0)[0]
+    start = 1 / alpha_sigma(4.0)[0]
     ratio = (math.exp(-4) + SIGMA**2) / (math.exp(4) + SIGMA**2)
     return abs(found - start * math.sqrt(ratio))
 
@@ -386,9 +387,7 @@ def test_an_ancestral_step_is_the_posterior_of_less_noise():
         levels = jnp.array([t, s])
         known = lambda z, gamma: jnp.full_like(z, x)  # noqa: E731
         y = diffusion.draw(known, levels, "ancestral", KEY, (1, 1))[0, 0]
-    (a_t, v_t), (a_s, v_s) = (
-        (float(a), float(b) ** 2) for a, b in map(diffusion.alpha_sigma, (t, s))
-    )
+    (a_t, v_t), (a_s, v_s) = ((float(a), float(b) ** 2) for a, b in map(alpha_sigma, (t, s)))
     # z_s ~ N(a_s x, v_s), and z_t given it ~ N(r z_s, v) with the r and v that lead to level t.
     ratio = a_t / a_s
     v = v_t - ratio**2 * v_s

@@ -1,0 +1,76 @@
+"""From posterior draws and an objective to a model: its loss, its bounds and its sampler."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from dgm_jax import core
+from dgm_jax.core import Aux, Batch, Model, Params, Player, masked_mean
+from dgm_jax.draws import Draws, Latents
+from dgm_jax.objectives import OBJECTIVES, Options, elbo
+
+
+def latent_variable_model(
+    player: str,
+    draw: Callable[[Params, Batch, jax.Array, int], Draws],
+    draw_joint: Callable[[Params, jax.Array, int], tuple[Latents, dict[str, jax.Array]]] | None,
+    objective: str,
+    num_samples: int,
+    options: Options,
+    evaluable: bool = True,
+    closed: bool = False,
+    **functions: Any,
+) -> Model:
+    """The model whose loss and bounds follow from its posterior draws.
+
+    Args:
+      player: name of its one player.
+      draw: `(params, batch, rng, K) -> Draws`.
+      draw_joint: as in `core.Latents`; None where z is discrete, and then `sample` is given.
+      objective: one of `OBJECTIVES`.
+      num_samples: K, draws per example in the objective.
+      options: the objective's numbers.
+      evaluable: whether the posterior's density is known at any z, as `Draws.log_posterior_at`.
+      closed: whether `Draws.rate` has a column for each latent.
+      **functions: the other fields of `core.Model`.
+    """
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        draws = draw(params, batch, rng, num_samples)
+        loss = masked_mean(OBJECTIVES[objective](draws, options), batch)
+        terms = {"distortion": draws.distortion, "rate": draws.total_rate, **draws.layer_rates}
+        return loss, Aux(terms=terms)
+
+    def elbo_of(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        return -elbo(draw(params, batch, rng, 1), Options())
+
+    def log_weight(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        return draw(params, batch, rng, 1).log_weights()[0]
+
+    def densities(params: Params, batch: Batch) -> Draws:
+        """For its functions alone: the draw itself is not used, and so not computed."""
+        return draw(params, batch, jax.random.key(0), 1)
+
+    latents = draw_joint and core.Latents(
+        draw_joint=draw_joint,
+        draw_posterior=lambda params, batch, rng: jax.tree.map(
+            lambda a: a[0], draw(params, batch, rng, 1).z
+        ),
+        log_joint=lambda params, batch, z: densities(params, batch).log_joint_at(z),
+        log_posterior=(
+            (lambda params, batch, z: densities(params, batch).log_posterior_at(z, False))
+            if evaluable
+            else None
+        ),
+    )
+    if draw_joint is not None:
+        functions["sample"] = lambda params, rng, num: draw_joint(params, rng, num)[1]
+    return Model(
+        players=(Player(player, loss_fn),),
+        log_likelihood_fns={"elbo": elbo_of},
+        log_weight=log_weight,
+        latents=latents,
+        latent_rates=(lambda params, batch: densities(params, batch).rate) if closed else None,
+        **functions,
+    )
