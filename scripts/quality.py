@@ -5,6 +5,7 @@ the optimizer, rate and batch usual in its VAE examples, from memory instead of 
 pythae by the defaults of its trainer. All are measured on the same validation images and bits.
 """
 
+import dataclasses
 import math
 import statistics
 import time
@@ -26,7 +27,7 @@ from contestants import (
 
 REPO = Path(__file__).resolve().parent.parent
 TARGETS = {"negative_elbo": 100.0, "nll": 90.0}  # of validation, nats per image, lower is better
-PLAIN = MLPCase(100, hidden=(500, 500))
+PLAIN = MLPCase(batch_size=100, hidden=(500, 500))
 
 
 def measure_quality(program: str, limit: float, seed: int) -> dict[str, Any]:
@@ -90,7 +91,9 @@ def _pythae(seed: int) -> Trainer:
 
     torch.manual_seed(seed)
     network = PLAIN.torch_network(train_x(dataset()))
-    return pythae_trainer(PLAIN._replace(batch_size=64), network, learning_rate=1e-4, seed=seed)
+    return pythae_trainer(
+        dataclasses.replace(PLAIN, batch_size=64), network, learning_rate=1e-4, seed=seed
+    )
 
 
 # By seed.

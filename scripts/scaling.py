@@ -136,7 +136,7 @@ def measure_program(members: int) -> dict[str, float]:
     from dgm_jax.experiment import prepare
     from dgm_jax.sweep.program import compile_members
 
-    config = configs.override(config_of(MLPCase(100)), {"train.steps_per_dispatch": 1})
+    config = configs.override(config_of(MLPCase(batch_size=100)), {"train.steps_per_dispatch": 1})
     several = [configs.override(config, {"seed": i}) for i in range(members)]
     state, run, arrays = compile_members(prepare(config, dataset()), several)
     compiled = run.lower(state, arrays).compile()
