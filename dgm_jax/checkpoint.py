@@ -41,8 +41,7 @@ class Checkpoints:
 
         Args:
           directory: where the checkpoints are.
-          keep: how many to keep, the newest ones; at least 2, so that there is one to fall back
-            to.
+          keep: how many to keep, the newest ones; with 2 there is one to fall back to.
         """
         self._directory, self._keep = directory.absolute(), keep
         self._unlisted: dict[int, str] = {}  # steps that were set aside, and why

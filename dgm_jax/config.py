@@ -28,7 +28,8 @@ class TrainConfig:
       num_parts: into which each batch is cut, one after another ("gradient accumulation"): where
         all of it would not fit in memory, or, on a CPU, a part of a convolutional network fits in
         the cache (docs/performance.md). The update is that of the whole batch, but the noise is
-        drawn anew for each part; what looks at a whole batch, such as the β-TCVAE, looks at a part.
+        drawn anew for each part; what looks at a whole batch, such as the β-TCVAE, looks at a part;
+        and what a model keeps, such as Markov chains, goes from part to part.
       steps_per_dispatch: K updates in one compiled call; one row of metrics each.
       validate_every: length between measurements on the validation split.
       checkpoint_every: length between checkpoints; there is one at the end in any case.

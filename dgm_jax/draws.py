@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Latents = Any  # a pytree of arrays [K, B, ...]
+Z = Any  # a pytree of arrays [K, B, ...]
 
 
 class Draws(NamedTuple):
@@ -38,12 +38,12 @@ class Draws(NamedTuple):
       num_examples: size of the training split.
     """
 
-    z: Latents
+    z: Z
     log_likelihood: jax.Array
     log_prior: jax.Array
     log_posterior: jax.Array
-    log_joint_at: Callable[[Latents], tuple[jax.Array, jax.Array]]
-    log_posterior_at: Callable[[Latents, bool], jax.Array] | None = None
+    log_joint_at: Callable[[Z], tuple[jax.Array, jax.Array]]
+    log_posterior_at: Callable[[Z, bool], jax.Array] | None = None
     rate: jax.Array | None = None
     layer_rates: Mapping[str, jax.Array] = {}
     log_posterior_pairs: Callable[[jax.Array], jax.Array] | None = None
@@ -56,12 +56,12 @@ class Draws(NamedTuple):
         """log w = log p(x | z) + β (log p(z) - log q(z | x)) `[K, B]`."""
         return self.log_likelihood + beta * (self.log_prior - self.log_posterior)
 
-    def log_weights_at(self, z: Latents, beta: float, detached: bool) -> jax.Array:
+    def log_weights_at(self, z: Z, beta: float, detached: bool) -> jax.Array:
         """The same at another z."""
         log_likelihood, log_prior = self.log_joint_at(z)
         return log_likelihood + beta * (log_prior - self.log_posterior_at(z, detached))
 
-    def at(self, z: Latents) -> "Draws":
+    def at(self, z: Z) -> "Draws":
         """The same posterior, had it drawn another z."""
         log_likelihood, log_prior = self.log_joint_at(z)
         return self._replace(
@@ -85,11 +85,11 @@ class Draws(NamedTuple):
 
 
 def layered_draws(
-    z: Latents,
+    z: Z,
     log_q: list[jax.Array],
-    log_likelihood_at: Callable[[Latents], jax.Array],
-    log_priors_at: Callable[[Latents], list[jax.Array]],
-    log_posteriors_at: Callable[[Latents, bool], list[jax.Array]],
+    log_likelihood_at: Callable[[Z], jax.Array],
+    log_priors_at: Callable[[Z], list[jax.Array]],
+    log_posteriors_at: Callable[[Z, bool], list[jax.Array]],
 ) -> Draws:
     """The draws of a hierarchy.
 

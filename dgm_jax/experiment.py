@@ -62,6 +62,11 @@ class Experiment(NamedTuple):
         return {**self.config.model, **configs.of_section(self.numbers, "model")}
 
     @property
+    def abstract_state(self) -> TrainState:
+        """Shapes of the state, and on which devices it is."""
+        return abstract_state(self.config, self.model, self.optimizer, self.dataset.spec, self.mesh)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches in one pass over the training split."""
         return len(self.dataset.splits["train"]) // self.config.train.batch_size
@@ -133,7 +138,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh: Mesh | None = None)
             f"train.batch_size={train.batch_size} is larger than the training split "
             f"({num_train:,} examples)"
         )
-    sharding.check_batch("train.batch_size", train.batch_size, mesh)
+    sharding.check_batch("train.batch_size", train.batch_size, mesh.size)
     if train.num_parts < 1 or train.batch_size % (train.num_parts * mesh.size):
         raise UserError(
             f"train.num_parts={train.num_parts}: train.batch_size={train.batch_size} on "
@@ -159,9 +164,21 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh: Mesh | None = None)
     _ = experiment.ramps  # likewise
     if not train.checkpoint_minutes >= 0:
         raise UserError(f"train.checkpoint_minutes={train.checkpoint_minutes}: at least 0")
-    if train.keep_best and not len(dataset.splits["validation"]):
-        raise UserError(f"train.keep_best={train.keep_best!r} needs data.validation above 0")
+    if train.keep_best:
+        _check_keep_best(experiment)
     return experiment
+
+
+def _check_keep_best(experiment: Experiment) -> None:
+    """Refuse to keep what is best by a number that the validation split will not have."""
+    name, dataset = experiment.config.train.keep_best, experiment.dataset
+    if not len(dataset.splits["validation"]):
+        raise UserError(f"train.keep_best={name!r} needs data.validation above 0")
+    terms = likelihood.elbo_terms(experiment.model, num_samples=1)
+    batch, keys = data.some(dataset, "validation", 1), jax.random.key(0)[None]
+    known = jax.eval_shape(terms, experiment.abstract_state.params, batch, keys)
+    if name not in known:
+        raise UserError(f"train.keep_best={name!r}: the validation split has {', '.join(known)}")
 
 
 def initial_state(experiment: Experiment) -> TrainState:
@@ -202,8 +219,7 @@ def state_shardings(experiment: Experiment) -> Any:
     """On which devices the state is: one sharding for all of it, or a pytree like it."""
     if not experiment.config.mesh.fsdp:
         return sharding.replicated(experiment.mesh)  # without tracing the model
-    of = (experiment.config, experiment.model, experiment.optimizer, experiment.dataset.spec)
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(*of, experiment.mesh))
+    return jax.tree.map(lambda leaf: leaf.sharding, experiment.abstract_state)
 
 
 def training_arrays(experiment: Experiment) -> dict[str, jax.Array]:
@@ -239,9 +255,9 @@ def step_products(experiment: Experiment) -> limit.Products:
         num_steps=1,
         num_parts=experiment.config.train.num_parts,
     )
-    of = (experiment.config, experiment.model, experiment.optimizer, experiment.dataset.spec)
-    state = abstract_state(*of, experiment.mesh)
-    return limit.products_of(step, state, {"x": split.x, "labels": split.labels})
+    return limit.products_of(
+        step, experiment.abstract_state, {"x": split.x, "labels": split.labels}
+    )
 
 
 def measure_speed(experiment: Experiment, examples_per_second: float) -> dict[str, float]:

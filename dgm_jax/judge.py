@@ -66,7 +66,13 @@ def classifier_config() -> ConfigDict:
     return config
 
 
-def quality_mode(workdir: Workdir, num: int | None, seed: int, chosen: str | None) -> None:
+def quality_mode(
+    workdir: Workdir,
+    num: int | None,
+    seed: int,
+    chosen: str | None,
+    given: ConfigDict | None = None,
+) -> None:
     """Hold `num` samples against as many test examples; write `quality.json`.
 
     Beside them stand as many other test examples, held against the same: no training example
@@ -77,11 +83,12 @@ def quality_mode(workdir: Workdir, num: int | None, seed: int, chosen: str | Non
       num: samples; None for half as many as there are test examples, at most 10,000.
       seed: of the samples, and of which data they are held against.
       chosen: the judge: a work directory or an .onnx file; None for the project's own.
+      given: as in `run.restore`.
 
     Raises:
       UserError: the model cannot sample, or the judge cannot judge.
     """
-    restored = run.restore(workdir.path)
+    restored = run.reopen(workdir, given)
     restored.model.require("sample")
     if restored.spec.support == "tokens":
         raise UserError("--mode=quality judges images and points, and these samples are tokens")
@@ -179,7 +186,8 @@ def _own(dataset: data.Dataset) -> Workdir:
     workdir = Workdir(cache.folder() / "judges" / name)
     if not workdir.results.exists():
         say(f"training the judge, a classifier of these data, once; it is kept in {workdir.path}")
-        run.train_mode(config, workdir)
+        # On one device: its batch need not divide over those that there are.
+        run.train_mode(config, workdir, sharding.make_mesh(1))
     return workdir
 
 

@@ -7,14 +7,14 @@ import jax
 
 from dgm_jax import core
 from dgm_jax.core import Aux, Batch, Model, Params, Player, masked_mean
-from dgm_jax.draws import Draws, Latents
+from dgm_jax.draws import Draws, Z
 from dgm_jax.objectives import OBJECTIVES, Options, elbo
 
 
 def latent_variable_model(
     player: str,
     draw: Callable[[Params, Batch, jax.Array, int], Draws],
-    draw_joint: Callable[[Params, jax.Array, int], tuple[Latents, dict[str, jax.Array]]] | None,
+    draw_joint: Callable[[Params, jax.Array, int], tuple[Z, dict[str, jax.Array]]] | None,
     objective: str,
     num_samples: int,
     options: Options,

@@ -1,6 +1,5 @@
 """How fast the machine can do a step's matrix products alone: what speed is compared with."""
 
-import collections
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -109,12 +108,3 @@ def seconds_alone(products: Products, seconds: float = 1.0) -> float:
 
 def _key(var: Any) -> tuple[tuple[int, ...], Any]:
     return var.aval.shape, var.aval.dtype
-
-
-def counted(products: Products) -> dict[str, int]:
-    """How often each shape of product is made, as text: for the eye."""
-    found: dict[str, int] = collections.Counter()
-    for eqn, times in products:
-        left, right, result = (var.aval.str_short() for var in (*eqn.invars, *eqn.outvars))
-        found[f"{left} x {right} -> {result}"] += times
-    return dict(found)

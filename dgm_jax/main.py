@@ -8,7 +8,7 @@
     python -m dgm_jax.main --mode=quality --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=ais --num=100 --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=replay --workdir=runs/vae_mnist
-    python -m dgm_jax.main --mode=plan --devices=1,8,64 --config=configs/vae_mnist.py
+    python -m dgm_jax.main --mode=plan --devices=1,8,40 --config=configs/vae_mnist.py
     python -m dgm_jax.main --mode=sweep --sweep='model.beta=1,4;seed=0:3' --config=...
 
 Any field of the config can be set on the command line: --config.model.latents=40.
@@ -47,7 +47,9 @@ _NUM = flags.DEFINE_integer(
     "Samples of --mode=sample, images of --mode=ais: default 100. Samples of --mode=quality: "
     "default half as many as test examples.",
 )
-_SAMPLE_SEED = flags.DEFINE_integer("sample_seed", 0, "Seed of --mode=sample and quality.")
+_SAMPLE_SEED = flags.DEFINE_integer(
+    "sample_seed", 0, "Seed of --mode=sample and quality.", lower_bound=0, upper_bound=2**31 - 1
+)
 _JUDGE = flags.DEFINE_string(
     "judge", None, "Of --mode=quality: whose features, a work directory or an .onnx file."
 )
@@ -57,7 +59,9 @@ _DISTRIBUTED = flags.DEFINE_string(
 _LOST_AFTER = flags.DEFINE_integer(
     "lost_after", 60, "Seconds without a sign of life from a process that end all of a run."
 )
-_DEVICES = flags.DEFINE_list("devices", ["1", "8", "64"], "Numbers of devices of --mode=plan.")
+_DEVICES = flags.DEFINE_list(
+    "devices", ["1", "2", "4", "8"], "Of --mode=plan: numbers of devices that can share a batch."
+)
 _SWEEP = flags.DEFINE_string(
     "sweep", None, "Grid of --mode=sweep: 'field=value,value;seed=0:3'. Default: the config's own."
 )
@@ -69,17 +73,28 @@ _TRIALS = flags.DEFINE_string(
 )
 _PROGRAM = flags.DEFINE_integer("program", None, "Of a sweep, run this program only: for jobs.")
 
+# Flags that only some modes look at.
+_MODES_OF = {
+    "num": ("sample", "ais", "quality"),
+    "sample_seed": ("sample", "quality"),
+    "judge": ("quality",),
+    "devices": ("plan",),
+    "distributed": ("train", "evaluate"),
+    **dict.fromkeys(("sweep", "launcher", "trials", "program"), ("sweep",)),
+}
+
 
 def main(argv: list[str]) -> None:
     """Do what the flags say."""
     if len(argv) > 1:
         raise UserError(f"{argv[1]!r} is not a flag: write --flag=value")
+    for name, modes in _MODES_OF.items():
+        if flags.FLAGS[name].present and _MODE.value not in modes:
+            raise UserError(
+                f"--{name} is for --mode={' or '.join(modes)}: leave it out of --mode={_MODE.value}"
+            )
     cache.keep_compiled_programs()
     if _DISTRIBUTED.value is not None:
-        if _MODE.value not in ("train", "evaluate"):
-            raise UserError(
-                f"--mode={_MODE.value} is work for one process: leave out --distributed"
-            )
         processes.join(_DISTRIBUTED.value, _LOST_AFTER.value)
     config, mode, file = _CONFIG.value, _MODE.value, None
     if config is not None:
@@ -94,16 +109,16 @@ def main(argv: list[str]) -> None:
     how = (_SWEEP.value, _LAUNCHER.value, _PROGRAM.value, _TRIALS.value)
     {
         "train": lambda: run.train_mode(config, workdir),
-        "evaluate": lambda: run.evaluate_mode(workdir),
-        "sample": lambda: run.sample_mode(workdir, num, _SAMPLE_SEED.value),
-        "features": lambda: run.features_mode(workdir),
+        "evaluate": lambda: run.evaluate_mode(workdir, config),
+        "sample": lambda: run.sample_mode(workdir, num, _SAMPLE_SEED.value, config),
+        "features": lambda: run.features_mode(workdir, config),
         "quality": lambda: late("dgm_jax.judge").quality_mode(
-            workdir, _NUM.value, _SAMPLE_SEED.value, _JUDGE.value
+            workdir, _NUM.value, _SAMPLE_SEED.value, _JUDGE.value, config
         ),
-        "ais": lambda: run.ais_mode(workdir, num),
+        "ais": lambda: run.ais_mode(workdir, num, config),
         "sweep": lambda: late("dgm_jax.sweep.mode").sweep_mode(path, config, file, *how),
         "plan": lambda: late("dgm_jax.plan").plan_mode(config, _DEVICES.value),
-        "replay": lambda: late("dgm_jax.replay").replay_mode(workdir),
+        "replay": lambda: late("dgm_jax.replay").replay_mode(workdir, config),
     }[mode]()
 
 

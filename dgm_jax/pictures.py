@@ -186,12 +186,13 @@ def save_traversals(
 
 
 def save_learning_curve(path: Path, rows: list[dict]) -> None:
-    """One panel for each logged quantity in nats, training and validation together."""
+    """A panel for the loss and each quantity that validation has too, all of them in nats."""
+    held_out = {name.partition("/")[2] for row in rows for name in row if "validation/" in name}
     curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
         for name, value in row.items():
             who, _, what = name.partition("/")
-            if what and what not in ("grad_norm", "perplexity", "penalty", "acceptance"):
+            if what in {"loss", *held_out}:
                 curves.setdefault(what, {}).setdefault(who, []).append((row["step"], value))
     figure, panels = _panels(len(curves))
     for axes, (what, by_who) in zip(panels, curves.items(), strict=True):

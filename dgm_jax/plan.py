@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
 from dgm_jax import limit, sharding
 from dgm_jax.core import UserError
-from dgm_jax.experiment import Experiment, abstract_state, compile_steps, prepare, step_products
+from dgm_jax.experiment import compile_steps, prepare, step_products
 from dgm_jax.progress import say
 from dgm_jax.run import load_data
 
@@ -92,11 +91,13 @@ def plan_mode(config: ConfigDict, devices: Sequence[str]) -> None:
     """Say what a step of `config` costs on each number of devices, and how fast it could be.
 
     Raises:
-      UserError: a number of devices makes no sense.
+      UserError: a number of devices makes no sense, or they cannot share the batch.
     """
     if not devices or not all(text.isdigit() and int(text) for text in devices):
         raise UserError(f"--devices={','.join(devices)}: give whole numbers of at least 1")
     numbers = sorted({int(text) for text in devices})
+    for num in numbers:  # before any takes minutes to compile
+        sharding.check_batch("train.batch_size", config.train.batch_size, num)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", numbers[-1])
     dataset, costs = load_data(config), []
@@ -107,13 +108,8 @@ def plan_mode(config: ConfigDict, devices: Sequence[str]) -> None:
 
 
 def cost_of(config: ConfigDict, dataset: object, num: int) -> Cost:
-    """What one step costs each of `num` devices.
-
-    Raises:
-      UserError: these cannot share the batch.
-    """
-    mesh = jax.make_mesh((num,), ("data",), (AxisType.Auto,), devices=jax.devices()[:num])
-    sharding.check_batch("train.batch_size", config.train.batch_size, mesh)
+    """What one step costs each of `num` devices, which can share its batch."""
+    mesh = sharding.make_mesh(num)
     one_step = config.copy_and_resolve_references()
     one_step.train.steps_per_dispatch = 1
     one_step.eval.batch_size = num  # is not looked at
@@ -123,7 +119,7 @@ def cost_of(config: ConfigDict, dataset: object, num: int) -> Cost:
         name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=everywhere)
         for name, array in (("x", split.x), ("labels", split.labels))
     }
-    state = _abstract_state(experiment)
+    state = experiment.abstract_state
     compiled = compile_steps(experiment).lower(state, arrays).compile()
     return Cost(
         devices=num,
@@ -134,11 +130,6 @@ def cost_of(config: ConfigDict, dataset: object, num: int) -> Cost:
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
         exchanged_bytes=exchanged(compiled.as_text()),
     )
-
-
-def _abstract_state(experiment: Experiment) -> object:
-    config, spec = experiment.config, experiment.dataset.spec
-    return abstract_state(config, experiment.model, experiment.optimizer, spec, experiment.mesh)
 
 
 def _num_bytes(tree: object) -> float:

@@ -50,6 +50,7 @@ def join(how: str, lost_after: int) -> None:
             address, number, own = how.split(",")
             where = {"coordinator_address": address, "num_processes": int(number)}
             where["process_id"] = int(own)
+            int(address.rpartition(":")[2])  # the port
         except ValueError:
             raise UserError(
                 f"--distributed={how!r}: write auto, or address:port,number of processes,number of "

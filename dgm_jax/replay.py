@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.experimental import checkify
+from ml_collections import ConfigDict
 
 from dgm_jax.checkpoint import Checkpoints, abstract
 from dgm_jax.core import UserError
@@ -29,20 +30,23 @@ from dgm_jax.train_step import Metrics, inputs_of, train_step
 from dgm_jax.workdir import Workdir
 
 
-def replay_mode(workdir: Workdir) -> None:
+def replay_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
     """Say what is not finite in the step that `replay.json` names, and where it first is not.
 
     Raises:
       UserError: training stopped at no such step, or its checkpoints are gone.
     """
     about = workdir.load_replay()
-    config = workdir.load_config().copy_and_resolve_references()
+    config = workdir.load_config(given)
     dataset = load_data(config)
     workdir.check_card(dataset.card)
-    if not 1 <= about["step"] <= (last := prepare(config, dataset).num_steps):
-        raise UserError(f"{workdir.replay}: step {about['step']} of {last}: train again")
-    config.train.steps_per_dispatch = 1
     experiment = prepare(config, dataset)
+    if not 1 <= about["step"] <= (last := experiment.num_steps):
+        raise UserError(f"{workdir.replay}: step {about['step']} of {last}: train again")
+    one_by_one = config.copy_and_resolve_references()
+    one_by_one.train.steps_per_dispatch = 1
+    # Prepared anew it might have fewer steps, and with them another schedule.
+    experiment = experiment._replace(config=one_by_one)
     state = _state_before(about["step"], experiment, workdir)
     say(f"step {about['step']:,}, in which {about['what']} not finite")
     for line in look_into(experiment, state):

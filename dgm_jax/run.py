@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
@@ -20,7 +21,7 @@ from dgm_jax.progress import Progress, say
 from dgm_jax.rng import stream
 from dgm_jax.train import best_or_newest, train
 from dgm_jax.train_state import num_parameters
-from dgm_jax.workdir import Workdir, write_json, write_text
+from dgm_jax.workdir import Workdir, check_writable, write_json, write_text
 
 # Seconds of training beside which those that `measure_speed` takes are little.
 _LONG_ENOUGH = 60
@@ -37,16 +38,20 @@ class Trained(NamedTuple):
     step: int
 
 
-def restore(path: str | Path) -> Trained:
+def restore(path: str | Path, given: ConfigDict | None = None) -> Trained:
     """The model of a work directory with its best or newest whole checkpoint's parameters.
 
     Needs no data: what the model knows of it is in the work directory.
 
+    Args:
+      path: of the work directory.
+      given: a config whose `eval` section takes the place of the run's.
+
     Raises:
-      UserError: no work directory, one that is damaged, or nothing trained.
+      UserError: no work directory, one that is damaged or of another config, or nothing trained.
     """
     workdir = Workdir(Path(path))
-    config, card = workdir.load_config(), workdir.load_card()
+    config, card = workdir.load_config(given), workdir.load_card()
     spec = data.spec_of_card(card, workdir.load_mean())
     with files.reading(workdir.config, "train again"):
         models.check(config.model, spec)
@@ -60,11 +65,27 @@ def restore(path: str | Path) -> Trained:
     return Trained(config, model, state.eval_params, spec, int(state.step))
 
 
-def train_mode(config: ConfigDict, workdir: Workdir) -> None:
+def reopen(workdir: Workdir, given: ConfigDict | None = None) -> Trained:
+    """`restore`, for something to be written beside it: refuses now what would fail at the end.
+
+    Raises:
+      UserError: as `restore`, or the work directory is not writable.
+    """
+    restored = restore(workdir.path, given)
+    check_writable(workdir.path)
+    return restored
+
+
+def train_mode(config: ConfigDict, workdir: Workdir, mesh: Mesh | None = None) -> None:
     """Train to the end, evaluate, draw pictures, write `results.json`.
 
     Goes on from the last checkpoint of an unfinished work directory; says so and does nothing
     where the run is finished.
+
+    Args:
+      config: the config.
+      workdir: everything goes there.
+      mesh: of the devices; all that there are by default.
     """
     if processes.is_first():  # the others would see it being filled
         workdir.check_config(config)
@@ -73,7 +94,7 @@ def train_mode(config: ConfigDict, workdir: Workdir) -> None:
         return
     started = time.monotonic()
     results.git_revision()  # of the code that runs, not of what is there hours later
-    experiment = prepare(config, load_data(config))
+    experiment = prepare(config, load_data(config), mesh)
     dataset = experiment.dataset
     with workdir.claimed(config, dataset.card, dataset.spec.mean):
         _train(experiment, workdir, started)
@@ -83,12 +104,12 @@ def _train(experiment: Experiment, workdir: Workdir, started: float) -> None:
     """As `train_mode`, in a work directory that is this process's own."""
     config, dataset = experiment.config, experiment.dataset
     _say_header(experiment, workdir)
-    start = config.train.init_from and not workdir.checkpoints.exists()
-    params = restore(config.train.init_from).params if start else None
-    state, seconds = train(experiment, workdir, params)
+    origin = config.train.init_from
+    start = (lambda: restore(origin).params) if origin else None
+    state, seconds = train(experiment, workdir, start)
     began = time.monotonic()
     trained = Trained(config, experiment.model, state.eval_params, dataset.spec, int(state.step))
-    found = _likelihoods(trained, dataset)
+    found = _likelihoods(trained, dataset, experiment.mesh)
     seconds["evaluation"] = time.monotonic() - began
     trained = trained._replace(params=jax.tree.map(processes.on_host, trained.params))
     if not processes.is_first():
@@ -98,41 +119,46 @@ def _train(experiment: Experiment, workdir: Workdir, started: float) -> None:
     texts = _draw_pictures(trained, dataset, workdir)
     seconds["pictures"] = time.monotonic() - began
     seconds["this process"] = time.monotonic() - started
-    files = [*workdir.files(), workdir.results.name]
-    result = write_result(workdir.results, trained, dataset, found, seconds, files, speed, texts)
+    written = [*workdir.files(), workdir.results.name]
+    result = write_result(workdir.results, trained, dataset, found, seconds, written, speed, texts)
     _say_table(found, result, workdir)
 
 
-def evaluate_mode(workdir: Workdir) -> None:
-    """Measure the newest checkpoint on the test split and write `evaluation.json`."""
-    restored = restore(workdir.path)
+def evaluate_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
+    """Measure the best or newest checkpoint on the test split; write `evaluation.json`.
+
+    Args:
+      workdir: of the trained model.
+      given: as in `restore`.
+    """
+    restored, mesh = reopen(workdir, given), sharding.make_mesh()
     dataset = load_data(restored.config)
     workdir.check_card(dataset.card)
-    likelihood.check(configs.section(restored.config, "eval"), sharding.make_mesh())
+    likelihood.check(configs.section(restored.config, "eval"), mesh)
     began = time.monotonic()
-    found = _likelihoods(restored, dataset)
+    found = _likelihoods(restored, dataset, mesh)
     seconds = {"evaluation": time.monotonic() - began}
     path = workdir.path / "evaluation.json"
     result = write_result(path, restored, dataset, found, seconds, [path.name])
     _say_table(found, result, workdir)
 
 
-def sample_mode(workdir: Workdir, num: int, seed: int) -> None:
+def sample_mode(workdir: Workdir, num: int, seed: int, given: ConfigDict | None = None) -> None:
     """Draw `num` samples; write `samples.npz` and `samples.png`."""
     if num < 1:
         raise UserError(f"--num={num}: draw at least one sample")
-    restored = restore(workdir.path)
+    restored = reopen(workdir, given)
     samples = draw(restored.model, restored.params, num, seed)
     np.savez_compressed(workdir.path / "samples.npz", **samples)
     _show_samples(workdir, "samples", samples, f"step {restored.step:,}")
     say(f"{num:,} samples in {workdir.path}: samples.npz, and to look at, samples.*")
 
 
-def ais_mode(workdir: Workdir, num: int) -> None:
+def ais_mode(workdir: Workdir, num: int, given: ConfigDict | None = None) -> None:
     """Annealed importance sampling of `num` test images, with a bracket; write `ais.json`."""
     if num < 1:
         raise UserError(f"--num={num}: measure at least one image")
-    restored = restore(workdir.path)
+    restored = reopen(workdir, given)
     config = restored.config
     dataset = load_data(config)
     workdir.check_card(dataset.card)
@@ -147,21 +173,12 @@ def ais_mode(workdir: Workdir, num: int) -> None:
         section.ais_chains,
         config.seed,
     )
-    result = results.collect(
-        found,
-        dataset.card,
-        config,
-        split="test",
-        step=restored.step,
-        num_parameters=num_parameters(restored.params),
-        seconds={"evaluation": time.monotonic() - began},
-        files=["ais.json"],
-    )
-    write_json(workdir.path / "ais.json", result)
+    path, seconds = workdir.path / "ais.json", {"evaluation": time.monotonic() - began}
+    result = write_result(path, restored, dataset, found, seconds, [path.name])
     _say_table(found, result, workdir)
 
 
-def features_mode(workdir: Workdir) -> None:
+def features_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
     """Encode the data; write `features.npz`, and what it is worth to `features.json`.
 
     Beside the features, and those of each layer of a hierarchy, stand raw pixels, as many
@@ -171,7 +188,7 @@ def features_mode(workdir: Workdir) -> None:
     # scikit-learn: only where features are judged
     from dgm_jax.evaluators import disentanglement, features
 
-    restored = restore(workdir.path)
+    restored = reopen(workdir, given)
     config, model = restored.config, restored.model
     dataset = load_data(config)
     workdir.check_card(dataset.card)
@@ -242,12 +259,11 @@ def load_data(config: ConfigDict) -> data.Dataset:
     return data.load(configs.section(config, "data"), announce=say)
 
 
-def _likelihoods(trained: Trained, dataset: data.Dataset) -> dict[str, metrics.Metric]:
+def _likelihoods(trained: Trained, dataset: data.Dataset, mesh: Mesh) -> dict[str, metrics.Metric]:
     """How likely the model finds the test split."""
     config = trained.config
-    evaluate = likelihood.compile_evaluation(
-        trained.model, dataset, configs.section(config, "eval"), sharding.make_mesh()
-    )
+    section = configs.section(config, "eval")
+    evaluate = likelihood.compile_evaluation(trained.model, dataset, section, mesh)
     return evaluate(trained.params, config.seed)
 
 
@@ -257,7 +273,7 @@ def write_result(
     dataset: data.Dataset,
     found: dict[str, metrics.Metric],
     seconds: dict[str, float],
-    files: list[str],
+    written: list[str],
     speed: dict[str, float] | None = None,
     texts: Sequence[str] = (),
     judge: str | None = None,
@@ -271,7 +287,7 @@ def write_result(
         step=trained.step,
         num_parameters=num_parameters(trained.params),
         seconds=seconds,
-        files=files,
+        files=written,
         speed=speed,
         texts=texts,
         judge=judge,
@@ -374,8 +390,7 @@ def _say_header(experiment: Experiment, workdir: Workdir) -> None:
     config, num_steps = experiment.config, experiment.num_steps
     usual = models.defaults(config.model.name)
     chosen = [f"{k}={v}" for k, v in config.model.items() if v != usual[k]]
-    model, optimizer, spec = experiment.model, experiment.optimizer, experiment.dataset.spec
-    count = num_parameters(abstract_state(config, model, optimizer, spec, experiment.mesh).params)
+    count = num_parameters(experiment.abstract_state.params)
     epochs = num_steps / experiment.steps_per_epoch
     say(f"model       {', '.join([config.model.name, *chosen])} (the rest as the model's defaults)")
     say(f"parameters  {count:,}")

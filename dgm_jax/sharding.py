@@ -42,9 +42,10 @@ def share_cores(most: int, *batch_sizes: int) -> None:
         jax.config.update("jax_num_cpu_devices", num)
 
 
-def make_mesh() -> Mesh:
-    """All devices on the axis `data`."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(num: int | None = None) -> Mesh:
+    """The first `num` devices on the axis `data`; all that there are by default."""
+    devices = jax.devices()[:num]
+    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -74,13 +75,13 @@ def of_state(state: Any, mesh: Mesh, config: Config) -> Any:
     return jax.tree.map(of, state)
 
 
-def check_batch(field: str, batch_size: int, mesh: Mesh) -> None:
-    """Refuse a batch that the devices cannot share equally.
+def check_batch(field: str, batch_size: int, num_devices: int) -> None:
+    """Refuse a batch that so many devices cannot share equally.
 
     Raises:
       UserError: names the field and the nearest sizes that can be.
     """
-    n = mesh.size
+    n = num_devices
     if batch_size < 1 or batch_size % n:
         below = max(batch_size // n, 1) * n
         raise UserError(

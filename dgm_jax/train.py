@@ -1,7 +1,7 @@
 """The training loop."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def start_from(state: TrainState, params: Params) -> TrainState:
 
 
 def train(
-    experiment: Experiment, workdir: Workdir, params: Params | None = None
+    experiment: Experiment, workdir: Workdir, start: Callable[[], Params] | None = None
 ) -> tuple[TrainState, dict[str, float]]:
     """Train from the newest whole checkpoint, or from the start, to the end.
 
@@ -80,7 +80,8 @@ def train(
     Args:
       experiment: what to train.
       workdir: a claimed work directory; rows, events and checkpoints go there.
-      params: to start from where there is no checkpoint; random ones by default.
+      start: gives the parameters to start from, asked where there is no checkpoint; random ones by
+        default.
 
     Returns:
       The final state, or the best where it is kept, and the seconds spent over all interruptions:
@@ -99,8 +100,8 @@ def train(
     if restored is not None:
         state = restored
         say(f"resumed     from the checkpoint of step {int(state.step):,}")
-    elif params is not None:
-        state = start_from(state, params)
+    elif start is not None:
+        state = start_from(state, start())
     done = first = int(state.step)
     checkpoints.tidy(first)
     best = _Best(experiment, workdir, first)
@@ -180,10 +181,6 @@ class _Best:
     def save_if_better(self, state: TrainState, step: int, found: Mapping[str, Metric]) -> None:
         if not self._name:
             return
-        if self._name not in found:
-            raise UserError(
-                f"train.keep_best={self._name!r}: the validation split has {', '.join(found)}"
-            )
         value = self._sign * found[self._name].value
         if value > self._value:
             self._value = value
@@ -247,7 +244,7 @@ class _Log:
 
     def close(self) -> None:
         """Close the files and the bar."""
-        self._progress.__exit__(None, None, None)
+        self._progress.close()
         self._writer.close()
 
 

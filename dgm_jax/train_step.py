@@ -67,7 +67,8 @@ def train_step(
       batch: see `core`.
       rngs: a key for each player, by its name.
       num_parts: into which the batch is cut for memory's sake; gradients and metrics are the means
-        over the parts, which follow one another, each with a key of its own.
+        over the parts, which follow one another, each with a key of its own and the
+        `params["state"]` that the one before it left.
 
     Returns:
       The state after, and float32 `[]` metrics named `player/loss`, `player/grad_norm` and
@@ -78,8 +79,8 @@ def train_step(
     params, opt_states = dict(state.params), dict(state.opt_states)
     for player in model.players:
         name, own, opt_state = player.name, params[player.name], opt_states[player.name]
-        of_part = functools.partial(_gradient, player, params)
-        grads, measured, new_state = _mean_over_parts(of_part, batch, rngs[name], num_parts)
+        args = player, params, batch, rngs[name]
+        grads, measured, new_state = _gradient_by_parts(*args, num_parts)
         updates, opt_states[name] = optimizer.update(grads, opt_state, own)
         params[name] = optax.apply_updates(own, updates)
         measured["grad_norm"] = optax.tree.norm(grads)
@@ -110,24 +111,37 @@ def _gradient(player: Player, params: Params, batch: Batch, rng: jax.Array) -> t
     return grads, {"loss": loss, **aux.scalars, **terms}, aux.state
 
 
-def _mean_over_parts(
-    fn: Callable[[Batch, jax.Array], Any], batch: Batch, rng: jax.Array, num_parts: int
-) -> Any:
-    """The mean of `fn`, a pytree of floats, over equal parts of the batch, one after another."""
+def _gradient_by_parts(
+    player: Player, params: Params, batch: Batch, rng: jax.Array, num_parts: int
+) -> tuple:
+    """`_gradient` of equal parts of the batch, one after another: their mean, and the last state.
+
+    What is kept in `params["state"]` need not be a mean: each part goes on from what the part
+    before it left.
+    """
     if num_parts == 1:
-        return fn(batch, rng)
+        return _gradient(player, params, batch, rng)
 
     def cut(array: jax.Array) -> jax.Array:  # of every device's rows each part has as many
         return array.reshape(-1, num_parts, *array.shape[1:]).swapaxes(0, 1)
 
-    parts = jax.tree.map(cut, batch), jax.random.split(rng, num_parts)
-    like = jax.eval_shape(fn, *jax.tree.map(lambda array: array[0], parts))
+    def of_part(state: Any, part: tuple[Batch, jax.Array]) -> tuple:
+        given = params if state is None else {**params, "state": state}
+        grads, measured, new_state = _gradient(player, given, *part)
+        return (grads, measured), new_state
+
+    parts, state = (jax.tree.map(cut, batch), jax.random.split(rng, num_parts)), params.get("state")
+    like, new_like = jax.eval_shape(of_part, state, jax.tree.map(lambda array: array[0], parts))
     nothing = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), like)
 
-    def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(lambda t, new: t + new / num_parts, total, fn(*part)), None
+    def add(carry: tuple, part: tuple[Batch, jax.Array]) -> tuple[tuple, None]:
+        total, state = carry
+        found, new_state = of_part(state, part)
+        total = jax.tree.map(lambda t, new: t + new / num_parts, total, found)
+        return (total, state if new_state is None else new_state), None
 
-    return jax.lax.scan(add, nothing, parts)[0]
+    (total, state), _ = jax.lax.scan(add, (nothing, state), parts)
+    return *total, None if new_like is None else state
 
 
 def inputs_of(

@@ -111,15 +111,23 @@ class Workdir(NamedTuple):
                 f"{self.path} is not a work directory (it has no {path.name}): train first"
             )
 
-    def load_config(self) -> ConfigDict:
-        """The config that made the run.
+    def load_config(self, given: ConfigDict | None = None) -> ConfigDict:
+        """The config that made the run, with the `eval` section of the one that is given.
 
         Raises:
-          UserError: there is none, or it cannot be read.
+          UserError: there is none, it cannot be read, or it differs from `given` in more than that.
         """
         self._expect(self.config)
         with files.reading(self.config, "choose another --workdir"):
-            return configs.from_dict(files.read_json(self.config))
+            config = configs.from_dict(files.read_json(self.config))
+        if given is not None:
+            config.eval.update(given.eval)
+            if differs := configs.differences(given, config):
+                raise UserError(
+                    f"{self.path} belongs to another config ({'; '.join(differs)}): leave out "
+                    "--config, or set in it what that run had; only eval may differ"
+                )
+        return config
 
     def load_card(self) -> dict[str, Any]:
         """The data card of the run.
@@ -195,7 +203,7 @@ class Workdir(NamedTuple):
         run the first holds it for all.
 
         Raises:
-          UserError: it is about other data, or another process is at work there.
+          UserError: it is about another config or other data, or another process is at work there.
         """
         import filelock
 
@@ -203,7 +211,6 @@ class Workdir(NamedTuple):
             processes.wait_for_all("the work directory is claimed")
             yield
             return
-        self.check_card(card)
         self.path.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self.path / ".lock")
         try:
@@ -214,6 +221,9 @@ class Workdir(NamedTuple):
                 "--workdir"
             ) from None
         try:
+            # Now: while the data were read another process may have been here, and be gone.
+            self.check_config(config)
+            self.check_card(card)
             # The config first: with it alone the directory is still known for what it is.
             write_text(self.config, configs.to_json(config))
             write_json(self.data_card, card)

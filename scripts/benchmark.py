@@ -123,7 +123,7 @@ def machine() -> dict[str, Any]:
 
 def speed_table(record: dict[str, Any]) -> str:
     """Of each case the medians of images/s, and ratios to this project within its run."""
-    head = ("case", "program", "images/s", "dgm_jax is faster by", "loss", "parameters")
+    head = ("case", "program", "images/s", "dgm_jax's speed ÷ this one's", "loss", "parameters")
     rows, measured = [], collections.defaultdict(list)
     for case in (case for case in CASES if case in record):
         of = record[case]

@@ -77,12 +77,6 @@ class Difference(NamedTuple):
     printed: float
 
 
-def mesh_of(num: int) -> jax.sharding.Mesh:
-    """The first `num` devices of this process."""
-    axis = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((num,), ("data",), axis_types=axis, devices=jax.devices()[:num])
-
-
 def measure(family: str, mesh: jax.sharding.Mesh, num_steps: int = STEPS, **values: Any) -> Outcome:
     """Train a family for `num_steps` on the devices of `mesh`; `values` override its config."""
     config = configs.override(configs.experiment(family), {**VALUES, **values})
@@ -176,17 +170,17 @@ def _read(path: Path) -> Outcome:
 def rows(families: Sequence[str]) -> Iterator[tuple[str, str, Difference]]:
     """Family, on what, and the largest differences; as they are measured."""
     for family in families:
-        one, *others = (measure(family, mesh_of(num)) for num in COUNTS)
+        one, *others = (measure(family, sharding.make_mesh(num)) for num in COUNTS)
         each = [compare(one, other) for other in others]
         worst = Difference(*map(max, zip(*each, strict=True)))
         yield family, f"{', '.join(map(str, COUNTS[1:]))} devices", worst
         if family in FAMILIES_PLAIN:
-            plain = [measure(family, mesh_of(num), **PLAIN) for num in (1, 8)]
+            plain = [measure(family, sharding.make_mesh(num), **PLAIN) for num in (1, 8)]
             yield family, "8 devices, Adam's ε = 1", compare(*plain)
         for num in JOINED:
             joined = in_processes(family, num)
             yield family, f"{num} processes", compare(one, joined)
-            alike = compare(measure(family, mesh_of(num)), joined)
+            alike = compare(measure(family, sharding.make_mesh(num)), joined)
             yield family, f"{num} processes, from {num} devices of one", alike
         jax.clear_caches()
 

@@ -49,7 +49,8 @@ LIKELIHOOD = """# Results
 Written by `python scripts/report.py` from the `results.json` of each run, kept in
 [results](results); its `config` and `git_revision` say what was run. Experiments are named after
 their config and variant: `iwae_mnist-l1-vae-k1` is
-`python -m dgm_jax.main --config=configs/iwae_mnist.py:l1-vae-k1 --config.seed=<seed>`.
+`python -m dgm_jax.main --config=configs/iwae_mnist.py:l1-vae-k1 --config.seed=<seed>
+--workdir=runs/<experiment>-seed<seed>`.
 
 ## Likelihood
 

@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
+sys.path += [str(REPO), str(REPO / "tests")]
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
@@ -53,13 +53,12 @@ import jax.export
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorboardX  # noqa: F401 - what a child would import
+import tiny
 from ml_collections import ConfigDict, config_flags  # noqa: F401
 from records import DOCS, Section, markdown
 
 from dgm_jax import cache, models, results, run
 from dgm_jax import config as configs
-from dgm_jax.core import DataSpec, UserError
-from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.progress import Progress, say
 from dgm_jax.sweep import report
@@ -101,48 +100,8 @@ def get_config(arg: str) -> ConfigDict:
         return min(value, 8) if isinstance(value, int) else value
 
     fields = {f"model.{name}": small(value) for name, value in models.defaults(arg).items()}
-    fields |= {"data.binarisation": dataset_of(arg).config.binarisation}
+    fields |= {"data.binarisation": tiny.accepted_by(models.defaults(arg)).config.binarisation}
     return configs.override(configs.experiment(arg), fields | SHORT | MORE.get(arg, {}))
-
-
-def dataset_of(model: str) -> data.Dataset:
-    """128 + 24 + 24 random examples of the first kind that the model does not refuse."""
-    rng, names, nums = np.random.default_rng(0), ("train", "validation", "test"), (128, 24, 24)
-    kinds = {
-        "binary": lambda num: rng.integers(0, 256, (num, 4, 4, 1), np.uint8),
-        "uint8": lambda num: rng.integers(0, 256, (num, 4, 4, 1), np.uint8),
-        "real": lambda num: rng.normal(size=(num, 2)).astype(np.float32),
-        "tokens": lambda num: rng.integers(0, 5, (num, 6), np.int32),
-    }
-    for support, draw in kinds.items():
-        splits = {}
-        for name, num in zip(names, nums, strict=True):
-            labels, factors = rng.integers(0, 10, num, np.int32), np.zeros((num, 0), np.int32)
-            splits[name] = data.Split(name, draw(num), labels, factors)
-        mean = splits["train"].x.mean(axis=0).astype(np.float32)
-        mean = mean / 255 if support == "binary" else mean
-        vocabulary = 5 if support == "tokens" else 0
-        spec = DataSpec(mean.shape, support, mean, nums[0], 10, vocabulary)
-        binarisation = "dynamic" if support == "binary" else "none"
-        card = {
-            "dataset": f"random {support}",
-            "source": "torture",
-            "sha256": "0" * 64,
-            "counts": dict(zip(names, nums, strict=True)),
-            "event_shape": list(mean.shape),
-            "support": support,
-            "num_classes": 10,
-            "binarisation": {"train": binarisation, "held_out": "one draw per image"},
-            "seed": 0,
-            **({"alphabet": "abcde"} if vocabulary else {}),
-        }
-        try:
-            models.check(models.defaults(model), spec)
-        except UserError as error:
-            refused = error
-        else:
-            return data.Dataset(data.Config(binarisation=binarisation), splits, spec, card)
-    raise refused
 
 
 class Attempt(NamedTuple):
@@ -765,7 +724,7 @@ def main() -> None:
         if chosen.keep:
             SAVING.keep(found)
         return
-    datasets = {name: dataset_of(name) for name in models.names()}
+    datasets = {name: tiny.accepted_by(models.defaults(name)) for name in models.names()}
     for module in (run, sweep):
         module.load_data = lambda config: datasets[config.model.name]
     leave_out_what_takes_long()

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmark import RECORD, machine
 from contestants import CASES, Case, config_of, dataset_of
-from records import DOCS, Section
+from records import DOCS, Section, markdown
 
 # The first that is found in what XLA says of a kernel's origin names its kind.
 PRODUCTS, RANDOM = "matrix products", "random numbers"
@@ -79,10 +79,9 @@ def table(record: dict[str, Any]) -> str:
     """Each kind's share of the time of all kernels."""
     whole = sum(record["spent"].values())
     rows = sorted(record["spent"].items(), key=lambda pair: -pair[1])
-    lines = ["| what for | ms a step | share |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {ms:.2f} | {ms / whole:.0%} |" for name, ms in rows]
+    cells = [(name, f"{ms:.2f}", f"{ms / whole:.0%}") for name, ms in rows]
     clock = f"{record['case']}: {record['clock']:.2f} ms a step by the clock, the profiler running."
-    return "\n".join([*lines, "", clock])
+    return f"{markdown(('what for', 'ms a step', 'share'), cells)}\n{clock}"
 
 
 def main() -> None:

@@ -197,6 +197,20 @@ CASES = {
         ("--workdir={dir}/run", "--config.model.latents=3"), ("config.model.latents", "--config")
     ),
     "evaluate nothing": Case(("--mode=evaluate",), ("--mode=evaluate", "--workdir")),
+    "a judge of training": Case(smoke("--judge=x"), ("--judge", "--mode=quality", "--mode=train")),
+    "a number of evaluation": Case(
+        ("--mode=evaluate", "--num=3", "--workdir={dir}/run"),
+        ("--num", "sample", "--mode=evaluate"),
+    ),
+    "samples by two processes": Case(
+        ("--mode=sample", "--distributed=auto", "--workdir={dir}/run"), ("--distributed", "sample")
+    ),
+    "sample seed -1": Case(
+        ("--mode=sample", "--sample_seed=-1", "--workdir={dir}/run"), ("sample_seed", "-1")
+    ),
+    "evaluate by another config": Case(
+        smoke("--mode=evaluate"), ("{dir}/run", "model.latents: 7 there", "leave out"), _claim
+    ),
     # Types.
     "int 3.5": Case(smoke("--config.model.latents=3.5"), ("config.model.latents", "'3.5'", "int")),
     "int abc": Case(smoke("--config.model.latents=abc"), ("config.model.latents", "'abc'", "int")),
@@ -482,6 +496,32 @@ def test_a_directory_that_is_not_writable(tmp_path, monkeypatch, there):
     with pytest.raises(UserError, match=r"not writable.*--workdir"):
         run.train_mode(config, workdir)
     assert _contents(tmp_path) == before
+
+
+def test_what_could_not_be_written_is_not_computed(unfinished, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(run, "_likelihoods", lambda *args: pytest.fail("it was computed"))
+    with pytest.raises(UserError, match=r"not writable.*--workdir"):
+        run.evaluate_mode(Workdir(unfinished))
+
+
+def test_a_given_config_may_evaluate_in_another_way_and_no_more(unfinished):
+    run.evaluate_mode(Workdir(unfinished), _tiny(**{"eval.num_samples": 3}))
+    found = _read(unfinished / "evaluation.json")
+    assert found["metrics"]["importance_weighted_bound"]["num_samples"] == 3
+    assert found["config"]["eval"]["num_samples"] == 3
+    with pytest.raises(UserError, match=r"another config .seed: 0 there, 1 here"):
+        run.evaluate_mode(Workdir(unfinished), _tiny(seed=1))
+
+
+def test_a_first_save_that_was_cut_short_does_not_lose_where_training_starts(trained, tmp_path):
+    config = _tiny(**{"train.init_from": str(trained), "optimizer.learning_rate": 1e-30, "seed": 1})
+    workdir, dataset = Workdir(tmp_path / "run"), data.load(configs.section(config, "data"))
+    with workdir.claimed(config, dataset.card, dataset.spec.mean):
+        (workdir.checkpoints / "2.orbax-checkpoint-tmp").mkdir(parents=True)
+    run.train_mode(config, workdir)
+    params = [run.restore(path).params for path in (workdir.path, trained)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), *params)
 
 
 # Damaged checkpoints, and losses that are not finite: one device, tiny networks, few steps.

@@ -172,6 +172,18 @@ def test_a_signal_that_is_ignored_stays_so():
         assert asked() is None
 
 
+def test_what_another_process_has_begun_meanwhile_is_not_taken_over(tmp_path):
+    """Its config was looked for before it came; it has come, trained and gone since."""
+    workdir, config = Workdir(tmp_path / "run"), configs.experiment("vae")
+    other = configs.override(config, {"seed": 1})
+    with workdir.claimed(config, {}, np.zeros(1)):
+        pass
+    with pytest.raises(UserError, match=r"belongs to another config .seed: 0 there, 1 here"):
+        workdir.claimed(other, {}, np.zeros(1)).__enter__()
+    with workdir.claimed(config, {}, np.zeros(1)):  # nobody holds it
+        assert workdir.load_config().seed == 0
+
+
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
     """Also after a death that released nothing by itself."""
     config = configs.experiment("vae")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import on_one_device
 
+from dgm_jax import cache, judge, models, run
 from dgm_jax import config as configs
-from dgm_jax import judge, models, run
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.workdir import Workdir
@@ -75,6 +75,17 @@ def test_held_out_data_are_nearer_to_the_data_than_a_hardly_trained_gan_is(gan):
     for name in ("frechet_distance", "kernel_distance"):
         assert found[f"test/{name}"]["value"] < found[f"samples/{name}"]["value"]
     assert found["test/coverage"]["value"] > 0.8 > found["samples/coverage"]["value"]
+
+
+def test_the_judge_is_trained_on_one_device_of_many(tmp_path, monkeypatch):
+    """Its batch of 100 would not divide over eight, and is not the user's to set."""
+    asked = []
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path)
+    monkeypatch.setattr(run, "train_mode", lambda *args: asked.append(args))
+    dataset = data.load(configs.section(short("gan", **{"data.binarisation": "none"}), "data"))
+    judge._own(dataset)
+    ((config, _, mesh),) = asked
+    assert jax.device_count() > 1 and mesh.size == 1 and config.train.batch_size == 100
 
 
 def test_the_judge_is_trained_once_and_the_numbers_repeat(gan):

@@ -65,3 +65,15 @@ def test_colour_pictures_keep_their_colours(tmp_path):
     height, width, _ = pixels.shape
     middle = pixels[2 * height // 3, ((np.arange(4) + 0.5) * width / 4).astype(int)]
     np.testing.assert_array_equal(middle, 255 * colours)
+
+
+def test_a_learning_curve_has_what_is_in_nats(tmp_path, monkeypatch):
+    """The loss, and what validation has too; no norm, penalty or count, whatever its name."""
+    seen = []
+    panels = pictures._panels
+    monkeypatch.setattr(pictures, "_panels", lambda num: seen.append(panels(num)) or seen[-1])
+    row = {"gan/loss": 1.0, "gan/skipped": 3.0, "gan/anything": 2.0, "gan/rate": 4.0}
+    rows = [{"step": 1, **row}, {"step": 2, **row}, {"step": 2, "validation/rate": 5.0}]
+    pictures.save_learning_curve(tmp_path / "curve.png", rows)
+    ((_, axes),) = seen
+    assert [each.get_title() for each in axes] == ["loss", "rate"]

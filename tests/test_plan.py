@@ -68,7 +68,7 @@ def test_numbers_of_devices_that_make_no_sense(devices):
         plan.plan_mode(configs.experiment("vae"), devices.split(","))
 
 
-def test_a_batch_that_cannot_be_shared(tiny_dataset):
+def test_a_batch_that_cannot_be_shared_is_refused_before_anything_is_compiled():
     config = configs.override(configs.experiment("vae"), {"train.batch_size": 20})
     with pytest.raises(UserError, match=r"train\.batch_size=20.*16 or 24"):
-        plan.cost_of(config, tiny_dataset, 8)
+        plan.plan_mode(config, ["1", "8"])

@@ -199,6 +199,7 @@ def test_when_one_is_killed_the_other_ends_and_they_go_on_when_started_again(tmp
     [
         ("here", "write auto, or address:port,number of processes,number of this one"),
         ("localhost:1,two,0", "write auto"),
+        ("localhost,1,0", "write auto, or address:port"),
         ("localhost:1,2,2", "numbered from 0"),
         ("auto", "JAX finds no cluster here"),
     ],

@@ -19,7 +19,7 @@ TINY = {
     "model.latents": 3,
     "data.source": "embedded",
     "train.batch_size": 16,
-    "train.duration": "12 steps",
+    "train.duration": "10 steps",  # 12, in whole dispatches
     "train.steps_per_dispatch": 4,
     "train.validate_every": "12 steps",
     "train.checkpoint_every": "4 steps",
@@ -57,8 +57,14 @@ def failed(tmp_path, tiny_dataset, monkeypatch):
         yield workdir
 
 
-def test_the_place_is_named(failed, capsys):
+def test_the_place_is_named(failed, capsys, monkeypatch):
+    looked, look_into = [], replay.look_into
+    monkeypatch.setattr(
+        replay, "look_into", lambda e, state: looked.append(e) or look_into(e, state)
+    )
     replay.replay_mode(failed)
+    # As long as it was: the learning rate of each step follows from it.
+    assert looked[0].num_steps == 12 and looked[0].steps_per_dispatch == 1
     said = capsys.readouterr().out
     assert "step 7, in which vae/" in said and "metric vae/loss: 1 of 1 values" in said
     assert "parameter before it" not in said

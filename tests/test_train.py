@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from dgm_jax import config as configs
-from dgm_jax import interruption, sharding, train, writers
+from dgm_jax import interruption, sharding, train, train_step, writers
 from dgm_jax.checkpoint import Checkpoints
-from dgm_jax.core import UserError
+from dgm_jax.core import Aux, Player, UserError
 from dgm_jax.data import order
 from dgm_jax.experiment import initial_state, prepare
 from dgm_jax.interruption import Interrupted
@@ -32,22 +32,17 @@ VAE = {"model.latents": 3, "model.encoder": (8,), "model.decoder": (8,)}
 MADE = {"model.hidden": (16,)}  # its loss draws no noise
 
 
-def mesh_of(num_devices):
-    axis = (jax.sharding.AxisType.Auto,)
-    return jax.sharding.Mesh(jax.devices()[:num_devices], ("data",), axis_types=axis)
-
-
 def prepared(dataset, model, num_devices=1, **values):
     fields = {**SHORT, **{"vae": VAE, "made": MADE}[model], **values}
     config = configs.override(configs.experiment(model), fields)
-    return prepare(config, dataset, mesh_of(num_devices))
+    return prepare(config, dataset, sharding.make_mesh(num_devices))
 
 
 def run(experiment, path, params=None):
     """The final state, and the rows of metrics."""
     path.mkdir()
     workdir = Workdir(path)
-    state, _ = train.train(experiment, workdir, params)
+    state, _ = train.train(experiment, workdir, None if params is None else lambda: params)
     return state, writers.read(workdir.metrics)
 
 
@@ -104,7 +99,7 @@ def test_a_divided_state_goes_on_on_other_devices(tiny_dataset, tmp_path):
 def test_where_leaves_lie():
     """On the longest axis that eight can share; what they cannot share lies on each."""
     leaves = {"wide": np.zeros((3, 8, 16)), "odd": np.zeros((3, 5)), "none": np.zeros(())}
-    placed = sharding.of_state(leaves, mesh_of(8), sharding.Config(fsdp=True))
+    placed = sharding.of_state(leaves, sharding.make_mesh(8), sharding.Config(fsdp=True))
     assert placed["wide"].spec == jax.sharding.PartitionSpec(None, None, "data")
     assert placed["odd"].spec == placed["none"].spec == jax.sharding.PartitionSpec()
 
@@ -124,14 +119,26 @@ def test_a_batch_in_parts_is_the_whole_batch(tiny_dataset, tmp_path, num_devices
 
 def test_each_part_has_noise_of_its_own(tiny_dataset):
     """Were it the same, repeating a batch in two parts would give the same gradient twice."""
-    from dgm_jax.train_step import _mean_over_parts
-
-    drawn = lambda batch, rng: jax.random.normal(rng, (4,))  # noqa: E731
+    drawn = lambda key: jax.random.normal(key, (4,))  # noqa: E731
+    loss_fn = lambda params, batch, rng: (jnp.vdot(params["w"], drawn(rng)), Aux({}))  # noqa: E731
     batch = {"x": np.zeros((4, 1), np.float32)}
-    mean = _mean_over_parts(drawn, batch, jax.random.key(0), 2)
-    ones = [drawn(None, key) for key in jax.random.split(jax.random.key(0), 2)]
+    args = Player("w", loss_fn), {"w": np.zeros(4, np.float32)}, batch, jax.random.key(0)
+    mean, _, state = train_step._gradient_by_parts(*args, 2)
+    ones = [drawn(key) for key in jax.random.split(jax.random.key(0), 2)]
     np.testing.assert_allclose(mean, (ones[0] + ones[1]) / 2, rtol=1e-6)
-    assert not np.allclose(ones[0], ones[1])
+    assert not np.allclose(ones[0], ones[1]) and state is None
+
+
+def test_each_part_goes_on_from_the_state_that_the_one_before_it_left():
+    """Tenfold and a part's sum each time: of 1, 3 and then 2, 4 it is 46; their mean would be 5."""
+
+    def loss_fn(params, batch, rng):
+        return params["w"], Aux({}, state=10 * params["state"] + jnp.sum(batch["x"]))
+
+    params = {"w": np.float32(0), "state": np.float32(0)}
+    batch = {"x": np.arange(1.0, 5.0, dtype=np.float32)[:, None]}
+    args = Player("w", loss_fn), params, batch, jax.random.key(0)
+    assert train_step._gradient_by_parts(*args, 2)[2] == 46
 
 
 @pytest.mark.parametrize("parts, devices", [(0, 1), (3, 1), (16, 2)])
@@ -181,7 +188,9 @@ def test_the_checkpoint_that_was_best_is_kept_and_given_back(tiny_dataset, tmp_p
     assert Checkpoints(workdir.best_checkpoint).steps == [best]
     assert Checkpoints(workdir.checkpoints).steps[-1] == 120
     like = jax.eval_shape(lambda: state)
-    found = train.best_or_newest(workdir, train.abstract(like, sharding.replicated(mesh_of(1))))
+    found = train.best_or_newest(
+        workdir, train.abstract(like, sharding.replicated(sharding.make_mesh(1)))
+    )
     assert_close(state, found, 0)
 
 
@@ -197,10 +206,10 @@ def test_an_interruption_does_not_change_which_is_best(tiny_dataset, tmp_path):
     assert int(state.step) == int(straight.step) == max(scores, key=scores.get)
 
 
-def test_a_best_that_is_not_measured_is_refused(tiny_dataset, tmp_path):
+def test_a_best_that_is_not_measured_is_refused(tiny_dataset):
     values = {"train.keep_best": "beauty"}
     with pytest.raises(UserError, match=r"train.keep_best='beauty': .* has .*log_prob"):
-        run(prepared(tiny_dataset, "made", **values), tmp_path / "run")
+        prepared(tiny_dataset, "made", **values)
     empty = tiny_dataset.splits["validation"].part("validation", np.arange(0))
     dataset = tiny_dataset._replace(splits={**tiny_dataset.splits, "validation": empty})
     with pytest.raises(UserError, match=r"data.validation above 0"):

@@ -19,15 +19,9 @@ BATCH = 16
 FIELDS = {"name": "vae", "latents": 3, "encoder": (8,), "decoder": (8,)}
 
 
-def mesh_of(num_devices):
-    return jax.sharding.Mesh(
-        jax.devices()[:num_devices], ("data",), axis_types=(jax.sharding.AxisType.Auto,)
-    )
-
-
 def run(dataset, num_steps, per_dispatch, num_devices=1, seed=0, state=None, ema=0.9):
     """Train `num_steps` steps and return the state and the metrics of every step."""
-    mesh, model = mesh_of(num_devices), models.build(FIELDS, dataset.spec)
+    mesh, model = sharding.make_mesh(num_devices), models.build(FIELDS, dataset.spec)
     optimizer = optim.build(optim.Config(learning_rate=1e-2), num_steps=100)
     if state is None:
         batch = data.some(dataset, "train", BATCH)
@@ -79,7 +73,7 @@ def test_resuming_is_bit_exact(tiny_dataset):
     whole, whole_rows = run(tiny_dataset, 20, per_dispatch=5)
     half, first = run(tiny_dataset, 10, per_dispatch=5)
     host = jax.device_get(half)
-    back = jax.device_put(host, sharding.replicated(mesh_of(1)))
+    back = jax.device_put(host, sharding.replicated(sharding.make_mesh(1)))
     resumed, second = run(tiny_dataset, 10, per_dispatch=5, state=back)
     assert_equal(whole, resumed)
     for name in whole_rows:
@@ -108,7 +102,7 @@ def test_first_update_is_the_gradient_of_the_loss_on_the_first_batch(tiny_datase
 
     arrays = {"x": jnp.asarray(split.x), "labels": jnp.asarray(split.labels)}
     steps = compile_train_steps(
-        lambda step: model, optimizer, 0.0, tiny_dataset, BATCH, 1, mesh_of(1)
+        lambda step: model, optimizer, 0.0, tiny_dataset, BATCH, 1, sharding.make_mesh(1)
     )
     before = jax.device_get(state.params)
     after, _ = steps(state, arrays)

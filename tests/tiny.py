@@ -23,10 +23,25 @@ def images() -> data.Dataset:
         for name, num in (("train", 128), ("validation", 24), ("test", 24))
     }
     mean = splits["train"].x.mean(axis=0).astype(np.float32) / 255
-    spec = DataSpec((4, 4, 1), "binary", mean, 128, 10)
-    counts = {name: len(split) for name, split in splits.items()}
-    card = {"event_shape": [4, 4, 1], "support": "binary", "counts": counts, "num_classes": 10}
-    return data.Dataset(data.Config(), splits, spec, card)
+    return _dataset(data.Config(), splits, DataSpec((4, 4, 1), "binary", mean, 128, 10))
+
+
+def _dataset(config: data.Config, splits: dict[str, data.Split], spec: DataSpec) -> data.Dataset:
+    """With a data card."""
+    card = {
+        "dataset": f"random {spec.support}",
+        "source": "tiny",
+        "sha256": "0" * 64,
+        "counts": {name: len(split) for name, split in splits.items()},
+        "event_shape": list(spec.event_shape),
+        "support": spec.support,
+        "num_classes": spec.num_classes,
+        "binarisation": {"train": config.binarisation, "held_out": "one draw per image"},
+        "seed": 0,
+    }
+    if spec.vocabulary:
+        card["alphabet"] = "abcde"[: spec.vocabulary]
+    return data.Dataset(config, splits, spec, card)
 
 
 def accepted_by(fields: Mapping[str, Any]) -> data.Dataset:
@@ -46,7 +61,7 @@ def _otherwise(binary: data.Dataset) -> Iterator[data.Dataset]:
     """The grey images that the binary ones are drawn from, and as many points and texts."""
     config, rng = data.Config(binarisation="none"), np.random.default_rng(1)
     grey = binary.spec._replace(support="uint8", mean=255 * binary.spec.mean)
-    yield binary._replace(config=config, spec=grey)
+    yield _dataset(config, binary.splits, grey)
     for support, event in (("real", (2,)), ("tokens", (6,))):
         splits = {}
         for name, split in binary.splits.items():
@@ -56,5 +71,4 @@ def _otherwise(binary: data.Dataset) -> Iterator[data.Dataset]:
             splits[name] = data.Split(name, x, split.labels, split.factors)
         vocabulary = 5 if support == "tokens" else 0
         mean = np.zeros(event, np.float32)
-        spec = DataSpec(event, support, mean, 128, 10, vocabulary)
-        yield binary._replace(config=config, splits=splits, spec=spec)
+        yield _dataset(config, splits, DataSpec(event, support, mean, 128, 10, vocabulary))
