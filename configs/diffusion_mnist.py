@@ -3,7 +3,7 @@
 Papers: Kingma et al. 2021, "Variational diffusion models"; Karras et al. 2022 (`:edm`); Ho &
         Salimans 2022 (`:conditional`); Peebles & Xie 2023 (`:dit`); Hang et al. 2023 (`:min-snr`).
 Run:   python -m dgm_jax.main --config=configs/diffusion_mnist.py
-Gives: docs/results.md
+Gives: no number is claimed yet
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant

@@ -3,7 +3,7 @@
 Papers: Jang et al. 2017, Maddison et al. 2017 (the gradient); Germain et al. 2015 (the prior); Mnih
         & Rezende 2016 (`:vimco`).
 Run:   python -m dgm_jax.main --config=configs/discrete_vae_mnist.py
-Gives: docs/results.md
+Gives: no number is claimed yet
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant

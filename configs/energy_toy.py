@@ -24,6 +24,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.step_size = 0.01
     config.model.langevin_steps = 10
     config.model.metropolis = True
+    config.model.restart = 1.0
     config.model.rounds = 100
     config.eval.batch_size = 2000  # Z is computed once for each
     config.eval.elbo_samples = 1

@@ -2,7 +2,7 @@
 
 Paper: Tomczak & Welling 2018, "VAE with a VampPrior".
 Run:   python -m dgm_jax.main --config=configs/hvae_vampprior_mnist.py
-Gives: docs/results.md
+Gives: no number is claimed yet
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant

@@ -3,7 +3,7 @@
 Papers: Austin et al. 2021; Sahoo et al. 2024; Shi et al. 2024, "Simplified and generalized masked
         diffusion for discrete data"; Uria et al. 2014 (the bound's other name: all orders at once).
 Run:   python -m dgm_jax.main --config=configs/masked_diffusion_mnist.py
-Gives: docs/results.md
+Gives: no number is claimed yet
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant

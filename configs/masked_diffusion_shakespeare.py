@@ -2,7 +2,7 @@
 
 Papers: Sahoo et al. 2024, "Simple and effective masked diffusion language models"; Shi et al. 2024.
 Run:   python -m dgm_jax.main --config=configs/masked_diffusion_shakespeare.py
-Gives: docs/results.md; `nats_per_token` is nats a character, at most.
+Gives: no number is claimed yet; `nats_per_token` is nats a character, at most.
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant

@@ -2,7 +2,7 @@
 
 Papers: Child 2021, "Very Deep VAEs"; Sønderby et al. 2016, "Ladder Variational Autoencoders".
 Run:   python -m dgm_jax.main --config=configs/topdown_mnist.py
-Gives: docs/results.md
+Gives: no number is claimed yet
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant

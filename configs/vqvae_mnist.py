@@ -3,7 +3,7 @@
 Papers: van den Oord et al. 2017 (its appendix A.1 for the codebook); Germain et al. 2015 (the
         prior); Mentzer et al. 2023 (`:fsq`).
 Run:   python -m dgm_jax.main --config=configs/vqvae_mnist.py
-Gives: docs/results.md
+Gives: no number is claimed yet
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant

@@ -108,10 +108,24 @@ class Player(NamedTuple):
     """One optimised objective: `loss_fn(params, batch, rng) -> (loss, Aux)`.
 
     Only `params[name]` is differentiated and updated. A VAE is one player, a GAN two.
+
+    Attributes:
+      name: of its parameters.
+      loss_fn: what is minimised.
+      terms_fn: `(params, batch, rng) -> {name: float32 [B]}`, the terms of held-out data, where a
+        loss withholds labels, or lets examples of a batch have to do with each other; None where
+        they are those of the loss.
     """
 
     name: str
     loss_fn: Callable[[Params, Batch, jax.Array], tuple[jax.Array, Aux]]
+    terms_fn: Callable[[Params, Batch, jax.Array], Mapping[str, jax.Array]] | None = None
+
+    def terms(self, params: Params, batch: Batch, rng: jax.Array) -> Mapping[str, jax.Array]:
+        """Costs of held-out data, each float32 `[B]`, nats."""
+        if self.terms_fn is None:
+            return self.loss_fn(params, batch, rng)[1].terms
+        return self.terms_fn(params, batch, rng)
 
 
 class Latents(NamedTuple):
@@ -139,7 +153,7 @@ class Model(NamedTuple):
       init: `(rng, batch) -> params`.
       players: what the training step optimises, in order.
       log_likelihood_fns: name -> `(params, batch, rng) -> [B]` nats, higher is better, each under
-        its true name: `elbo` is a lower bound, `log_prob` is exact.
+        its true name: `elbo` is a lower bound, `log_prob` is exact and draws nothing.
       log_weight: `(params, batch, rng) -> [B]`, one draw of log p(x, z) - log q(z | x); its
         log-mean-exp over draws is the importance-weighted bound.
       latents: what may be asked of z.
@@ -193,3 +207,19 @@ def masked_mean(values: jax.Array, batch: Batch) -> jax.Array:
         return jnp.mean(values)
     mask = batch["mask"]
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.sum(mask)
+
+
+def row_weight(batch: Batch) -> jax.Array:
+    """1 for the real rows of `batch`, 0 for padding: float32 `[B]`."""
+    num = len(batch["x"])
+    return jnp.where(batch["mask"], 1.0, 0.0) if "mask" in batch else jnp.ones(num)
+
+
+def beside(values: jax.Array, x: jax.Array) -> jax.Array:
+    """`values` `[B]` with axes of length 1 behind, to be multiplied with `x` `[B, *event]`."""
+    return jnp.expand_dims(values, range(1, x.ndim))
+
+
+def sum_event(values: jax.Array) -> jax.Array:
+    """The sum over all axes but the first: `[B, ...]` -> `[B]`."""
+    return jnp.sum(values.reshape(len(values), -1), axis=1)

@@ -159,16 +159,20 @@ def gaussian_mixture(components: int = 10) -> Likelihood:
 
 
 def gaussian(sigma: float = 0.0) -> Likelihood:
-    """A density of x / 255: N(mu, sigma²), P = 1, or with sigma = 0 a learned one, P = 2.
+    """x in {0, ..., 255}: N(x; 255 mu, (255 sigma)²), P = 1, or of a learned sigma, P = 2.
 
-    A density, not a probability of grey values: its nats may be negative costs, and comparing them
-    with those of the discrete likelihoods makes no sense.
+    Of sigma at least 1 / 255 the density at whole numbers, summed over all of them, is 1 to 1e-8
+    (Poisson's summation formula: 2 exp(-2 pi²)): it is a probability of grey values, but for what
+    lies beyond 0 and 255.
+
+    Args:
+      sigma: of x / 255; 0 for a learned one.
     """
 
     def split(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:
         if sigma:
             return outputs[..., 0], jnp.full((), math.log(sigma))
-        # A floor of 1/255: finer than the data's own steps, a density has no upper bound.
+        # A floor of one grey value: finer than the data's own steps, it is no probability.
         return outputs[..., 0], jnp.log(jax.nn.softplus(outputs[..., 1]) + 1 / 255)
 
     def initial(mean: np.ndarray) -> np.ndarray:
@@ -176,11 +180,12 @@ def gaussian(sigma: float = 0.0) -> Likelihood:
 
     def draw(rng: jax.Array, outputs: jax.Array) -> jax.Array:
         mu, log_sigma = split(outputs)
-        return 255 * (mu + jnp.exp(log_sigma) * jax.random.normal(rng, mu.shape))
+        value = mu + jnp.exp(log_sigma) * jax.random.normal(rng, mu.shape)
+        return jnp.clip(jnp.round(255 * value), 0, 255)
 
     def log_prob(outputs: jax.Array, x: jax.Array) -> jax.Array:
         mu, log_sigma = split(outputs)
-        return jnp.sum(gaussian_log_prob(x / 255, mu, log_sigma), axis=-1)
+        return jnp.sum(gaussian_log_prob(x / 255, mu, log_sigma) - math.log(255), axis=-1)
 
     return Likelihood(
         num_outputs=1 if sigma else 2,

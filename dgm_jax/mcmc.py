@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dgm_jax.core import beside, sum_event
+
 LogDensity = Callable[[jax.Array], jax.Array]  # z [C, L] -> [C], nats
 Energy = Callable[[jax.Array], jax.Array]  # x [C, *event] -> [C], nats; no row sees another
 
@@ -63,7 +65,7 @@ def langevin(
             return proposed, jnp.ones_like(before)
         # log q(x | x') - log q(x' | x): the noise that would lead back against that which led here.
         back = (x - proposal + step_size * proposed[2]) / jnp.sqrt(2 * step_size)
-        log_q = _sum(noise**2 - back**2) / 2
+        log_q = sum_event(noise**2 - back**2) / 2
         accepted = _accept(accept_rng, before - proposed[1] + log_q)
         return _choose(accepted, proposed, carry), accepted.astype(before.dtype)
 
@@ -86,11 +88,6 @@ def jump(log_weight: LogDensity, x: jax.Array, proposal: jax.Array, rng: jax.Arr
     return _choose(accepted, proposal, x)
 
 
-def _sum(values: jax.Array) -> jax.Array:
-    """Over all axes but the first."""
-    return jnp.sum(values.reshape(len(values), -1), axis=1)
-
-
 def _accept(rng: jax.Array, log_ratio: jax.Array) -> jax.Array:
     """bool `[C]`; a proposal that left the finite numbers has the ratio NaN or -inf: refused."""
     return jnp.log(jax.random.uniform(rng, log_ratio.shape, log_ratio.dtype)) < log_ratio
@@ -98,11 +95,7 @@ def _accept(rng: jax.Array, log_ratio: jax.Array) -> jax.Array:
 
 def _choose(which: jax.Array, new: jax.Array | tuple, old: jax.Array | tuple) -> jax.Array | tuple:
     """`new` in the rows where `which` bool `[C]`, else `old`."""
-
-    def rows(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jnp.where(which.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-    return jax.tree.map(rows, new, old)
+    return jax.tree.map(lambda new, old: jnp.where(beside(which, new), new, old), new, old)
 
 
 class Target(NamedTuple):

@@ -29,7 +29,7 @@ class Options(NamedTuple):
       beta: weight of the rate (Higgins et al. 2017); 1 gives a bound on log p(x).
       alpha: order of the Rényi bound; 0 is IWAE, 1 would be the ELBO.
       free_nats: λ of free bits, nats per latent.
-      mmd_weight: λ of InfoVAE.
+      mmd_weight: α + λ - 1 of InfoVAE, which is λ - β: of the divergence beside the rate.
     """
 
     beta: float = 1.0
@@ -160,9 +160,10 @@ def tcvae(draws: Draws, options: Options) -> jax.Array:
 
 
 def infovae(draws: Draws, options: Options) -> jax.Array:
-    """Distortion + β rate + λ MMD(q(z), p(z)) (Zhao et al. 2019, eq. 6; β is their 1 - α).
+    """Distortion + β rate + w MMD(q(z), p(z)), w = `mmd_weight` (Zhao et al. 2019, eq. 6).
 
-    The rate may be left out altogether (β = 0): the divergence holds q(z) to the prior.
+    β is their 1 - α and w their α + λ - 1: their λ is β + w. The rate may be left out altogether
+    (β = 0): the divergence holds q(z) to the prior.
     """
     divergence = mmd(draws.z[0], draws.draw_prior(), draws.weight)
     return elbo(draws, options) + options.mmd_weight * divergence
@@ -172,7 +173,8 @@ def mmd(x: jax.Array, y: jax.Array, weight: jax.Array) -> jax.Array:
     """Squared maximum mean discrepancy between two samples, without bias, `[]`.
 
     Kernel 2L / (2L + |x - y|²), heavy-tailed so that far points still feel a gradient. Its
-    expectation is 0 for equal distributions, so single values may be negative.
+    expectation is 0 for equal distributions, so single values may be negative. A single row has no
+    pair, and no part for the distance within it.
 
     Args:
       x: float `[B, L]`.
@@ -189,7 +191,7 @@ def mmd(x: jax.Array, y: jax.Array, weight: jax.Array) -> jax.Array:
 
     def within(a: jax.Array, w: jax.Array) -> jax.Array:
         pairs = w[:, None] * w[None] * (1 - jnp.eye(len(a)))
-        return jnp.sum(pairs * kernel(a, a)) / jnp.sum(pairs)
+        return jnp.sum(pairs * kernel(a, a)) / jnp.maximum(jnp.sum(pairs), 1)
 
     cross = weight[:, None] * weight_y[None]
     between = jnp.sum(cross * kernel(x, y)) / jnp.sum(cross)

@@ -87,6 +87,20 @@ def test_loss_is_a_float32_scalar_of_finite_per_example_terms(case):
             assert np.isfinite(term).all()
 
 
+def test_held_out_terms_are_the_losses_where_it_withholds_nothing(case):
+    """As by default, without labels."""
+    inputs = case.params, case.batch, jax.random.key(1)
+    for player in case.model.players:
+        if player.terms_fn is None:
+            continue
+        terms = jax.jit(player.terms)(*inputs)
+        (_, aux), _ = case.loss_and_grads[player.name](*inputs)
+        assert terms.keys() == aux.terms.keys()
+        for name, term in terms.items():
+            assert term.shape == (BATCH,) and term.dtype == jnp.float32
+            np.testing.assert_allclose(term, aux.terms[name], rtol=1e-5, atol=1e-5)
+
+
 def test_every_trained_parameter_gets_a_gradient(case):
     """Away from the start, where zero weights may hold the gradient of others back."""
     leaves, structure = jax.tree.flatten(case.params)

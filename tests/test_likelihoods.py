@@ -21,7 +21,7 @@ from dgm_jax.likelihoods import LIKELIHOODS
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 GREY = np.arange(256.0)
 DISCRETE = ("bernoulli", "categorical", "discretised_logistic_mixture")
-DENSITIES = ("gaussian", "gaussian_fixed")
+GAUSSIANS = ("gaussian", "gaussian_fixed")
 REAL = ("gaussian_mixture",)
 
 
@@ -49,7 +49,7 @@ def _table(likelihood, outputs):
 
 
 def test_every_likelihood_is_tested():
-    assert set(LIKELIHOODS) == {*DISCRETE, *DENSITIES, *REAL}
+    assert set(LIKELIHOODS) == {*DISCRETE, *GAUSSIANS, *REAL}
 
 
 def test_bernoulli_sums_to_one_over_all_images():
@@ -98,28 +98,31 @@ def test_a_mixture_of_discretised_logistics_equals_differences_of_the_mixtures_c
 
 
 def test_gaussian_equals_scipy():
-    """A density of x / 255."""
     x = np.random.default_rng(1).uniform(0, 255, (5, 4))
-    learned, fixed = (LIKELIHOODS[name]() for name in DENSITIES)
+    learned, fixed = (LIKELIHOODS[name]() for name in GAUSSIANS)
     outputs = _outputs(learned, 5, 4)
     sigma = np.logaddexp(0, outputs[..., 1]) + 1 / 255
     ours = jit(learned.log_prob)(outputs, x)
-    expected = stats.norm.logpdf(x / 255, outputs[..., 0], sigma).sum(axis=1)
+    expected = stats.norm.logpdf(x, 255 * outputs[..., 0], 255 * sigma).sum(axis=1)
     np.testing.assert_allclose(ours, expected, rtol=1e-12)
     ours = jit(fixed.log_prob)(outputs[..., :1], x)
-    expected = stats.norm.logpdf(x / 255, outputs[..., 0], 0.1).sum(axis=1)
+    expected = stats.norm.logpdf(x, 255 * outputs[..., 0], 25.5).sum(axis=1)
     np.testing.assert_allclose(ours, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", DENSITIES)
-def test_a_gaussian_integrates_to_one_over_x_of_unit_range(name):
+@pytest.mark.parametrize("name", GAUSSIANS)
+def test_a_gaussian_sums_to_one_over_whole_numbers(name):
+    """Those beyond black and white included: its bits per dimension are never too few."""
     likelihood = LIKELIHOODS[name]()
-    x = np.linspace(-40, 40, 32_001)
-    # One dimension, seven outputs: the narrowest has the floor for its sigma.
+    x = np.arange(-10_000.0, 10_001.0)
+    # One dimension, seven outputs: the narrowest have the floor for their sigma.
     outputs = np.linspace(-2, 2, 7)[:, None] * np.ones(likelihood.num_outputs)
-    outputs[0, 1:] = -1e4
-    log_p = jit(jax.vmap(likelihood.log_prob, (0, None)))(outputs[:, None, None], 255 * x[:, None])
-    np.testing.assert_allclose(np.exp(log_p).sum(axis=1) * (x[1] - x[0]), np.ones(7), rtol=1e-11)
+    outputs[:3, 0], outputs[:3, 1:] = [100 / 255, 100.25 / 255, 100.5 / 255], -1e4
+    log_p = jit(jax.vmap(likelihood.log_prob, (0, None)))(outputs[:, None, None], x[:, None])
+    total = np.exp(log_p).sum(axis=1)
+    np.testing.assert_allclose(total, np.ones(7), rtol=1e-8)
+    if name == "gaussian":  # what the floor costs: the most, nothing, the least
+        np.testing.assert_allclose(total[:3] - 1, [5.35e-9, 0, -5.35e-9], rtol=1e-2, atol=1e-12)
 
 
 def _mixture(outputs):
@@ -180,6 +183,15 @@ def _share_no_noise(draws):
     return np.all(np.abs(correlation) < 5 / math.sqrt(len(draws)))
 
 
+def _agree(counts, expected):
+    """By chi-square, what is rare taken together."""
+    often = expected > 10
+    pairs = [(c[often], c[~often].sum()) for c in (counts, expected)]
+    observed, probable = (np.append(*pair) for pair in pairs)
+    kept = probable > 0
+    assert stats.chisquare(observed[kept], probable[kept]).pvalue > 1e-4
+
+
 @pytest.mark.parametrize("name", DISCRETE)
 def test_draws_have_the_probabilities(name):
     """Chi-square for each dimension; all in the support."""
@@ -194,26 +206,23 @@ def test_draws_have_the_probabilities(name):
     mean = (_values(likelihood)[:, None] * expected).sum(axis=0) / num
     assert np.all(np.abs(draws.mean(axis=0) - mean) < 5 * draws.std(axis=0) / math.sqrt(num))
     for d in range(3):
-        counts = np.bincount(draws[:, d].astype(int), minlength=len(expected))
-        often = expected[:, d] > 10
-        pairs = [(c[often], c[~often].sum()) for c in (counts, expected[:, d])]
-        observed, probable = (np.append(*pair) for pair in pairs)
-        kept = probable > 0
-        assert stats.chisquare(observed[kept], probable[kept]).pvalue > 1e-4
+        _agree(np.bincount(draws[:, d].astype(int), minlength=len(expected)), expected[:, d])
     assert _share_no_noise(draws)
 
 
-@pytest.mark.parametrize("name", DENSITIES)
-def test_gaussian_draws_have_the_density(name):
-    """In the data's units, 255 times those of the density."""
+@pytest.mark.parametrize("name", GAUSSIANS)
+def test_gaussian_draws_are_the_nearest_grey_values(name):
+    """Black and white stand for all that lies beyond them."""
     likelihood = LIKELIHOODS[name]()
     outputs = _outputs(likelihood, 3)
-    outputs[:, 0] = -3, 0.5, 4  # far from zero, where 256 for 255 would show
+    outputs[:, 0], outputs[:, 1:] = (0.1, 0.5, 0.95), -5  # narrow: 256 for 255 would show
     draws = _draws(likelihood, outputs)
+    likelihoods.refuse_outside_support(draws, SPECS["uint8"])
     sigma = np.logaddexp(0, outputs[:, 1]) + 1 / 255 if name == "gaussian" else np.full(3, 0.1)
     for d in range(3):
         law = stats.norm(255 * outputs[d, 0], 255 * sigma[d])
-        assert stats.kstest(draws[:, d], law.cdf).pvalue > 1e-4
+        expected = len(draws) * np.diff([0, *law.cdf(GREY[:-1] + 0.5), 1])
+        _agree(np.bincount(draws[:, d].astype(int), minlength=256), expected)
     assert _share_no_noise(draws)
 
 
@@ -262,7 +271,7 @@ def test_the_mean_of_a_mixture_that_leaves_the_range_is_that_of_the_probabilitie
     np.testing.assert_allclose(ours, exact, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", DENSITIES)
+@pytest.mark.parametrize("name", GAUSSIANS)
 def test_the_mean_of_a_gaussian_is_clipped_to_a_picture(name):
     likelihood = LIKELIHOODS[name]()
     outputs = np.zeros((3, likelihood.num_outputs))
@@ -270,7 +279,7 @@ def test_the_mean_of_a_gaussian_is_clipped_to_a_picture(name):
     np.testing.assert_allclose(jit(likelihood.mean)(outputs), [0, 0.3, 1], rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["bernoulli", *DENSITIES])
+@pytest.mark.parametrize("name", ["bernoulli", *GAUSSIANS])
 def test_initial_outputs_give_exactly_the_mean_of_the_data(name):
     likelihood = LIKELIHOODS[name]()
     unit = np.linspace(0.05, 0.95, 7)
@@ -337,7 +346,7 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("name", [*DISCRETE, *DENSITIES])
+@pytest.mark.parametrize("name", [*DISCRETE, *GAUSSIANS])
 def test_check_accepts_a_likelihood_of_the_datas_support_and_refuses_the_other(name):
     support = LIKELIHOODS[name]().support
     other, mend = {

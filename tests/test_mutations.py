@@ -365,8 +365,9 @@ MUTANTS = {
         "nn/test_bijections.py",
     ),
     "scales that drop their log-determinant": Mutant(
-        BIJECTIONS, "level(squeeze(x), context)\n            total += log_det",
-        "level(squeeze(x), context)\n            total += 0 * log_det", "nn/test_bijections.py",
+        BIJECTIONS, "level(to_patches(x, 2), context)\n            total += log_det",
+        "level(to_patches(x, 2), context)\n            total += 0 * log_det",
+        "nn/test_bijections.py",
     ),
     "bins without their width": Mutant(
         FLOW, " - math.log(num_values) - log_low", " - log_low", "models/test_flow.py"
@@ -376,7 +377,8 @@ MUTANTS = {
         'base_log_prob("logistic", epsilon) + log_det', "models/test_flow.py",
     ),
     "noise on the wrong scale": Mutant(
-        FLOW, "return v, log_q - jnp.sum(slopes, axis=1)", "return v, log_q", "models/test_flow.py"
+        FLOW, "return v, log_q - sum_event(_log_slope_of_sigmoid(v))", "return v, log_q",
+        "models/test_flow.py",
     ),
     "margin's slope forgotten": Mutant(
         FLOW, "jnp.log(1 - 2 * margin) - math.log", "-math.log", "models/test_flow.py"
@@ -398,7 +400,7 @@ MUTANTS = {
         "masked_mean(of_data, batch) + masked_mean(of_chains, rows)", "models/test_energy.py",
     ),
     "noise not divided by its level": Mutant(
-        ENERGY, "(along(sigma) * slope(params, x, sigma) - noise)",
+        ENERGY, "(beside(sigma, x) * slope(params, x, sigma) - noise)",
         "(slope(params, x, sigma) - noise)", "models/test_energy.py",
     ),
     "noise added twice": Mutant(

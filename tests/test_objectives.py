@@ -659,6 +659,20 @@ def test_mmd_is_the_u_statistic_pair_by_pair():
     np.testing.assert_allclose(jax.jit(objectives.mmd)(x, y, REAL), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_mmd_of_one_real_row_has_no_part_within_it(rows):
+    """Of a batch of one there is no part within y either; the gradient pulls to the points of y."""
+    x, y = np.random.default_rng(6).normal(size=(2, rows, LATENTS))
+    scale, weight = 2 * LATENTS, np.eye(rows)[0]
+    cross = np.mean([scale / (scale + np.sum((x[0] - b) ** 2)) for b in y])
+    pairs = [(a, b) for a in range(rows) for b in range(rows) if a != b]
+    within = sum(scale / (scale + np.sum((y[a] - y[b]) ** 2)) for a, b in pairs)
+    found, slope = jax.jit(jax.value_and_grad(objectives.mmd))(x, y, weight)
+    np.testing.assert_allclose(found, within / max(1, len(pairs)) - 2 * cross, rtol=1e-12)
+    np.testing.assert_array_equal(slope[1:], 0)
+    assert (np.abs(slope[0]) > 1e-3).all()
+
+
 def test_mmd_is_zero_on_average_for_equal_distributions_and_known_for_shifted_ones():
     """4,000 pairs of samples, N(δ, 1) against N(0, 1); the mean by quadrature over x - y."""
     source = np.random.default_rng(7)

@@ -61,11 +61,6 @@ def _in_processes(num, tasks, tmp_path):
     return said
 
 
-def _mesh(num):
-    axis = (jax.sharding.AxisType.Auto,)
-    return jax.make_mesh((num,), ("data",), axis_types=axis, devices=jax.devices()[:num])
-
-
 def _rows(path):
     timing = {"seconds", "cpu_seconds", "examples_per_second"}
     rows = writers.read(Workdir(path).metrics)
@@ -81,7 +76,7 @@ def _assert_close(left, right):
 def alone(tmp_path_factory):
     """The run of one process with two devices, undisturbed."""
     path = tmp_path_factory.mktemp("alone")
-    return {"path": path, **joined.run(_mesh(2), path)}
+    return {"path": path, **joined.run(sharding.make_mesh(2), path)}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +84,7 @@ def pair(tmp_path_factory):
     """Runs of two processes: undisturbed; divided and stopped; of a stopped run of four devices,
     whose newest checkpoint is damaged."""
     path = tmp_path_factory.mktemp("pair")
-    assert "step 16" in joined.run(_mesh(4), path / "moved", told_at=12)["stopped"]
+    assert "step 16" in joined.run(sharding.make_mesh(4), path / "moved", told_at=12)["stopped"]
     for file in (path / "moved/checkpoints/16/state").rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -120,7 +115,7 @@ def test_all_stop_after_the_same_step_when_one_is_told(pair):
 def test_one_process_continues_what_two_saved(alone, pair, tmp_path):
     """Their state lay in halves."""
     shutil.copytree(pair["path"] / "divided", tmp_path / "run")
-    _assert_close(joined.run(_mesh(1), tmp_path / "run")["state"], alone["state"])
+    _assert_close(joined.run(sharding.make_mesh(1), tmp_path / "run")["state"], alone["state"])
 
 
 def test_two_processes_continue_what_one_saved(alone, pair):
@@ -220,7 +215,7 @@ def test_a_preempted_job_of_a_cluster_ends_as_the_undisturbed_run(slurm, tmp_pat
     values = {**MNIST, "train.duration": "2000 steps", "train.steps_per_dispatch": 20}
     values |= {"train.validate_every": "500 steps", "train.checkpoint_every": "100 steps"}
     config = configs.load(str(REPO / CONFIG), values)
-    experiment = prepare(config, data.load(configs.section(config, "data")), _mesh(2))
+    experiment = prepare(config, data.load(configs.section(config, "data")), sharding.make_mesh(2))
     with Workdir(tmp_path / "alone").claimed(config, {}, np.zeros(1)):
         undisturbed, _ = train.train(experiment, Workdir(tmp_path / "alone"))
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dgm_jax import sharding
+from dgm_jax import processes
 from dgm_jax.core import Batch, Model, Params
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import passes
@@ -72,29 +72,24 @@ def compile_evaluation(
 
     draw = passes.compile_pass(one_draw, dataset, split, batch_size, mesh)
     chosen = dataset.splits[split]
-    arrays = jax.device_put((chosen.x, chosen.labels), sharding.replicated(mesh))
-    starts = jnp.arange(0, len(chosen), batch_size)
+    arrays = processes.on_every_device((chosen.x, chosen.labels), mesh)
 
     @jax.jit
-    def log_sum_of_split(params: Params, arrays: Any, z: Any) -> jax.Array:
-        def add(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
-            ids = start + jnp.arange(batch_size)
-            batch = data.held_out_batch(dataset, split, *arrays, ids)
-            return jnp.logaddexp(total, log_sum(params, batch, z)), None
-
-        total, _ = jax.lax.scan(add, jnp.full(chunk, -jnp.inf), starts)
-        return total
+    def log_sum_of_batch(params: Params, arrays: Any, z: Any, start: jax.Array) -> jax.Array:
+        """For all codes, in chunks `[K, M, ...]`: XLA encodes the batch once, before the loop."""
+        batch = data.held_out_batch(dataset, split, *arrays, start + jnp.arange(batch_size))
+        return jax.lax.map(lambda some: log_sum(params, batch, some), z).reshape(-1)
 
     def evaluate(params: Params, seed: int) -> dict[str, Metric]:
         drawn, parts = draw(params, seed), []
+        z = jax.tree.map(lambda a: _in_chunks(a, chunk), drawn["z"])
+        z = processes.on_every_device(z, mesh)
         title = f"{split}: aggregate posterior" if show else None
         with Progress(title, len(chosen)) as progress:
-            for start in range(0, len(chosen), chunk):
-                some = slice(start, start + chunk)
-                z = jax.tree.map(lambda a, some=some: _padded(a[some], chunk), drawn["z"])
-                parts.append(np.asarray(log_sum_of_split(params, arrays, z)))
-                progress.advance(min(chunk, len(chosen) - start))
-        log_q = np.concatenate(parts)[: len(chosen)] - math.log(len(chosen))
+            for start in range(0, len(chosen), batch_size):
+                parts.append(np.asarray(log_sum_of_batch(params, arrays, z, start)))
+                progress.advance(min(batch_size, len(chosen) - start))
+        log_q = np.logaddexp.reduce(parts)[: len(chosen)] - math.log(len(chosen))
         return passes.summarise(
             {
                 "mutual_information": drawn["log_posterior"] - log_q,
@@ -106,6 +101,7 @@ def compile_evaluation(
     return evaluate
 
 
-def _padded(z: np.ndarray, num: int) -> np.ndarray:
-    """`[M, ...]` filled up to `num` rows: one compiled shape."""
-    return np.concatenate([z, np.broadcast_to(z[:1], (num - len(z), *z.shape[1:]))])
+def _in_chunks(z: np.ndarray, size: int) -> np.ndarray:
+    """`[N, ...]` as `[K, size, ...]`, filled up at the end."""
+    filling = np.broadcast_to(z[:1], (-len(z) % size, *z.shape[1:]))
+    return np.concatenate([z, filling]).reshape(-1, size, *z.shape[1:])

@@ -49,7 +49,7 @@ def encode(
     model.require("encode")
     found = {}
     for split in ("train", "test"):
-        fn = likelihood.posterior_means(model)
+        fn = likelihood.features(model)
         whole = passes.compile_pass(fn, dataset, split, batch_size, mesh)
         found[split] = whole(params, seed, f"{split}: features")["codes"]
     return found
@@ -70,11 +70,12 @@ def layers(codes: Codes, sizes: tuple[int, ...]) -> dict[str, Codes]:
 
 
 def pixels(dataset: data.Dataset) -> Codes:
-    """The grey values themselves, scaled to [0, 1], `[N, D]`."""
-    return {
-        split: dataset.splits[split].x.reshape(len(dataset.splits[split]), -1) / 255.0
-        for split in ("train", "test")
-    }
+    """The data themselves, grey values scaled to [0, 1], `[N, D]`."""
+    found = {}
+    for split in ("train", "test"):
+        x = dataset.splits[split].x.reshape(len(dataset.splits[split]), -1)
+        found[split] = x / 255.0 if x.dtype == np.uint8 else x
+    return found
 
 
 def principal_components(codes: Codes, num: int) -> Codes:

@@ -55,7 +55,7 @@ def check(config: Config, mesh: Mesh) -> None:
         value, least = getattr(config, field.name), int(field.name != "aggregate_examples")
         if value < least:
             raise UserError(f"eval.{field.name}={value}: must be at least {least}")
-    sharding.check_batch("eval.batch_size", config.batch_size, mesh)
+    sharding.check_batch("eval.batch_size", config.batch_size, mesh.size)
 
 
 def elbo_terms(model: Model, num_samples: int) -> PerExample:
@@ -73,8 +73,7 @@ def elbo_terms(model: Model, num_samples: int) -> PerExample:
     def one_draw(params: Params, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         found: dict[str, jax.Array] = {}
         for player in model.players:
-            _, aux = player.loss_fn(params, batch, key)
-            found |= aux.terms
+            found |= player.terms(params, batch, key)
         for name, fn in model.log_likelihood_fns.items():
             found[name] = fn(params, batch, key)
         return found
@@ -145,8 +144,8 @@ def latent_rates(model: Model) -> PerExample:
     return rates
 
 
-def posterior_means(model: Model) -> PerExample:
-    """The model's features: `(params, batch, keys [B]) -> {"codes": float32 [B, F]}`."""
+def features(model: Model) -> PerExample:
+    """What `encode` gives: `(params, batch, keys [B]) -> {"codes": float32 [B, F]}`."""
 
     def codes(params: Params, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:
         return {"codes": by_example(model.encode, params, batch, keys, 0)}
@@ -166,7 +165,7 @@ def correctly_classified(model: Model) -> PerExample:
 
 
 def active_units(codes: np.ndarray, threshold: float = 0.01) -> metrics.Metric:
-    """How many features vary with the data: Cov_x(E[z_u | x]) above `threshold`.
+    """How many latents vary with the data: Cov_x(E[z_u | x]) above `threshold`.
 
     Args:
       codes: float `[N, F]`, posterior means.
@@ -221,11 +220,13 @@ def compile_evaluation(
         aggregated = aggregate.compile_evaluation(model, part, *sizes, mesh, split, show)
     if model.classify is not None:
         correct = whole(correctly_classified(model), "classes")
-    if model.encode is not None:
-        codes = whole(posterior_means(model), "posterior means")
+    if model.latents is not None and model.encode is not None:  # which then gives their means
+        codes = whole(features(model), "posterior means")
 
     def evaluate(params: Params, seed: int) -> dict[str, metrics.Metric]:
         found = passes.summarise(terms(params, seed), few)
+        if "log_prob" in found:  # exact, however few draws the others take
+            found["log_prob"] = found["log_prob"]._replace(num_samples=None)
         if rates:
             parts = np.mean(rates(params, seed)["rates"], axis=0, dtype=np.float64).tolist()
             found["rate"] = found["rate"]._replace(parts=parts)

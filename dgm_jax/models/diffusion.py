@@ -20,8 +20,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import likelihoods
-from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
+from dgm_jax import labels, likelihoods
+from dgm_jax.core import (
+    Aux,
+    Batch,
+    DataSpec,
+    Model,
+    Params,
+    Player,
+    UserError,
+    beside,
+    masked_mean,
+)
 from dgm_jax.distributions import (
     bernoulli_log_prob,
     discretised_logistic_log_prob,
@@ -29,7 +39,7 @@ from dgm_jax.distributions import (
     gaussian_log_prob,
 )
 from dgm_jax.nn import denoisers
-from dgm_jax.nn.denoisers import Denoiser, beside
+from dgm_jax.nn.denoisers import Denoiser
 from dgm_jax.nn.noise import SCHEDULES, Schedule, alpha_sigma, noisy, precondition
 
 OBJECTIVES = ("vdm", "edm", "min_snr")
@@ -247,7 +257,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         likelihoods.refuse_outside_support(batch["x"], spec)
         net_rng, schedule_rng = jax.random.split(rng)
         x, time = jnp.zeros((1, *spec.event_shape)), jnp.zeros(1)
-        label = denoisers.one_hot(jnp.zeros(1, jnp.int32), config, spec)
+        label = labels.one_hot(jnp.zeros(1, jnp.int32), config.conditional, spec)
         params = {"net": net.init(net_rng, x, time, label)["params"]}
         if is_vdm:
             params["schedule"] = schedule.init(schedule_rng, time)["params"]
@@ -269,17 +279,21 @@ def build(config: Config, spec: DataSpec) -> Model:
             ),
         }
 
-    def elbo(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+    def bound(params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        """Its terms, where the network is told every label."""
         time_rng, _, rng = jax.random.split(rng, 3)  # the same draws as the loss
         t = denoisers.spread_times(time_rng, len(batch["x"]))
-        label = denoisers.one_hot(batch.get("label"), config, spec)
-        return -sum(costs(params, batch, t, label, rng).values())
+        label = labels.one_hot(batch.get("label"), config.conditional, spec)
+        return costs(params, batch, t, label, rng)
+
+    def elbo(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
+        return -sum(bound(params, batch, rng).values())
 
     def likelihood_loss(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Minus the bound. A monotone schedule is moved by the cost's square, and not the value."""
         time_rng, label_rng, rng = jax.random.split(rng, 3)
         t = denoisers.spread_times(time_rng, len(batch["x"]))
-        label = denoisers.one_hot(batch.get("label"), config, spec)
+        label = labels.one_hot(batch.get("label"), config.conditional, spec)
         label = denoisers.dropped(label, label_rng, config.label_dropout)
         terms = costs(params, batch, t, label, rng)
         loss = masked_mean(sum(terms.values()), batch)
@@ -287,7 +301,9 @@ def build(config: Config, spec: DataSpec) -> Model:
             square = jax.lax.stop_gradient(terms["diffusion"] ** 2)
             own = {"params": params["diffusion"]["schedule"]}
             log_share = schedule.apply(own, t, method="log_share")
-            surrogate = -masked_mean(square * log_share, batch) / masked_mean(square, batch)
+            # Of bits that are certain the cost is 0, and asks for no other schedule.
+            total = jnp.maximum(masked_mean(square, batch), jnp.finfo(square.dtype).tiny)
+            surrogate = -masked_mean(square * log_share, batch) / total
             loss += surrogate - jax.lax.stop_gradient(surrogate)
         return loss, Aux(terms)
 
@@ -295,7 +311,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         """Weighted squared error, a mean over the dimensions of x, without unit."""
         time_rng, label_rng, noise_rng = jax.random.split(rng, 3)
         x = denoisers.scaled(batch["x"], spec)
-        label = denoisers.one_hot(batch.get("label"), config, spec)
+        label = labels.one_hot(batch.get("label"), config.conditional, spec)
         label = denoisers.dropped(label, label_rng, config.label_dropout)
         if config.objective == "edm":
             normal = denoisers.spread_normal(time_rng, len(x))
@@ -310,17 +326,20 @@ def build(config: Config, spec: DataSpec) -> Model:
 
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
         draw_rng, decode_rng = jax.random.split(rng)
-        labels = denoisers.in_turn(num, config, spec)
-        label = denoisers.one_hot(labels.get("label"), config, spec)
+        told = labels.in_turn(num, config.conditional, spec)
+        label = labels.one_hot(told.get("label"), config.conditional, spec)
         denoise = denoiser(params, label, config.guidance)
         gammas = gamma_of(params)(jnp.linspace(1.0, 0.0, config.sample_steps + 1))
         y = draw(denoise, gammas, config.sampler, draw_rng, (num, *spec.event_shape))
         y = denoisers.unscaled(y, spec)
-        return {"x": decode(spec, decode_rng, y, gammas[-1])} | labels
+        return {"x": decode(spec, decode_rng, y, gammas[-1])} | told
 
+    player = Player("diffusion", quality_loss)
+    if is_vdm:
+        player = Player("diffusion", likelihood_loss, bound)
     return Model(
         init=init,
-        players=(Player("diffusion", likelihood_loss if is_vdm else quality_loss),),
+        players=(player,),
         log_likelihood_fns={"elbo": elbo},
         sample=sample,
     )

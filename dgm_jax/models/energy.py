@@ -26,7 +26,18 @@ import jax
 import jax.numpy as jnp
 
 from dgm_jax import likelihoods, mcmc
-from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
+from dgm_jax.core import (
+    Aux,
+    Batch,
+    DataSpec,
+    Model,
+    Params,
+    Player,
+    UserError,
+    beside,
+    masked_mean,
+    sum_event,
+)
 from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
 from dgm_jax.nn import networks
 from dgm_jax.nn.mlp import MLP
@@ -55,8 +66,9 @@ class Config:
       start: of `contrastive_divergence`: where the chains of each update start, one of `STARTS`:
         where they were after the last, at draws from N(μ, s²), or at the data.
       num_chains: of `persistent` chains.
-      restart: part of the persistent chains that an update moves to draws from N(μ, s²); with
-        `metropolis` each is accepted or refused, which leaves p(x) alone.
+      restart: part of the chains to begin anew at draws from N(μ, s²). Without `metropolis`, of the
+        persistent ones of each update; with it, of those of any update or round of sampling, each
+        draw accepted or refused, which leaves p(x) alone.
       step_size: of Langevin dynamics, ε / s²; where E has noise levels, ε / σ².
       langevin_steps: of an update, or of a round of sampling.
       metropolis: whether Langevin steps are accepted or refused (MALA).
@@ -71,7 +83,7 @@ class Config:
     sigma_max: float = 3.0
     start: str = "persistent"
     num_chains: int = 256
-    restart: float = 1.0
+    restart: float = 0.05
     step_size: float = 0.05
     langevin_steps: int = 1
     metropolis: bool = False
@@ -81,6 +93,11 @@ class Config:
     def noise_conditional(self) -> bool:
         """Whether E has noise levels."""
         return self.objective == "denoising_score_matching"
+
+    @property
+    def persistent(self) -> bool:
+        """Whether there are chains that outlive an update."""
+        return self.objective == "contrastive_divergence" and self.start == "persistent"
 
 
 def check(config: Config, spec: DataSpec) -> None:
@@ -109,6 +126,11 @@ def check(config: Config, spec: DataSpec) -> None:
             raise UserError(f"model.{field}={getattr(config, field)}: must be at least 1")
     if not 0 <= config.restart <= 1:
         raise UserError(f"model.restart={config.restart}: a part, from 0 to 1")
+    if config.persistent and config.restart == 1 and not config.metropolis:
+        raise UserError(
+            "model.restart=1.0: no chain would outlive an update: set it below 1, or "
+            "model.start='noise', or model.metropolis=True"
+        )
     if not 0 < config.step_size < math.inf:
         raise UserError(f"model.step_size={config.step_size}: must be above 0 and finite")
     if not 0 <= config.sigma_min < math.inf:
@@ -183,10 +205,6 @@ def build(config: Config, spec: DataSpec) -> Model:
     net = Network(config)
     event = spec.event_shape
 
-    def along(values: jax.Array) -> jax.Array:
-        """`[B]` to be multiplied with x."""
-        return values.reshape(-1, *[1] * len(event))
-
     def level(sigma: jax.Array) -> jax.Array | None:
         if not config.noise_conditional:
             return None
@@ -199,16 +217,16 @@ def build(config: Config, spec: DataSpec) -> Model:
         there are noise levels E's denoiser x - σ² ∇E is that of Karras et al. 2022, eq. 7.
         """
         state = params["state"]
-        u = (x - state["mean"]) / along(jnp.sqrt(state["scale"] ** 2 + sigma**2))
+        u = (x - state["mean"]) / beside(jnp.sqrt(state["scale"] ** 2 + sigma**2), x)
         g = net.apply({"params": params["energy"]}, u, level(sigma))
         return g * state["scale"] / sigma if config.noise_conditional else g
 
     def energy(params: Params, x: jax.Array, sigma: jax.Array) -> jax.Array:
         """E(x, σ) `[B]`, nats: E(x) where σ is `sigma_min`."""
         state = params["state"]
-        log_scale = along(jnp.log(state["scale"] ** 2 + sigma**2) / 2)
+        log_scale = beside(jnp.log(state["scale"] ** 2 + sigma**2) / 2, x)
         log_base = gaussian_log_prob(x, state["mean"], log_scale)
-        return -jnp.sum(log_base.reshape(len(x), -1), axis=1) - tilt(params, x, sigma)
+        return -sum_event(log_base) - tilt(params, x, sigma)
 
     def slope(params: Params, x: jax.Array, sigma: jax.Array) -> jax.Array:
         """∇E `[B, *event]`, minus the score."""
@@ -226,7 +244,7 @@ def build(config: Config, spec: DataSpec) -> Model:
     def noised(batch: Batch, rng: jax.Array, sigma: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x + σ n and n, in units of x / scale."""
         noise = jax.random.normal(rng, batch["x"].shape)
-        return batch["x"] / spec.scale + along(sigma) * noise, noise
+        return batch["x"] / spec.scale + beside(sigma, noise) * noise, noise
 
     def init(rng: jax.Array, batch: Batch) -> Params:
         likelihoods.refuse_outside_support(batch["x"], spec)
@@ -234,7 +252,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         x, mean = batch["x"] / spec.scale, jnp.asarray(spec.unit_mean)[None]
         state = {"mean": mean, "scale": jnp.sqrt(jnp.mean((x - mean) ** 2))}
         params = {"energy": net.init(net_rng, x[:1], level(lowest(1)))["params"], "state": state}
-        if config.objective == "contrastive_divergence" and config.start == "persistent":
+        if config.persistent:
             chains = draw_base(params, chain_rng, config.num_chains, config.sigma_min)
             params["state"] = {**state, "chains": chains}
         return params
@@ -249,7 +267,7 @@ def build(config: Config, spec: DataSpec) -> Model:
             fresh = draw_base(params, of_rng, len(x), sigma)
             jumped = mcmc.jump(lambda x: tilt(params, x, sigmas), x, fresh, jump_rng)
             part = jax.random.uniform(part_rng, (len(x),)) < config.restart
-            x = jnp.where(along(part), jumped, x)
+            x = jnp.where(beside(part, x), jumped, x)
         unit = sigma if config.noise_conditional else params["state"]["scale"]
         return mcmc.langevin(
             lambda x: energy(params, x, sigmas),
@@ -272,7 +290,7 @@ def build(config: Config, spec: DataSpec) -> Model:
             return chains
         fresh = draw_base(params, fresh_rng, len(chains), config.sigma_min)
         part = jax.random.uniform(part_rng, (len(chains),)) < config.restart
-        return jnp.where(along(part), fresh, chains)
+        return jnp.where(beside(part, chains), fresh, chains)
 
     def contrastive_divergence(params: Params, batch: Batch, rng: jax.Array) -> tuple:
         """E(data) - E(chains), whose gradient is that of -log p (Hinton 2002, eq. 3).
@@ -292,7 +310,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         rows = batch if config.start == "data" else {}  # a chain of padding is none
         loss = masked_mean(of_data, batch) - masked_mean(of_chains, rows)
         state = None
-        if config.start == "persistent":
+        if config.persistent:
             state = {**params["state"], "chains": chains}
         return loss, Aux({"energy": of_data}, {"acceptance": masked_mean(accepted, rows)}, state)
 
@@ -308,8 +326,8 @@ def build(config: Config, spec: DataSpec) -> Model:
         x, noise = noised(batch, noise_rng, sigma)
         scale = params["state"]["scale"]
         weight = jnp.sqrt(scale**2 + sigma**2) / scale
-        residual = along(weight) * (along(sigma) * slope(params, x, sigma) - noise)
-        cost = jnp.sum(residual.reshape(len(x), -1) ** 2, axis=1) / 2
+        residual = beside(weight, x) * (beside(sigma, x) * slope(params, x, sigma) - noise)
+        cost = sum_event(residual**2) / 2
         return masked_mean(cost, batch), Aux({"score_matching": cost})
 
     def sliced_score_matching(params: Params, batch: Batch, rng: jax.Array) -> tuple:
@@ -319,7 +337,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         x, _ = noised(batch, noise_rng, sigma)
         v = jax.random.rademacher(v_rng, x.shape, x.dtype)
         slopes, curved = jax.jvp(lambda x: slope(params, x, sigma), (x,), (v,))
-        cost = jnp.sum((slopes**2 / 2 - v * curved).reshape(len(x), -1), axis=1)
+        cost = sum_event(slopes**2 / 2 - v * curved)
         return masked_mean(cost, batch), Aux({"score_matching": cost})
 
     def log_prob(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:

@@ -25,7 +25,17 @@ import jax
 import jax.numpy as jnp
 
 from dgm_jax import likelihoods
-from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
+from dgm_jax.core import (
+    Aux,
+    Batch,
+    DataSpec,
+    Model,
+    Params,
+    Player,
+    UserError,
+    masked_mean,
+    sum_event,
+)
 from dgm_jax.distributions import standard_gaussian_log_prob
 from dgm_jax.nn import bijections, networks, transforms
 from dgm_jax.nn.mlp import MaskedMLP
@@ -179,7 +189,7 @@ def to_line(x: jax.Array, v: jax.Array, num_values: int, margin: float) -> trans
     low, high = (x + nn.sigmoid(v)) / num_values, (num_values - 1 - x + nn.sigmoid(-v)) / num_values
     log_low, log_high = (jnp.log(margin + (1 - 2 * margin) * y) for y in (low, high))
     log_slope = jnp.log(1 - 2 * margin) - math.log(num_values) - log_low - log_high
-    return log_low - log_high, jnp.sum(log_slope.reshape(len(x), -1), axis=1)
+    return log_low - log_high, sum_event(log_slope)
 
 
 def from_line(logits: jax.Array, num_values: int, margin: float) -> jax.Array:
@@ -235,8 +245,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         epsilon = jax.random.logistic(rng, (len(x), spec.num_dims))
         v, log_det = noise_net.apply(variables, epsilon, x / spec.scale, inverse=True)
         log_q = base_log_prob("logistic", epsilon) - log_det
-        slopes = _log_slope_of_sigmoid(v).reshape(len(v), -1)
-        return v, log_q - jnp.sum(slopes, axis=1)
+        return v, log_q - sum_event(_log_slope_of_sigmoid(v))
 
     def log_weight(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
         """log p(x + u) - log q(u | x) for one draw of u (Ho et al. 2019, eq. 12)."""

@@ -25,11 +25,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dgm_jax import likelihoods
-from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
+from dgm_jax import labels, likelihoods
+from dgm_jax.core import (
+    Aux,
+    Batch,
+    DataSpec,
+    Model,
+    Params,
+    Player,
+    UserError,
+    beside,
+    masked_mean,
+)
 from dgm_jax.distributions import standard_gaussian_log_prob
 from dgm_jax.nn import denoisers
-from dgm_jax.nn.denoisers import Denoiser, beside
+from dgm_jax.nn.denoisers import Denoiser
 
 COUPLINGS = ("independent", "optimal_transport")
 TIMES = ("uniform", "logit_normal")
@@ -210,7 +220,7 @@ def build(config: Config, spec: DataSpec) -> Model:
 
     def init(rng: jax.Array, batch: Batch) -> Params:
         likelihoods.refuse_outside_support(batch["x"], spec)
-        label = denoisers.one_hot(jnp.zeros(1, jnp.int32), config, spec)
+        label = labels.one_hot(jnp.zeros(1, jnp.int32), config.conditional, spec)
         x = jnp.zeros((1, *spec.event_shape))
         return {"flow": net.init(rng, x, jnp.zeros(1), label)["params"]}
 
@@ -220,22 +230,34 @@ def build(config: Config, spec: DataSpec) -> Model:
         normal = denoisers.spread_normal(rng, num)
         return jax.nn.sigmoid(config.logit_mean + config.logit_std * normal)
 
-    def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
-        """Mean squared error of the velocity (Lipman et al. 2023, eq. 9; Liu et al. 2023, eq. 1).
-
-        Its term is half the sum of squares: nats of a Gaussian of unit variance, to a constant.
-        """
+    def cost(
+        params: Params, batch: Batch, rng: jax.Array, coupling: str, label_dropout: float
+    ) -> jax.Array:
+        """‖v - (ε - x)‖² / 2 `[B]`: nats of a Gaussian of unit variance, to a constant."""
         time_rng, x_rng, noise_rng, label_rng = jax.random.split(rng, 4)
         x = dequantised(batch["x"], x_rng, spec)
         noise, t = jax.random.normal(noise_rng, x.shape), times(time_rng, len(x))
-        if config.coupling == "optimal_transport":
+        if coupling == "optimal_transport":
             noise = nearest_noise(x, noise, batch)
-        label = denoisers.one_hot(batch.get("label"), config, spec)
-        label = denoisers.dropped(label, label_rng, config.label_dropout)
+        label = labels.one_hot(batch.get("label"), config.conditional, spec)
+        label = denoisers.dropped(label, label_rng, label_dropout)
         along = beside(t, x)
         found = answer(params)((1 - along) * x + along * noise, t, label)
-        cost = 0.5 * jnp.sum((found - (noise - x)) ** 2, axis=range(1, x.ndim))
-        return 2 * masked_mean(cost, batch) / spec.num_dims, Aux({"velocity": cost})
+        return 0.5 * jnp.sum((found - (noise - x)) ** 2, axis=range(1, x.ndim))
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        """Mean squared error of the velocity.
+
+        Lipman et al. 2023, eq. 9; Liu et al. 2023, eq. 1. With optimal transport its term is one of
+        the batch, and has a name of its own.
+        """
+        found = cost(params, batch, rng, config.coupling, config.label_dropout)
+        name = "velocity" if config.coupling == "independent" else "coupled_velocity"
+        return 2 * masked_mean(found, batch) / spec.num_dims, Aux({name: found})
+
+    def terms(params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        """The cost of an example alone: with noise of its own, and the network told every label."""
+        return {"velocity": cost(params, batch, rng, "independent", label_dropout=0.0)}
 
     def velocity(ask: Callable[[jax.Array, jax.Array], jax.Array]) -> Velocity:
         return lambda x, t: ask(x, jnp.full(len(x), t, x.dtype))
@@ -243,7 +265,7 @@ def build(config: Config, spec: DataSpec) -> Model:
     def log_prob(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
         x_rng, direction_rng = jax.random.split(rng)
         x = dequantised(batch["x"], x_rng, spec)
-        label = denoisers.one_hot(batch.get("label"), config, spec)
+        label = labels.one_hot(batch.get("label"), config.conditional, spec)
         directions = None
         if config.divergence == "hutchinson":
             directions = jax.random.rademacher(direction_rng, x.shape, x.dtype)
@@ -252,18 +274,19 @@ def build(config: Config, spec: DataSpec) -> Model:
         return found - spec.num_dims * math.log(denoisers.unit(spec))
 
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
-        labels = denoisers.in_turn(num, config, spec)
-        label = denoisers.one_hot(labels.get("label"), config, spec)
+        told = labels.in_turn(num, config.conditional, spec)
+        label = labels.one_hot(told.get("label"), config.conditional, spec)
         v = velocity(denoisers.guided(answer(params), label, config.guidance))
         noise = jax.random.normal(rng, (num, *spec.event_shape))
         field = lambda t, x: v(x, t)  # noqa: E731
         x = solve(field, noise, (1.0, 0.0), config.solver, config.sample_steps)
-        return {"x": denoisers.whole(denoisers.unscaled(x, spec), spec)} | labels
+        return {"x": denoisers.whole(denoisers.unscaled(x, spec), spec)} | told
 
-    name = "log_prob" if spec.support == "real" else "elbo"
+    density = "log_prob" if config.divergence == "exact" else "log_prob_hutchinson"
+    name = density if spec.support == "real" else "elbo"
     return Model(
         init=init,
-        players=(Player("flow", loss_fn),),
+        players=(Player("flow", loss_fn, terms),),
         log_likelihood_fns={} if config.divergence == "none" else {name: log_prob},
         sample=sample,
     )

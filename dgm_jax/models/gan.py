@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import likelihoods
+from dgm_jax import labels, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.nn import networks
 from dgm_jax.nn.precision import Dense
@@ -160,8 +160,7 @@ def check(config: Config, spec: DataSpec) -> None:
             raise UserError(f"model.{field}={value!r}: choose one of {', '.join(known)}")
     if not 0 <= config.penalty_weight < math.inf:
         raise UserError(f"model.penalty_weight={config.penalty_weight}: must be at least 0")
-    if config.conditional and not spec.num_classes:
-        raise UserError("model.conditional=True: these data have no labels")
+    labels.check(config.conditional, spec)
 
 
 class Discriminator(nn.Module):
@@ -186,12 +185,12 @@ class Discriminator(nn.Module):
 def build(config: Config, spec: DataSpec) -> Model:
     """The GAN as pure functions; see `core.Model` for their contracts."""
     layers = (config.network, config.generator, config.activation)
-    generator = networks.Decoder(*layers, "gaussian_fixed", spec)  # one number for each pixel
+    generator = networks.Decoder(*layers, None, spec)
     discriminator = Discriminator(config)
     objective, penalty = OBJECTIVES[config.objective], PENALTIES[config.penalty]
 
     def one_hot(label: jax.Array | None) -> jax.Array | None:
-        return jax.nn.one_hot(label, spec.num_classes) if config.conditional else None
+        return labels.one_hot(label, config.conditional, spec)
 
     def generate(params: Params, rng: jax.Array, num: int, label: jax.Array | None) -> jax.Array:
         """x / scale, `[num, *event]`."""
@@ -230,12 +229,11 @@ def build(config: Config, spec: DataSpec) -> Model:
         return masked_mean(cost, batch), Aux({})
 
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
-        # A conditional model draws the classes in turn.
-        label = jnp.arange(num) % spec.num_classes if config.conditional else None
-        samples = {"x": generate(params, rng, num, label)}
+        told = labels.in_turn(num, config.conditional, spec)
+        x = generate(params, rng, num, told.get("label"))
         if spec.support == "uint8":
-            samples["x"] = jnp.round(spec.scale * jnp.clip(samples["x"], 0, 1))
-        return samples | ({} if label is None else {"label": label})
+            x = jnp.round(spec.scale * jnp.clip(x, 0, 1))
+        return {"x": x} | told
 
     return Model(
         init=init,

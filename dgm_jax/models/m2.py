@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax import likelihoods
+from dgm_jax import labels, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.distributions import gaussian_kl_to_standard, standard_gaussian_log_prob
 from dgm_jax.nn import networks
@@ -208,10 +208,10 @@ def build(config: Config, spec: DataSpec) -> Model:
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
         """The classes in turn."""
         z_rng, x_rng = jax.random.split(rng)
-        label = jnp.arange(num) % num_classes
+        told = labels.in_turn(num, conditional=True, spec=spec)
         z = jax.random.normal(z_rng, (num, config.latents))
-        outputs = bind(params).outputs(z, label)
-        return likelihoods.draw(likelihood, x_rng, outputs, spec) | {"label": label}
+        outputs = bind(params).outputs(z, told["label"])
+        return likelihoods.draw(likelihood, x_rng, outputs, spec) | told
 
     return Model(
         init=init,

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import likelihoods
+from dgm_jax import labels, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.nn import networks
 from dgm_jax.nn.mlp import ACTIVATIONS, MaskedMLP
@@ -48,8 +48,7 @@ def check(config: Config, spec: DataSpec) -> None:
     likelihoods.check(config.likelihood, spec)
     if spec.num_dims < 2:
         raise UserError(f"model.name='made' needs at least two pixels, and x is {spec.event_shape}")
-    if config.conditional and not spec.num_classes:
-        raise UserError("model.conditional=True: these data have no labels")
+    labels.check(config.conditional, spec)
 
 
 class Net(nn.Module):
@@ -75,13 +74,14 @@ def build(config: Config, spec: DataSpec) -> Model:
 
     def outputs(params: Params, x: jax.Array, label: jax.Array | None) -> jax.Array:
         """`[B, D, P]` for x `[B, D]` as the data hold it."""
-        one_hot = nn.one_hot(label, spec.num_classes) if config.conditional else None
+        one_hot = labels.one_hot(label, config.conditional, spec)
         return net.apply({"params": params["made"]}, x / spec.scale, one_hot)
 
     def init(rng: jax.Array, batch: Batch) -> Params:
         likelihoods.refuse_outside_support(batch["x"], spec)
-        label = jnp.zeros((1, spec.num_classes)) if config.conditional else None
-        return {"made": net.init(rng, jnp.zeros((1, spec.num_dims)), label)["params"]}
+        x, label = jnp.zeros((1, spec.num_dims)), jnp.zeros(1, jnp.int32)
+        one_hot = labels.one_hot(label, config.conditional, spec)
+        return {"made": net.init(rng, x, one_hot)["params"]}
 
     def log_prob(params: Params, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
         """log p(x), or log p(x | label), `[B]`."""
@@ -94,18 +94,17 @@ def build(config: Config, spec: DataSpec) -> Model:
         return -masked_mean(log_prob(params, batch), batch), Aux({})
 
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
-        # A conditional model draws the classes in turn.
-        label = jnp.arange(num) % spec.num_classes if config.conditional else None
+        told = labels.in_turn(num, config.conditional, spec)
 
         def add(x: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             i, key = step
-            here = jax.lax.dynamic_slice_in_dim(outputs(params, x, label), i, 1, axis=1)
+            each = outputs(params, x, told.get("label"))
+            here = jax.lax.dynamic_slice_in_dim(each, i, 1, axis=1)
             return x.at[:, i].set(likelihood.draw(key, here)[:, 0]), None
 
         steps = jnp.arange(spec.num_dims), jax.random.split(rng, spec.num_dims)
         x = jax.lax.scan(add, jnp.zeros((num, spec.num_dims)), steps)[0]
-        samples = {"x": x.reshape(num, *spec.event_shape)}
-        return samples | ({} if label is None else {"label": label})
+        return {"x": x.reshape(num, *spec.event_shape)} | told
 
     return Model(
         init=init,

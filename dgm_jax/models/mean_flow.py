@@ -17,10 +17,20 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import likelihoods
-from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
+from dgm_jax import labels, likelihoods
+from dgm_jax.core import (
+    Aux,
+    Batch,
+    DataSpec,
+    Model,
+    Params,
+    Player,
+    UserError,
+    beside,
+    masked_mean,
+)
 from dgm_jax.nn import denoisers
-from dgm_jax.nn.denoisers import Denoiser, beside
+from dgm_jax.nn.denoisers import Denoiser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +114,7 @@ def build(config: Config, spec: DataSpec) -> Model:
 
     def init(rng: jax.Array, batch: Batch) -> Params:
         likelihoods.refuse_outside_support(batch["x"], spec)
-        label = denoisers.one_hot(jnp.zeros(1, jnp.int32), config, spec)
+        label = labels.one_hot(jnp.zeros(1, jnp.int32), config.conditional, spec)
         x = jnp.zeros((1, *spec.event_shape))
         return {"flow": net.init(rng, x, jnp.zeros((1, 2)), label)["params"]}
 
@@ -117,16 +127,15 @@ def build(config: Config, spec: DataSpec) -> Model:
         apart = jax.random.uniform(equal_rng, (num,)) < config.interval
         return jnp.where(apart, jnp.minimum(first, second), t), t
 
-    def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
-        """Mean squared error of the identity; its gradient is that of the weighted error (eq. 22).
-
-        Its term is half the sum of squares, of unit-variance Gaussians in nats, to a constant.
-        """
+    def squared_error(
+        params: Params, batch: Batch, rng: jax.Array, label_dropout: float
+    ) -> jax.Array:
+        """How far the identity is from true: `[B]`, summed over the dimensions of x."""
         time_rng, noise_rng, label_rng = jax.random.split(rng, 3)
         x = denoisers.scaled(batch["x"], spec)
         noise, (r, t) = jax.random.normal(noise_rng, x.shape), times(time_rng, len(x))
-        told = denoisers.one_hot(batch.get("label"), config, spec)
-        label = denoisers.dropped(told, label_rng, config.label_dropout)
+        told = labels.one_hot(batch.get("label"), config.conditional, spec)
+        label = denoisers.dropped(told, label_rng, label_dropout)
         along = beside(t, x)
         z, v = (1 - along) * x + along * noise, noise - x
         if label is not None:  # the velocity of guidance (eq. 19), where there is a label
@@ -134,22 +143,33 @@ def build(config: Config, spec: DataSpec) -> Model:
             weight = 1 + (config.guidance - 1) * jnp.sum(label, axis=1)
             v = without + beside(weight, x) * (v - without)
         found, target = average_and_target(average(params, label), z, r, t, v)
-        error = jnp.sum((found - target) ** 2, axis=range(1, x.ndim))
+        return jnp.sum((found - target) ** 2, axis=range(1, x.ndim))
+
+    def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        """Mean squared error of the identity; its gradient is that of the weighted error (eq. 22).
+
+        Its term is half the sum of squares, of unit-variance Gaussians in nats, to a constant.
+        """
+        error = squared_error(params, batch, rng, config.label_dropout)
         weighted = error * jax.lax.stop_gradient(error + 1e-2) ** -config.power
         loss = masked_mean(weighted, batch)
         loss += jax.lax.stop_gradient(masked_mean(error, batch) / spec.num_dims - loss)
         return loss, Aux({"identity": 0.5 * error})
 
+    def terms(params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        """That of the loss, where the network is told every label."""
+        return {"identity": 0.5 * squared_error(params, batch, rng, label_dropout=0.0)}
+
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
-        labels = denoisers.in_turn(num, config, spec)
-        label = denoisers.one_hot(labels.get("label"), config, spec)
+        told = labels.in_turn(num, config.conditional, spec)
+        label = labels.one_hot(told.get("label"), config.conditional, spec)
         noise = jax.random.normal(rng, (num, *spec.event_shape))
         x = draw(average(params, label), noise, config.sample_steps)
-        return {"x": denoisers.whole(denoisers.unscaled(x, spec), spec)} | labels
+        return {"x": denoisers.whole(denoisers.unscaled(x, spec), spec)} | told
 
     return Model(
         init=init,
-        players=(Player("flow", loss_fn),),
+        players=(Player("flow", loss_fn, terms),),
         log_likelihood_fns={},
         sample=sample,
     )

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import likelihoods
+from dgm_jax import labels, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.likelihoods import Likelihood
 from dgm_jax.nn import networks
@@ -56,8 +56,7 @@ def check(config: Config, spec: DataSpec) -> None:
             raise UserError(f"model.{field}={getattr(config, field)}: must be at least 1")
     networks.check_widths("dilations", config.dilations)
     likelihoods.check(config.likelihood, spec)
-    if config.conditional and not spec.num_classes:
-        raise UserError("model.conditional=True: these data have no labels")
+    labels.check(config.conditional, spec)
 
 
 class Net(nn.Module):
@@ -146,7 +145,7 @@ def build(config: Config, spec: DataSpec) -> Model:
     net, likelihood = Net(config, spec), likelihoods.LIKELIHOODS[config.likelihood]()
 
     def one_hot(label: jax.Array | None) -> jax.Array | None:
-        return nn.one_hot(label, spec.num_classes) if config.conditional else None
+        return labels.one_hot(label, config.conditional, spec)
 
     def init(rng: jax.Array, batch: Batch) -> Params:
         likelihoods.refuse_outside_support(batch["x"], spec)
@@ -166,11 +165,9 @@ def build(config: Config, spec: DataSpec) -> Model:
         return -masked_mean(log_prob(params, batch), batch), Aux({})
 
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
-        # A conditional model draws the classes in turn.
-        label = jnp.arange(num) % spec.num_classes if config.conditional else None
-        args = rng, num, one_hot(label), likelihood
-        samples = {"x": net.apply({"params": params["pixelcnn"]}, *args, method="draw")}
-        return samples | ({} if label is None else {"label": label})
+        told = labels.in_turn(num, config.conditional, spec)
+        args = rng, num, one_hot(told.get("label")), likelihood
+        return {"x": net.apply({"params": params["pixelcnn"]}, *args, method="draw")} | told
 
     return Model(
         init=init,

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from dgm_jax import likelihoods, objectives
-from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
+from dgm_jax.core import Batch, DataSpec, Model, Params, UserError, row_weight
 from dgm_jax.distributions import gaussian_kl, gaussian_log_prob
 from dgm_jax.draws import Draws
 from dgm_jax.latent_variable import latent_variable_model
@@ -275,7 +275,7 @@ def build(config: Config, spec: DataSpec) -> Model:
             log_posterior_at=lambda z, detached: given(held if detached else bound, x, z)[2],
             rate=rate,  # of each layer, given the draws above it
             layer_rates={f"rate_{i + 1}": rate[:, i] for i in range(num_layers)},
-            weight=jnp.where(batch["mask"], 1.0, 0.0) if "mask" in batch else jnp.ones(len(x)),
+            weight=row_weight(batch),
         )
 
     def draw_joint(params: Params, rng: jax.Array, num: int) -> tuple[Latents, dict]:

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import likelihoods
+from dgm_jax import labels, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.nn import attention
 from dgm_jax.nn.autoregressive import AutoregressiveTransformer
@@ -59,8 +59,7 @@ def check(config: Config, spec: DataSpec) -> None:
         raise UserError(f"model.temperature={config.temperature}: must be above 0 and finite")
     if not 0 < config.top_p <= 1:
         raise UserError(f"model.top_p={config.top_p}: must be above 0 and at most 1")
-    if config.conditional and not spec.num_classes:
-        raise UserError("model.conditional=True: these data have no labels")
+    labels.check(config.conditional, spec)
 
 
 def _grid(spec: DataSpec) -> tuple[int, ...]:
@@ -100,13 +99,12 @@ def build(config: Config, spec: DataSpec) -> Model:
         return -masked_mean(log_prob(params, batch), batch), Aux({})
 
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
-        # A conditional model draws the classes in turn.
-        label = jnp.arange(num) % spec.num_classes if config.conditional else None
-        how = (label, config.temperature, config.top_p)
+        told = labels.in_turn(num, config.conditional, spec)
+        how = (told.get("label"), config.temperature, config.top_p)
         codes = net.apply({"params": params["transformer"]}, rng, num, *how, method="draw")
         tokens = jnp.argmax(codes, axis=-1).reshape(num, *spec.event_shape)
         x = tokens.astype(jnp.int32 if spec.support == "tokens" else jnp.float32)
-        return {"x": x} | ({} if label is None else {"label": label})
+        return {"x": x} | told
 
     return Model(
         init=init,

@@ -10,10 +10,9 @@ import dataclasses
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from dgm_jax import likelihoods, objectives
-from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
+from dgm_jax import labels, likelihoods, objectives
+from dgm_jax.core import Batch, DataSpec, Model, Params, UserError, row_weight
 from dgm_jax.distributions import gaussian_kl_to_standard, gaussian_log_prob
 from dgm_jax.draws import Draws
 from dgm_jax.latent_variable import latent_variable_model
@@ -45,7 +44,7 @@ class Config:
       beta: weight of the rate (of the total correlation in `tcvae`); 1 gives a bound on log p(x).
       alpha: order of the Rényi bound.
       free_nats: λ of `free_bits`, nats per latent.
-      mmd_weight: λ of `infovae`.
+      mmd_weight: of `infovae`: of the divergence, beside the rate (see `objectives.infovae`).
       conditional: encoder and decoder are told the label: a model of p(x | label).
     """
 
@@ -125,8 +124,7 @@ def _check_pairs(config: Config, spec: DataSpec) -> None:
         )
     if prior == "vamp" and config.conditional:
         raise UserError("model.prior='vamp' has pseudo-inputs without labels: not conditional")
-    if config.conditional and not spec.num_classes:
-        raise UserError("model.conditional=True: these data have no labels")
+    labels.check(config.conditional, spec)
 
 
 class Net(nn.Module):
@@ -196,9 +194,7 @@ class Net(nn.Module):
         return self.posterior(self.encoder(x, self._one_hot(label)))
 
     def _one_hot(self, label: jax.Array | None) -> jax.Array | None:
-        if not self.config.conditional:
-            return None
-        return jax.nn.one_hot(label, self.spec.num_classes)
+        return labels.one_hot(label, self.config.conditional, self.spec)
 
 
 def build(config: Config, spec: DataSpec) -> Model:
@@ -245,7 +241,7 @@ def build(config: Config, spec: DataSpec) -> Model:
             rate=gaussian_kl_to_standard(*context) if closed else None,
             log_posterior_pairs=log_posterior_pairs,
             draw_prior=lambda: vae.draw_prior(prior_rng, len(x)),
-            weight=jnp.where(batch["mask"], 1.0, 0.0) if "mask" in batch else jnp.ones(len(x)),
+            weight=row_weight(batch),
             num_examples=spec.num_examples,
         )
 
@@ -267,14 +263,14 @@ def build(config: Config, spec: DataSpec) -> Model:
     def draw_joint(params: Params, rng: jax.Array, num: int) -> tuple[jax.Array, dict]:
         vae = bind(params)
         z_rng, x_rng = jax.random.split(rng)
-        # A conditional model draws the classes in turn.
-        label = jnp.arange(num) % spec.num_classes if config.conditional else None
+        told = labels.in_turn(num, config.conditional, spec)
+        label = told.get("label")
         z = vae.draw_prior(z_rng, num)
         if config.window:
             samples = {"x": vae.draw_in_turn(x_rng, z, label)}
         else:
             samples = likelihoods.draw(likelihood, x_rng, vae.outputs(z, label), spec)
-        return z, samples | ({} if label is None else {"label": label})
+        return z, samples | told
 
     return latent_variable_model(
         "vae",

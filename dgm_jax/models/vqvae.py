@@ -18,7 +18,17 @@ import jax
 import jax.numpy as jnp
 
 from dgm_jax import likelihoods
-from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
+from dgm_jax.core import (
+    Aux,
+    Batch,
+    DataSpec,
+    Model,
+    Params,
+    Player,
+    UserError,
+    masked_mean,
+    row_weight,
+)
 from dgm_jax.nn import attention, networks, quantise
 from dgm_jax.nn.autoregressive import AutoregressiveCategorical, AutoregressiveTransformer
 from dgm_jax.nn.conv import halvings
@@ -200,14 +210,17 @@ def build(config: Config, spec: DataSpec) -> Model:
         return net.bind({"params": params["vqvae"]["net"]})
 
     def init(rng: jax.Array, batch: Batch) -> Params:
-        """A codebook starts as vectors of the batch: an entry far from all would stay unused."""
+        """A codebook starts as vectors of the batch: an entry far from all would stay unused.
+
+        So would the second of two that are the same one.
+        """
         likelihoods.refuse_outside_support(batch["x"], spec)
         net_rng, prior_rng, code_rng = jax.random.split(rng, 3)
         params = {"vqvae": {"net": net.init(net_rng, batch["x"][:1])["params"]}}
         one_hot = jnp.zeros((1, prior.num, size))
         params["prior"] = prior.init(prior_rng, one_hot, method="log_prob")["params"]
         v = bind(params).vectors(batch["x"]).reshape(-1, dim)
-        start = jax.random.choice(code_rng, v, (size,))
+        start = jax.random.choice(code_rng, v, (size,), replace=len(v) < size)
         if config.quantiser == "gradient":
             params["vqvae"]["codebook"] = start
         if config.quantiser == "ema":
@@ -255,7 +268,7 @@ def build(config: Config, spec: DataSpec) -> Model:
             cost += config.commitment * jnp.sum((v - hold(z)) ** 2, axis=(1, 2))
         if config.quantiser == "gradient":
             cost += jnp.sum((hold(v) - z) ** 2, axis=(1, 2))
-        weight = jnp.where(batch["mask"], 1.0, 0.0) if "mask" in batch else jnp.ones(len(v))
+        weight = row_weight(batch)
         state = None
         if config.quantiser == "ema":
             state = quantise.ema_update(params["state"], v, index, weight, config.ema_decay)

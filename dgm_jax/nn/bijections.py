@@ -20,7 +20,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax.nn.conv import Conv, ResidualBlock
+from dgm_jax.core import sum_event
+from dgm_jax.nn.conv import Conv, ResidualBlock, from_patches, to_patches
 from dgm_jax.nn.mlp import ACTIVATIONS, MLP, MaskedMLP
 from dgm_jax.nn.precision import Dense
 from dgm_jax.nn.transforms import Mapped, Transform
@@ -192,7 +193,7 @@ class Coupling(nn.Module):
             return self.net(kept, context, math.prod(shape)).reshape(*x.shape[:-1], *shape)
 
         y, log_slope = couple(x, num_kept, self.transform, parameters_of, inverse)
-        return y, _sum_event(log_slope)
+        return y, sum_event(log_slope)
 
 
 class Autoregressive(nn.Module):
@@ -254,13 +255,13 @@ class MultiScale(nn.Module):
         contexts = [context] * len(self.levels)
         if context is not None:
             for i in range(len(contexts)):
-                contexts[i] = context = squeeze(context)
+                contexts[i] = context = to_patches(context, 2)
         return self._to_image(x, contexts) if inverse else self._to_vector(x, contexts)
 
     def _to_vector(self, x: jax.Array, contexts: list[jax.Array | None]) -> Mapped:
         total, done = jnp.zeros(len(x), x.dtype), []
         for i, (level, context) in enumerate(zip(self.levels, contexts, strict=True)):
-            x, log_det = level(squeeze(x), context)
+            x, log_det = level(to_patches(x, 2), context)
             total += log_det
             if i < len(self.levels) - 1:
                 x, half = jnp.split(x, 2, axis=-1)
@@ -278,24 +279,5 @@ class MultiScale(nn.Module):
             part = part.reshape(shape)
             x = part if x is None else jnp.concatenate([x, part], axis=-1)
             x, log_det = self.levels[i](x, contexts[i], inverse=True)
-            x, total = unsqueeze(x), total + log_det
+            x, total = from_patches(x, 2), total + log_det
         return x, total
-
-
-def squeeze(x: jax.Array) -> jax.Array:
-    """`[B, H, W, C]` -> `[B, H / 2, W / 2, 4 C]`: each 2 x 2 pixels as channels."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
-    return jnp.moveaxis(x, 2, 3).reshape(batch, height // 2, width // 2, 4 * channels)
-
-
-def unsqueeze(x: jax.Array) -> jax.Array:
-    """The inverse of `squeeze`."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height, width, 2, 2, channels // 4)
-    return jnp.moveaxis(x, 3, 2).reshape(batch, 2 * height, 2 * width, channels // 4)
-
-
-def _sum_event(values: jax.Array) -> jax.Array:
-    """`[B, ...]` -> `[B]`."""
-    return jnp.sum(values.reshape(len(values), -1), axis=1)

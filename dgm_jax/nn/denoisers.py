@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dgm_jax import labels
 from dgm_jax.core import DataSpec, UserError
 from dgm_jax.nn import attention, networks
 from dgm_jax.nn.attention import Block, Modulated, grid_positions, rotary_angles
@@ -89,8 +90,7 @@ def check(config: Config, spec: DataSpec) -> None:
         attention.check(config.channels[-1], config.heads, 2, ("channels[-1]", "heads"))
     if config.network == "dit":
         attention.check(config.width, config.heads, 2)
-    if config.conditional and not spec.num_classes:
-        raise UserError("model.conditional=True: these data have no labels")
+    labels.check(config.conditional, spec)
     if not 0 <= config.label_dropout < 1:
         raise UserError(
             f"model.label_dropout={config.label_dropout}: must be at least 0 and below 1"
@@ -212,26 +212,11 @@ def spread_normal(rng: jax.Array, num: int) -> jax.Array:
     return jax.scipy.special.ndtri(jnp.clip(spread_times(rng, num), 1e-6, 1 - 1e-6))
 
 
-def beside(times: jax.Array, x: jax.Array) -> jax.Array:
-    """`times` `[B]` with axes of length 1 behind, to be multiplied with `x` `[B, *event]`."""
-    return jnp.expand_dims(times, range(1, x.ndim))
-
-
-def one_hot(label: jax.Array | None, config: Config, spec: DataSpec) -> jax.Array | None:
-    """What the network is told of a label `[B]`; None of a model without labels."""
-    return jax.nn.one_hot(label, spec.num_classes) if config.conditional else None
-
-
 def dropped(label: jax.Array | None, rng: jax.Array, rate: float) -> jax.Array | None:
     """One-hot labels `[B, C]`, each with probability `rate` zeros."""
     if label is None:
         return None
     return label * jax.random.bernoulli(rng, 1 - rate, (len(label), 1))
-
-
-def in_turn(num: int, config: Config, spec: DataSpec) -> dict[str, jax.Array]:
-    """The labels of `num` samples, each class in turn; empty of a model without labels."""
-    return {"label": jnp.arange(num) % spec.num_classes} if config.conditional else {}
 
 
 # (x [B, *event], time [B], label one-hot or None) -> like x

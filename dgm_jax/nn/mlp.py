@@ -66,7 +66,7 @@ class MaskedMLP(nn.Module):
         degrees = np.arange(1, self.num + 1)
         h, before = x, np.repeat(degrees, self.inputs)
         for i, width in enumerate(self.hidden):
-            after = np.arange(width) % max(1, self.num - 1) + 1
+            after = _spread(width, max(1, self.num - 1))
             h = self._masked_dense(f"hidden_{i}", h, before[:, None] <= after[None])
             if i == 0 and context is not None:
                 h += Dense(width, use_bias=False)(context)
@@ -82,3 +82,14 @@ class MaskedMLP(nn.Module):
         kernel = self.param(f"{name}_kernel", nn.initializers.lecun_normal(), mask.shape)
         bias = self.param(f"{name}_bias", nn.initializers.zeros, mask.shape[1:])
         return product(jnp.matmul, h, kernel * mask) + jnp.expand_dims(bias, range(h.ndim - 1))
+
+
+def _spread(width: int, highest: int) -> np.ndarray:
+    """Degrees of `width` units, from 1 to `highest`: int `[width]`.
+
+    All in turn; of fewer units in even steps, so that the last output still sees all variables
+    before it, and others may miss those since the last step.
+    """
+    if width >= highest:
+        return np.arange(width) % highest + 1
+    return np.round(np.linspace(1, highest, width)).astype(int)

@@ -91,7 +91,7 @@ class Decoder(nn.Module):
       kind: one of `KINDS`.
       widths: of dense layers, or channels of convolutional stages, the coarsest first.
       activation: see `check`.
-      likelihood: one of `likelihoods.LIKELIHOODS`.
+      likelihood: one of `likelihoods.LIKELIHOODS`, or None, as in `Head`.
       spec: of the data.
       grid: of `conv`: the latents are a vector for each position, as in `ConvDecoder`.
     """
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
     kind: str
     widths: tuple[int, ...]
     activation: str
-    likelihood: str
+    likelihood: str | None
     spec: DataSpec
     grid: bool = False
 
@@ -215,17 +215,20 @@ class Head(nn.Module):
     """The last layer of a decoder, its bias from the data's mean (Burda et al. 2016).
 
     Features `[..., F]` of the whole, or `[..., H · W, F]` of each pixel where `per_pixel`, -> the
-    likelihood's parameters `[..., D, P]`.
+    likelihood's parameters `[..., D, P]`; without a likelihood x / scale itself, `[..., D, 1]`.
     """
 
-    likelihood: str
+    likelihood: str | None
     spec: DataSpec
     per_pixel: bool = False
 
     @nn.compact
     def __call__(self, h: jax.Array, pixel: jax.Array | None = None) -> jax.Array:
         """Parameters of p(x | z); of one `pixel` alone, with its features, `[..., C, P]`."""
-        initial = likelihoods.LIKELIHOODS[self.likelihood]().initial(self.spec.mean.ravel())
+        if self.likelihood is None:
+            initial = self.spec.unit_mean.reshape(-1, 1)
+        else:
+            initial = likelihoods.LIKELIHOODS[self.likelihood]().initial(self.spec.mean.ravel())
         # Flat, as biases are: the optimizer does not decay arrays of one dimension.
         bias = self.param("bias", lambda key: jnp.asarray(initial.ravel(), jnp.float32))
         lead = h.shape[: -2 if self.per_pixel and pixel is None else -1]

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax.nn.denoisers import beside
+from dgm_jax.core import beside
 
 SCHEDULES = ("linear", "monotone", "cosine", "karras")
 
@@ -59,9 +59,14 @@ class Schedule(nn.Module):
         low, high = self.ends[0], self.ends[0] + jnp.exp(self.ends[1])
         if self.kind == "linear":
             return low + (high - low) * t
-        if self.kind == "cosine":  # α = cos of an angle (Nichol & Dhariwal 2021)
-            first, last = jnp.arctan(jnp.exp(low / 2)), jnp.arctan(jnp.exp(high / 2))
-            return 2 * jnp.log(jnp.tan(first + (last - first) * t))
+        if self.kind == "cosine":  # α = cos of an angle, σ = its sine (Nichol & Dhariwal 2021)
+            # The cosine as the complement's sine: near π / 2 the angle alone is lost to rounding.
+            angle, complement = (
+                (1 - t) * jnp.arctan(jnp.exp(sign * low / 2))
+                + t * jnp.arctan(jnp.exp(sign * high / 2))
+                for sign in (1, -1)
+            )
+            return 2 * (jnp.log(jnp.sin(angle)) - jnp.log(jnp.sin(complement)))
         if self.kind == "karras":  # σ/α to the power 1/ρ is linear (Karras et al. 2022, eq. 5)
             first, last = jnp.exp(low / 2 / _RHO), jnp.exp(high / 2 / _RHO)
             return 2 * _RHO * jnp.log(first + (last - first) * t)

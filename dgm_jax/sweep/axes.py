@@ -46,6 +46,10 @@ class Uniform(NamedTuple):
         """What Optuna calls a value."""
         return value
 
+    def contains(self, value: Any) -> bool:
+        """Whether it may be drawn."""
+        return isinstance(value, float) and self.low <= value <= self.high
+
 
 class Choice(NamedTuple):
     """One of some values, each as likely."""
@@ -63,6 +67,10 @@ class Choice(NamedTuple):
     def key(self, value: Any) -> int:
         """What Optuna calls a value."""
         return self.values.index(value)
+
+    def contains(self, value: Any) -> bool:
+        """Whether it may be drawn."""
+        return value in self.values
 
 
 Distribution = Uniform | Choice

@@ -5,16 +5,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dgm_jax import interruption
 from dgm_jax.core import UserError
-from dgm_jax.interruption import TRY_AGAIN
+from dgm_jax.interruption import TRY_AGAIN, Interrupted
 from dgm_jax.progress import Progress, say
 
 # Seconds; clusters kill what is left of a job they take away after KillWait, 30 s by default.
 _KILL_WAIT = 600
+# Seconds between two looks at a cluster's queue: it answers everybody.
+_PAUSE = 15.0
 
 
 class Job:
@@ -43,21 +47,59 @@ class Job:
         return DelayedSubmission(self)
 
 
-def run(folder: Path, programs: Sequence[int], launcher: str) -> None:
-    """Submit a job for each program and wait until all have ended.
+class StoppedWaiting(Interrupted):
+    """Told to stop while jobs were waited for; says what becomes of them."""
+
+    def __init__(self, signum: int, text: str) -> None:
+        """Stopped by signal number `signum`."""
+        super().__init__(signum, step=0)
+        self.args = (f"{signal.Signals(signum).name}: {text}",)
+
+
+def run(folder: Path, unfinished: Callable[[], list[int]], launcher: str) -> None:
+    """Submit a job for each program that is not finished and wait until all have ended.
+
+    A cluster's jobs outlive the command that waits for them: those of an earlier one are waited for
+    before any is submitted. Processes of this machine are stopped with it.
 
     Args:
       folder: of the sweep; logs go to `jobs` in it.
-      programs: their numbers.
+      unfinished: tells the numbers of the programs that are not finished.
       launcher: `local`, processes of this machine side by side, or `slurm`, an array of jobs;
         with submitit's parameters behind it: `slurm;slurm_partition=gpu;gpus_per_node=1`.
 
     Raises:
-      UserError: submitit is not installed, an option is none of its, or jobs have failed; says
-        where their logs are.
+      UserError: submitit is not installed, an option is none of its, the jobs are refused, or have
+        failed; says where their logs are.
+      StoppedWaiting: SIGTERM or Ctrl-C came.
     """
-    if not programs:
+    if not unfinished():
         return
+    logs = folder.absolute() / "jobs"
+    executor, on_cluster = _executor(launcher, logs), launcher.startswith("slurm")
+    with interruption.noted() as asked_to_stop:
+        if on_cluster and (earlier := _in_the_queue(_known(logs))):
+            say(f"waiting     for {len(earlier)} jobs of an earlier command, logs in {logs}")
+            _wait(earlier, _in_the_queue, asked_to_stop, _PAUSE)
+        jobs, programs = [], [] if asked_to_stop() else unfinished()
+        if programs:
+            with _refused(launcher), executor.batch():
+                jobs = [executor.submit(Job(folder.absolute(), i)) for i in programs]
+            say(f"submitted   {len(jobs)} jobs, first {jobs[0].job_id}, logs in {logs}")
+            if on_cluster:
+                _wait({job.job_id for job in jobs}, _in_the_queue, asked_to_stop, _PAUSE)
+            else:
+                _wait(set(jobs), _running, asked_to_stop)
+        if signum := asked_to_stop():
+            left = _in_the_queue(_known(logs)) if on_cluster else _stop(jobs)
+            raise StoppedWaiting(signum, _what_goes_on(left, on_cluster, logs))
+    if failed := unfinished():
+        names = ", ".join(job.job_id for i, job in zip(programs, jobs, strict=True) if i in failed)
+        raise UserError(f"{len(failed)} of {len(jobs)} jobs failed ({names}): see {logs}")
+
+
+def _executor(launcher: str, logs: Path) -> Any:
+    """What submits jobs."""
     try:
         import submitit
     except ImportError as error:
@@ -66,26 +108,68 @@ def run(folder: Path, programs: Sequence[int], launcher: str) -> None:
     cluster, _, options = launcher.partition(";")
     if cluster not in ("local", "slurm"):
         raise UserError(f"--launcher={launcher!r}: choose local or slurm")
-    logs = folder.absolute() / "jobs"
-    try:
+    with _refused(launcher):
         executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
         # submitit's own limit would be five minutes.
         executor.update_parameters(**{"timeout_min": 24 * 60, **_parse(options)})
+    return executor
+
+
+@contextmanager
+def _refused(launcher: str) -> Iterator[None]:
+    """What submitit and sbatch have against a launcher, in one line."""
+    try:
+        yield
     except (NameError, TypeError, RuntimeError) as error:
-        raise UserError(f"--launcher={launcher!r}: {error}") from error
-    with executor.batch():
-        submitted = [executor.submit(Job(folder.absolute(), i)) for i in programs]
-    say(f"submitted   {len(submitted)} jobs, first {submitted[0].job_id}, logs in {logs}")
-    with Progress("jobs", len(submitted)) as progress:
-        done = 0
-        while done < len(submitted):
-            time.sleep(2.0)
-            now = sum(job.done() for job in submitted)
-            progress.advance(now - done)
-            done = now
-    if failed := [job for job in submitted if job.exception() is not None]:
-        names = ", ".join(str(job.job_id) for job in failed)
-        raise UserError(f"{len(failed)} of {len(submitted)} jobs failed ({names}): see {logs}")
+        raise UserError(f"--launcher={launcher!r}: {' '.join(str(error).split())}") from error
+
+
+def _wait(
+    jobs: set, living: Callable[[set], set], stop: Callable[[], Any], pause: float = 1.0
+) -> None:
+    """Wait until none of `jobs` is living, or told to stop; look every `pause` seconds."""
+    due = interruption.every(pause)
+    with Progress("jobs", len(jobs)) as progress:
+        while jobs and not stop():
+            time.sleep(1.0)
+            if due():
+                before, jobs = len(jobs), living(jobs)
+                progress.advance(before - len(jobs))
+
+
+def _running(jobs: set) -> set:
+    return {job for job in jobs if not job.done()}
+
+
+def _known(logs: Path) -> set[str]:
+    """Ids of all jobs that were ever submitted, of which submitit leaves files."""
+    ending = "_submitted.pkl"
+    return {path.name.removesuffix(ending) for path in logs.glob(f"*{ending}")}
+
+
+def _in_the_queue(ids: set[str]) -> set[str]:
+    """Those of the jobs that wait or run; all, while the cluster does not answer."""
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+    answer = subprocess.run(command, check=False, capture_output=True, text=True)
+    return ids if answer.returncode else ids & set(answer.stdout.split())
+
+
+def _stop(jobs: Sequence[Any]) -> set:
+    """Stop processes of this machine; those that, begun in the background, do not hear of it."""
+    for job in jobs:
+        job.cancel()
+    _wait(set(jobs), _running, interruption.every(5.0))
+    return _running(jobs)
+
+
+def _what_goes_on(left: set, on_cluster: bool, logs: Path) -> str:
+    if not left:
+        return "the same command goes on from the last checkpoint"
+    text = f"{len(left)} jobs go on, with logs in {logs}"
+    if not on_cluster:
+        return text
+    ids = " ".join(sorted({name.partition("_")[0] for name in left}))
+    return f"{text}; the same command waits for them, and scancel {ids} ends them"
 
 
 def _parse(options: str) -> dict[str, Any]:

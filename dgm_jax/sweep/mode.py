@@ -40,6 +40,8 @@ def sweep_mode(
         search.search(folder, config, axes.parse_search(grid, config), trials, launcher)
         return
     if config is None:
+        if grid is not None:
+            raise UserError("--sweep needs --config; without both, the sweep in --workdir goes on")
         config, members = run.read_about(folder)
     else:
         members = configs.load_sweep(config_file) if grid is None else axes.parse(grid, config)

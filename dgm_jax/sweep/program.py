@@ -21,10 +21,10 @@ from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.experiment import Experiment, prepare, training_arrays
 from dgm_jax.interruption import Interrupted
 from dgm_jax.progress import Progress, say
-from dgm_jax.train import refuse_non_finite
+from dgm_jax.train import NonFiniteError, refuse_non_finite
 from dgm_jax.train_state import TrainState
 from dgm_jax.train_step import Metrics, init_state, train_steps
-from dgm_jax.workdir import Workdir
+from dgm_jax.workdir import Workdir, write_json
 
 Numbers = dict[str, np.ndarray]  # float32 [M] by dotted path
 
@@ -82,7 +82,9 @@ def train(
 ) -> list[Outcome]:
     """Train members of one program from its newest checkpoint, or from the start, to the end.
 
-    A member that diverges stays as it was before the dispatch in which it did; the others go on.
+    A member that diverges stays as it was before the dispatch in which it did, one that is not
+    finite on the validation split as it was then; the others go on. Who has failed by the time of
+    a checkpoint is in the work directories: the checkpoint does not say it.
 
     Args:
       members: configs of one `group`.
@@ -107,34 +109,34 @@ def train(
     if restored is not None:
         state = restored
         say(f"resumed     {title} from step {int(state.step.max()):,}")
-    steps = np.asarray(state.step)[: len(members)]
-    done = first = int(steps.max())
+    done = first = int(state.step.max())
     checkpoints.tidy(first)
     log = _Log(experiment, workdirs, first, title)
-    for i in np.flatnonzero(steps < first):
-        log.failures[i] = f"diverged after step {steps[i]:,}, before the program was interrupted"
     validate = _compile_validation(experiment, members)
     every = {name: experiment.steps(name) for name in ("validate_every", "checkpoint_every")}
     overdue = interruption.every(60 * experiment.config.train.checkpoint_minutes)
     with interruption.noted() as asked_to_stop:
         try:
             for step in range(first, experiment.num_steps, experiment.steps_per_dispatch):
-                state, measured, finite = run_steps(state, arrays)
+                state, measured, finite = run_steps(state, arrays, log.going(len(state.step)))
                 done = step + experiment.steps_per_dispatch
-                last, signum = done == experiment.num_steps, asked_to_stop()
+                last = done == experiment.num_steps
                 log.dispatch(done, *jax.device_get((measured, finite)))
                 if validate is not None and (done % every["validate_every"] == 0 or last):
                     log.validation(done, validate(state, [config.seed for config in members]))
                 if None not in log.failures:  # nothing left to train
                     break
+                # Only now: while metrics were waited for it may have come.
+                signum = asked_to_stop()
                 if done % every["checkpoint_every"] == 0 or last or signum or overdue():
+                    log.keep_failures()
                     checkpoints.save(state)
                 if signum:
                     break
         finally:
             checkpoints.close()
             log.close()
-        if signum := asked_to_stop():
+        if None in log.failures and (signum := asked_to_stop()):
             raise Interrupted(signum, done)
     state = jax.device_get(state)
     own = [jax.tree.map(lambda a, i=i: np.asarray(a[i]), state) for i in range(len(members))]
@@ -142,7 +144,11 @@ def train(
 
 
 def compile_members(experiment: Experiment, members: Sequence[ConfigDict]) -> tuple:
-    """The first state of all members, K updates of each as one jitted function, and its data."""
+    """The first state of all members, K updates of each as one jitted function, and its data.
+
+    The function takes the state, the data, and which members go on, bool `[M]`, M with the
+    padding; all, where it is left out.
+    """
     # The devices share the members equally: copies of the last fill up the last share.
     mesh = experiment.mesh
     padded = [*members, *[members[-1]] * (-len(members) % mesh.size)]
@@ -173,11 +179,15 @@ def compile_members(experiment: Experiment, members: Sequence[ConfigDict]) -> tu
         finite = jnp.isfinite(optax.tree.norm(after.params))
         for values in measured.values():
             finite &= jnp.isfinite(values).all()
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
-        return kept, measured, finite
+        return after, measured, finite
 
-    def run_steps(state: TrainState, arrays: Any) -> tuple[TrainState, Metrics, jax.Array]:
-        return jax.vmap(steps_of_one, (0, 0, None))(numbers, state, arrays)
+    def run_steps(
+        state: TrainState, arrays: Any, going: jax.Array | bool = True
+    ) -> tuple[TrainState, Metrics, jax.Array]:
+        after, measured, finite = jax.vmap(steps_of_one, (0, 0, None))(numbers, state, arrays)
+        keep = jax.vmap(lambda good, new, old: jnp.where(good, new, old))
+        kept = jax.tree.map(lambda new, old: keep(finite & going, new, old), after, state)
+        return kept, measured, finite
 
     state = jax.jit(jax.vmap(initial), out_shardings=by_member)(numbers, seeds)
     run = jax.jit(run_steps, donate_argnums=0, out_shardings=by_member)
@@ -205,16 +215,18 @@ def _compile_validation(experiment: Experiment, members: Sequence[ConfigDict]) -
 
 
 class _Log:
-    """Writes each member's rows, notes which have diverged, and shows progress."""
+    """Writes each member's rows, notes which have failed, and shows progress."""
 
     def __init__(
         self, experiment: Experiment, workdirs: Sequence[Workdir], step: int, title: str
     ) -> None:
-        self._experiment = experiment
+        self._experiment, self._workdirs = experiment, workdirs
         self._writers = [writers.Writer(w.metrics, w.tensorboard, step) for w in workdirs]
-        self.failures: list[str | None] = [None] * len(workdirs)
-        rows = [row for row in writers.read(workdirs[0].metrics) if "seconds" in row]
-        last = rows[-1] if rows else {"seconds": 0.0, "cpu_seconds": 0.0}
+        self.failures = [w.load_failure() if w.failure.exists() else None for w in workdirs]
+        # Of all: those of a member that failed end early.
+        rows = [row for w in workdirs for row in writers.read(w.metrics) if "seconds" in row]
+        none = {"seconds": 0.0, "cpu_seconds": 0.0}
+        last = max(rows, key=lambda row: row["seconds"], default=none)
         self.seconds = {"training": last["seconds"], "training_cpu": last["cpu_seconds"]}
         self._mark = time.monotonic(), time.process_time()
         self._progress = Progress(title, experiment.num_steps, start=step)
@@ -230,14 +242,16 @@ class _Log:
         examples_per_second = num * steps * config.train.batch_size / elapsed
         losses = []
         for i, writer in enumerate(self._writers):
+            if self.failures[i] is not None:
+                continue
             own = {name: values[i] for name, values in measured.items()}
             try:
                 refuse_non_finite(step, steps, own)
-                if not finite[i]:
-                    raise UserError(f"a parameter is not finite after step {step:,}")
-            except UserError as error:
-                self.failures[i] = self.failures[i] or str(error)
-            if self.failures[i] is not None:
+            except NonFiniteError as error:  # its text advises what a sweep does not have
+                self.failures[i] = f"{error.what} not finite at step {error.step:,}"
+                continue
+            if not finite[i]:
+                self.failures[i] = f"a parameter is not finite after step {step:,}"
                 continue
             row = {name: float(np.mean(values)) for name, values in own.items()}
             losses += [value for name, value in row.items() if name.endswith("/loss")]
@@ -250,15 +264,31 @@ class _Log:
         self._progress.advance(
             steps,
             f"{num} members  {examples_per_second:,.0f} examples/s  {losses}"
-            + (f"  {stopped} diverged" if stopped else ""),
+            + (f"  {stopped} failed" if stopped else ""),
         )
 
     def validation(self, step: int, found: list[dict[str, np.ndarray]]) -> None:
-        """A row of validation means for each member that has not diverged."""
+        """A row of validation means for each member that has not failed."""
         for i, (writer, per_example) in enumerate(zip(self._writers, found, strict=True)):
-            if self.failures[i] is None:
-                means = {f"validation/{name}": float(v.mean()) for name, v in per_example.items()}
-                writer.write(step, means)
+            if self.failures[i] is not None:
+                continue
+            try:
+                means = passes.summarise(per_example, num_samples=1)
+            except UserError as error:
+                self.failures[i] = f"validation after step {step:,}: {error}"
+            else:
+                writer.write(step, {f"validation/{n}": m.value for n, m in means.items()})
+
+    def going(self, num: int) -> np.ndarray:
+        """Which members have not failed: bool `[num]`, the last repeated for the padding."""
+        there = [failure is None for failure in self.failures]
+        return np.pad(there, (0, num - len(there)), mode="edge")
+
+    def keep_failures(self) -> None:
+        """Write to the work directories who has failed, and why."""
+        for workdir, failure in zip(self._workdirs, self.failures, strict=True):
+            if failure is not None:
+                write_json(workdir.failure, {"failure": failure})
 
     def close(self) -> None:
         """Close the files and the bar."""

@@ -73,7 +73,7 @@ def write(
     pictures += [
         _against(folder / f"by_{short[path]}.png", rows, path, names)
         for path in short
-        if path != "seed" and len({row.member[path] for row in rows}) > 1
+        if names and path != "seed" and len({row.member[path] for row in rows}) > 1
     ]
     say(f"in {folder}: sweep.csv, sweep.md, {', '.join(p.name for p in pictures)}, members/")
 
@@ -91,8 +91,8 @@ def _read(member: Member, path: Path) -> Row:
 def _shown(rows: Iterable[Row]) -> list[str]:
     """Metrics that every finished member has, without the single points of a curve."""
     found = [row.metrics for row in rows if row.metrics]
-    names = found[0] if found else {}
-    return [n for n in names if all(n in f for f in found) and not re.search(r"_\d+$", n)]
+    names = [name for name in (found[0] if found else {}) if all(name in f for f in found)]
+    return [n for n in names if not re.fullmatch(r"importance_weighted_bound_\d+", n)]
 
 
 def _write_csv(path: Path, rows: Sequence[Row], short: Mapping[str, str]) -> None:
@@ -213,9 +213,9 @@ def _learning_curves(path: Path, rows: Sequence[Row], short: Mapping[str, str]) 
     if ends:
         low, high = np.percentile(ends, [2, 98])
         panel.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+        panel.legend(fontsize=7)
     panel.set(xlabel="step")
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=7)
     figure.savefig(path)
     return path
 
@@ -244,7 +244,7 @@ def _rate_distortion(path: Path, rows: Sequence[Row], short: Mapping[str, str]) 
 def _against(path: Path, rows: Sequence[Row], field: str, names: Sequence[str]) -> Path:
     """Each metric against one swept field, a point for each member."""
     columns = min(len(names), 4)
-    height = -(-len(names) // max(columns, 1))
+    height = -(-len(names) // columns)
     figure = Figure(figsize=(3 * columns, 2.6 * height), dpi=150, layout="constrained")
     values = [row.member[field] for row in rows]
     real = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)

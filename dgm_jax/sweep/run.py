@@ -44,15 +44,19 @@ def run_sweep(
         raise UserError(f"--program={only}: this sweep has the programs 0 to {len(groups) - 1}")
     _claim(folder, config, members)
     largest = max(len(chosen) for chosen in groups)
-    sharding.share_cores(largest, config.train.batch_size, config.eval.batch_size)
+    batch_sizes = {size for c in each for size in (c.train.batch_size, c.eval.batch_size)}
+    sharding.share_cores(largest, *batch_sizes)
     sizes = ", ".join(str(len(chosen)) for chosen in groups)
     say(f"sweep       {len(each)} members, {sizes} to a program, {jax.device_count()} devices")
     wanted = range(len(groups)) if only is None else [only]
-    left = [i for i in wanted if not all(workdirs[j].finished for j in groups[i])]
+
+    def left() -> list[int]:
+        return [i for i in wanted if not all(workdirs[j].finished for j in groups[i])]
+
     if launcher is not None:
         jobs.run(folder, left, launcher)
     else:
-        for i in left:
+        for i in left():
             _run_program(
                 [each[j] for j in groups[i]],
                 [workdirs[j] for j in groups[i]],
@@ -138,7 +142,7 @@ def _finish_all(
             key = repr(config.model)
             if key not in evaluations:
                 evaluations[key] = _compile_evaluation(config, dataset)
-            if not workdir.finished:
+            if not workdir.results.exists():
                 _finish(config, workdir, dataset, outcome, evaluations[key])
             progress.advance(1, workdir.path.name)
 
@@ -161,14 +165,18 @@ def _finish(
     checkpoints = Checkpoints(workdir.checkpoints)
     checkpoints.save(state)
     checkpoints.close()
-    if outcome.failure is not None:
-        say(f"{workdir.path.name}: {outcome.failure}")
-        write_json(workdir.failure, {"failure": outcome.failure})
+    failure, began = outcome.failure, time.monotonic()
+    if failure is None:
+        # Once, not for every batch.
+        params = jax.device_put(state.eval_params, sharding.replicated(sharding.make_mesh()))
+        try:
+            found = evaluate(params, config.seed)
+        except UserError as error:
+            failure = f"test split: {error}"
+    if failure is not None:
+        say(f"{workdir.path.name}: {failure}")
+        write_json(workdir.failure, {"failure": failure})
         return
-    began = time.monotonic()
-    # Once, not for every batch.
-    params = jax.device_put(state.eval_params, sharding.replicated(sharding.make_mesh()))
-    found = evaluate(params, config.seed)
     seconds = {**outcome.seconds, "evaluation": time.monotonic() - began}
     model = models.build(config.model, dataset.spec)
     trained = Trained(config, model, state.eval_params, dataset.spec, int(state.step))

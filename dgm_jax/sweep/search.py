@@ -61,23 +61,26 @@ def search(
         part = folder / f"round-{i}"
         asked = [study.ask() for _ in range(num_members)]
         proposed = [{p: range_.suggest(trial, p) for p, range_ in over.items()} for trial in asked]
+        # Of a few values the sampler may propose the same twice: it is trained once.
+        own = [m for j, m in enumerate(proposed) if m not in proposed[:j]]
+        places = [own.index(member) for member in proposed]
         if (part / "sweep.json").exists():  # of an earlier call; the sampler hears of it the same
             earlier = read_about(part)[1]
-            if len(earlier) != num_members or any(m.keys() != over.keys() for m in earlier):
+            if len(earlier) != len(own) or not all(_lies_in(member, over) for member in earlier):
                 raise UserError(f"{part} is of another search: choose another --workdir")
-            proposed = earlier
-        run_sweep(part, config, proposed, launcher)
-        own = [w.path for w in workdirs_of(part, axes.complete(config, proposed))]
-        for trial, member, path in zip(asked, proposed, own, strict=True):
+            own = earlier
+        run_sweep(part, config, own, launcher)
+        there = [w.path for w in workdirs_of(part, axes.complete(config, own))]
+        for trial, place in zip(asked, places, strict=True):
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            if (value := _elbo(path)) is not None:
-                study.add_trial(_finished(member, over, value))
-        members, paths = [*members, *proposed], [*paths, *own]
+            if (value := _elbo(there[place])) is not None:
+                study.add_trial(_finished(own[place], over, value))
+        members, paths = [*members, *own], [*paths, *there]
     report.write(folder, members, paths, config)
     values = {path: _elbo(path) for path in paths}
     reached = {path: value for path, value in values.items() if value is not None}
     if not reached:
-        raise UserError("every trial has diverged: lower the ranges")
+        raise UserError("every trial has failed (see sweep.md): lower the ranges")
     best = max(reached, key=reached.get)
     say(f"best        {best}: {_METRIC} {reached[best]:.3f} nats")
 
@@ -87,6 +90,11 @@ def _numbers(trials: str) -> tuple[int, int]:
     if not (rounds.isdigit() and members.isdigit() and int(rounds) and int(members)):
         raise UserError(f"--trials={trials!r}: write rounds and members of each, such as 4x8")
     return int(rounds), int(members)
+
+
+def _lies_in(member: Member, over: Mapping[str, Distribution]) -> bool:
+    """Whether a search over these ranges may have proposed a member."""
+    return member.keys() == over.keys() and all(over[p].contains(v) for p, v in member.items())
 
 
 def _finished(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from dgm_jax import sharding
+from dgm_jax import processes, sharding
 from dgm_jax.core import DataSpec, Latents, Model
 from dgm_jax.data import dataset as data
 from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
@@ -78,6 +78,14 @@ def test_far_apart_the_code_tells_every_example_and_together_none():
     np.testing.assert_allclose(apart.value, math.log(250), rtol=1e-12)
     together = _evaluate(np.zeros(256), 0.5, values)["mutual_information"]
     np.testing.assert_allclose(together.value, 0, atol=1e-12)
+
+
+def test_several_processes_do_not_send_the_data_round(monkeypatch):
+    """Each has them, and `device_put` would first compare them."""
+    expected = _evaluate(np.zeros(256), 0.5, np.arange(10))
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(jax, "device_put", None)
+    assert _evaluate(np.zeros(256), 0.5, np.arange(10)) == expected
 
 
 def test_neither_batch_size_nor_chunk_changes_the_result():

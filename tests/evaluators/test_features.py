@@ -110,3 +110,13 @@ def test_pixels_are_grey_values(tiny_dataset):
     assert found["test"].shape == (24, 16)
     np.testing.assert_allclose(255 * found["test"][3], tiny_dataset.splits["test"].x[3].ravel())
     assert jax.tree.all(jax.tree.map(lambda a: a.min() >= 0 and a.max() <= 1, found))
+
+
+def test_what_are_no_grey_values_are_left_as_they_are(tiny_dataset):
+    rng = np.random.default_rng(0)
+    points = {
+        name: data.Split(name, rng.normal(size=(len(split), 2)), split.labels, split.factors)
+        for name, split in tiny_dataset.splits.items()
+    }
+    for name, x in features.pixels(tiny_dataset._replace(splits=points)).items():
+        np.testing.assert_array_equal(x, points[name].x)

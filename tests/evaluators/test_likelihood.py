@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
 from scipy import special, stats
 
 from dgm_jax import sharding
-from dgm_jax.core import Aux, DataSpec, Model, Player, UserError
+from dgm_jax.core import Aux, DataSpec, Latents, Model, Player, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.rng import per_example, stream
@@ -136,13 +135,9 @@ def _linear_gaussian(q):
         players=(Player("linear", loss_fn),),
         log_likelihood_fns={"elbo": elbo},
         log_weight=lambda *arguments: draw(*arguments)[1],
+        latents=Latents(None, None, None),
         encode=lambda *arguments: draw(*arguments)[2],
     )
-
-
-def _mesh(devices=8):
-    chosen = jax.devices()[:devices]
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=chosen)
 
 
 def _run(fn, dataset, batch_size=40, mesh=None, seed=0, split="test", params=PARAMS):
@@ -209,11 +204,27 @@ def test_the_elbo_and_its_terms_are_their_means_over_draws():
     np.testing.assert_allclose(found["uniform"][:37], expected, rtol=1e-12)
 
 
+def test_terms_of_held_out_data_are_those_that_the_player_says():
+    """Where its loss has others: here twice as large."""
+    model = _linear_gaussian(WRONG)
+    loss_fn = model.loss_fn
+
+    def terms_fn(params, batch, rng):
+        return {name: 2 * term for name, term in loss_fn(params, batch, rng)[1].terms.items()}
+
+    other = model._replace(players=(Player("linear", loss_fn, terms_fn),))
+    dataset = _dataset(5)
+    found, twice = (_run(likelihood.elbo_terms(m, 2), dataset, 8) for m in (model, other))
+    for name in ("distortion", "rate"):
+        np.testing.assert_allclose(twice[name], 2 * found[name], rtol=1e-12)
+    np.testing.assert_array_equal(twice["elbo"], found["elbo"])
+
+
 @pytest.fixture(scope="module")
 def reference():
     """All kinds of results of 37 examples, in one batch, 20 draws at once, on 8 devices."""
     with jax.enable_x64(True):
-        return _all_kinds(20, batch_size=40, mesh=_mesh(8))
+        return _all_kinds(20, batch_size=40, mesh=sharding.make_mesh(8))
 
 
 def _all_kinds(chunk, **more):
@@ -221,7 +232,7 @@ def _all_kinds(chunk, **more):
     kinds = (
         likelihood.elbo_terms(model, 10),
         likelihood.importance_weighted(model, 20, chunk),
-        likelihood.posterior_means(model),
+        likelihood.features(model),
     )
 
     def everything(params, batch, keys):
@@ -235,7 +246,7 @@ def _all_kinds(chunk, **more):
     [(1, 8, 8), (3, 16, 8), (7, 5, 1)],
 )
 def test_no_result_depends_on_batch_size_chunk_or_devices(reference, chunk, batch_size, devices):
-    found = _all_kinds(chunk, batch_size=batch_size, mesh=_mesh(devices))
+    found = _all_kinds(chunk, batch_size=batch_size, mesh=sharding.make_mesh(devices))
     assert found.keys() == reference.keys()
     assert found.keys() >= {"elbo", "rate", "importance_weighted_bound", "codes"}
     for name, values in found.items():
@@ -398,6 +409,7 @@ def test_evaluate_of_a_model_with_an_exact_likelihood():
     found = likelihood.compile_evaluation(model, dataset, SMALL, sharding.make_mesh())(PARAMS, 0)
     assert found.keys() == {"log_prob", "bits_per_dim"}
     exact = _exact(dataset).mean()
+    assert all(metric.num_samples is None for metric in found.values())  # nothing is drawn
     np.testing.assert_allclose(found["log_prob"].value, exact, rtol=1e-10)
     np.testing.assert_allclose(found["bits_per_dim"].value, -exact / (D * math.log(2)), rtol=1e-10)
 
@@ -412,6 +424,13 @@ def test_an_example_that_is_not_finite_stops_the_evaluation(bad):
     model = _with_weight(log_weight)
     with pytest.raises(UserError, match=r"importance_weighted_bound_1 .* 2 of 37 .* id 5\b"):
         likelihood.compile_evaluation(model, _dataset(37), SMALL, sharding.make_mesh())(PARAMS, 0)
+
+
+def test_features_that_are_no_posterior_means_have_no_active_units():
+    """Those of a classifier, a flow, a codebook: of models without continuous latents."""
+    model = _linear_gaussian(WRONG)._replace(latents=None)
+    found = likelihood.compile_evaluation(model, _dataset(5), SMALL, sharding.make_mesh())
+    assert "active_units" not in found(PARAMS, 0)
 
 
 def test_active_units_counts_variances_above_a_hundredth():
@@ -431,5 +450,5 @@ def test_check_refuses_a_bad_value_by_its_name(field):
 def test_check_refuses_a_batch_that_the_devices_cannot_share():
     with pytest.raises(UserError, match=r"eval\.batch_size=12 .* 8 device.* 8 or 16"):
         likelihood.check(dataclasses.replace(SMALL, batch_size=12), sharding.make_mesh())
-    likelihood.check(dataclasses.replace(SMALL, batch_size=12), _mesh(1))
+    likelihood.check(dataclasses.replace(SMALL, batch_size=12), sharding.make_mesh(1))
     likelihood.check(SMALL, sharding.make_mesh())

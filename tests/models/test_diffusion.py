@@ -117,6 +117,22 @@ def test_signal_to_noise_falls_from_end_to_end(kind, learned):
         np.testing.assert_allclose(np.gradient(gamma, t)[1:-1], slope[1:-1], rtol=0.02)
 
 
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_far_ends_are_where_they_should_be_in_float32(kind):
+    """And everything between, against float64."""
+    schedule, found = Schedule(kind, (-40.0, 40.0), True), []
+    for x64 in (True, False):
+        with jax.enable_x64(x64):
+            t = jnp.linspace(0.0, 1.0, 65)  # as exact in either
+            params = schedule.init(KEY, t)
+            gamma, pull_back = jax.vjp(lambda params, t=t: schedule.apply(params, t), params)
+            found.append(gamma)
+            assert np.isfinite(pull_back(jnp.ones_like(t))[0]["params"]["ends"]).all()
+    assert found[1].dtype == jnp.float32
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(found[1][jnp.array([0, -1])], [-40, 40], rtol=1e-6)
+
+
 def test_schedules_are_those_of_their_papers():
     t = np.linspace(0.05, 1, 20)
     at = lambda kind, ends: Schedule(kind, ends, False).apply({}, t)  # noqa: E731
@@ -279,6 +295,39 @@ def test_the_loss_of_the_bound_is_minus_the_bound_whatever_moves_the_schedule():
     np.testing.assert_allclose(loss, -np.mean(elbo), rtol=1e-12)
     np.testing.assert_allclose(sum(aux.terms.values()), -elbo, rtol=1e-12)
     assert set(aux.terms) == {"prior", "reconstruction", "diffusion"}
+
+
+def test_costs_of_0_leave_the_schedule_alone():
+    """Bits so early that rounding leaves no doubt of them: the loss is the bound's other terms."""
+    model, params = _fresh(replace(CONFIG, schedule="monotone"), BIT)
+    logits = np.random.default_rng(0).normal(size=32)
+    params["diffusion"]["schedule"]["logits"] = jnp.asarray(logits)
+    patches = _with([0.01, 0.02], np.zeros((2, 1)))
+    with patches[0], patches[1]:
+        of_loss = jax.jit(jax.value_and_grad(model.loss_fn, has_aux=True))
+        (loss, aux), grads = of_loss(params, {"x": jnp.array([[0.0], [1.0]])}, KEY)
+    np.testing.assert_array_equal(aux.terms["diffusion"], 0)
+    np.testing.assert_allclose(loss, np.mean(sum(aux.terms.values())), rtol=1e-12)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    np.testing.assert_array_equal(grads["diffusion"]["schedule"]["logits"], 0)
+
+
+def test_held_out_terms_add_up_to_minus_the_bound_though_training_withholds_labels():
+    config = replace(CONFIG, conditional=True, label_dropout=0.9)
+    model = diffusion.build(config, LINE)
+    batch = {"x": jnp.linspace(-1, 1, 16)[:, None], "label": jnp.arange(16) % 3}
+    leaves, structure = jax.tree.flatten(jax.eval_shape(model.init, KEY, batch))
+    rng = np.random.default_rng(0)
+    moved = [jnp.asarray(0.3 * rng.normal(size=leaf.shape)) for leaf in leaves]
+    params = jax.tree.unflatten(structure, moved)
+    elbo = jax.jit(model.log_likelihood_fns["elbo"])(params, batch, KEY)
+    (player,) = model.players
+    held_out = jax.jit(player.terms)(params, batch, KEY)
+    np.testing.assert_allclose(sum(held_out.values()), -elbo, rtol=1e-12)
+    training = jax.jit(model.loss_fn)(params, batch, KEY)[1].terms
+    assert held_out.keys() == training.keys()
+    withheld = np.abs(sum(training.values()) + elbo) > 1e-6
+    assert 0.5 < withheld.mean() < 1
 
 
 def test_the_ends_move_where_the_bound_rises():

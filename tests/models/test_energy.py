@@ -24,6 +24,7 @@ CHAINS = replace(
     sigma_min=0.0,
     num_chains=32,
     metropolis=True,
+    restart=1.0,
     rounds=20,
 )
 
@@ -323,16 +324,18 @@ def test_persistent_chains_live_in_the_state_and_move_with_each_update():
         assert aux.state is None
 
 
-def test_uncorrected_chains_restart_at_the_gaussian():
-    """All of them, or none."""
-    config = replace(CHAINS, metropolis=False, langevin_steps=1, step_size=1e-6)
-    batch, far = _points(20), jnp.full((32, 2), 50.0)
+def test_a_part_of_the_uncorrected_chains_restarts_at_the_gaussian():
+    """The others stay where they are: all of them at 0, and most by default."""
+    config = replace(CHAINS, metropolis=False, langevin_steps=1, step_size=1e-6, num_chains=4000)
+    batch, far = _points(20), jnp.full((4000, 2), 50.0)
     params = energy.build(config, PLANE).init(jax.random.key(0), batch)
     params = {**params, "state": {**params["state"], "chains": far}}
-    for restart, place in ((1.0, 0), (0.0, 50)):
+    for restart in (0.0, energy.Config().restart, 0.6):
         model = energy.build(replace(config, restart=restart), PLANE)
         _, aux = jax.jit(model.loss_fn)(params, batch, jax.random.key(1))
-        assert np.all(np.abs(aux.state["chains"] - place) < 5)
+        near, stayed = (np.all(np.abs(aux.state["chains"] - at) < 5, axis=1) for at in (0, 50))
+        assert np.all(near ^ stayed)
+        assert abs(near.mean() - restart) <= 4.5 * math.sqrt(restart * (1 - restart) / 4000)
 
 
 EVERY = {
@@ -409,6 +412,16 @@ def test_check_refuses_a_bad_value_by_its_name(field, value, words):
     message = str(refused.value)
     assert f"model.{field}={value!r}" in message and "\n" not in message
     assert all(word in message for word in words)
+
+
+def test_check_refuses_persistent_chains_that_all_restart():
+    """Unless the restarts are proposals; of other starts no chain is kept anyhow."""
+    uncorrected = replace(CHAINS, metropolis=False)
+    for change in ({"metropolis": True}, {"start": "noise"}, {"start": "data"}, {"restart": 0.9}):
+        energy.check(replace(uncorrected, **change), PLANE)
+    energy.check(replace(uncorrected, restart=energy.Config().restart), PLANE)
+    with pytest.raises(UserError, match=r"model\.restart=1\.0: .*model\.start='noise'"):
+        energy.check(uncorrected, PLANE)
 
 
 def test_check_refuses_data_without_such_a_density():

@@ -141,6 +141,19 @@ def test_the_loss_uses_the_coupling():
     assert losses[0] > 1 and losses[1] == pytest.approx(0, abs=1e-12)
 
 
+def test_held_out_data_have_noise_of_their_own():
+    """Evaluated one by one there is nothing to couple; the cost of a batch has another name."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(30, 2)))
+    alone, coupled = (_build(replace(CONFIG, coupling=each)) for each in flow_matching.COUPLINGS)
+    held_out = [model.players[0].terms(ZERO, {"x": x}, KEY) for model in (alone, coupled)]
+    assert held_out[0].keys() == held_out[1].keys() == {"velocity"}
+    np.testing.assert_array_equal(*(terms["velocity"] for terms in held_out))
+    training = [model.loss_fn(ZERO, {"x": x}, KEY)[1].terms for model in (alone, coupled)]
+    np.testing.assert_array_equal(training[0]["velocity"], held_out[0]["velocity"])
+    assert training[1].keys() == {"coupled_velocity"}
+    assert np.mean(training[1]["coupled_velocity"]) < 0.8 * np.mean(training[0]["velocity"])
+
+
 # The flow.
 
 
@@ -173,7 +186,8 @@ def test_the_likelihood_of_a_gaussian(divergence):
     """Whose velocity has a diagonal Jacobian: one direction of signs tells its trace."""
     model = _build(replace(CONFIG, divergence=divergence))
     x = np.random.default_rng(1).normal(size=(7, 2))
-    found = jax.jit(model.log_likelihood_fns["log_prob"])(ZERO, {"x": jnp.asarray(x)}, KEY)
+    (log_prob,) = model.log_likelihood_fns.values()
+    found = jax.jit(log_prob)(ZERO, {"x": jnp.asarray(x)}, KEY)
     expected = stats.norm.logpdf(x, MEAN + PLANE.mean, SIGMA).sum(axis=1)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
@@ -257,15 +271,31 @@ def test_a_conditional_flow_is_told_the_label_and_follows_it():
     def sample(guidance):
         return flow_matching.build(replace(config, guidance=guidance), PLANE).sample(params, KEY, 4)
 
+    always, seldom = (
+        flow_matching.build(replace(config, label_dropout=rate), PLANE) for rate in (0.0, 0.999)
+    )
+    cost = always.loss_fn(params, batch, KEY)[1].terms["velocity"]
+    held_out = seldom.players[0].terms(params, batch, KEY)["velocity"]
+    np.testing.assert_array_equal(held_out, cost)
+    assert (seldom.loss_fn(params, batch, KEY)[1].terms["velocity"] != cost).all()
+
     samples = sample(1.0)
     np.testing.assert_array_equal(samples["label"], [0, 1, 2, 0])
     assert np.abs(samples["x"] - sample(3.0)["x"]).max(axis=1).min() > 1e-4
 
 
-def test_without_a_divergence_there_is_no_likelihood():
-    assert set(_build().log_likelihood_fns) == {"log_prob"}
-    assert set(_build(spec=GREY).log_likelihood_fns) == {"elbo"}
-    assert not _build(replace(CONFIG, divergence="none")).log_likelihood_fns
+@pytest.mark.parametrize(
+    ("divergence", "of_reals", "of_grey"),
+    [
+        ("exact", {"log_prob"}, {"elbo"}),
+        ("hutchinson", {"log_prob_hutchinson"}, {"elbo"}),
+        ("none", set(), set()),
+    ],
+)
+def test_only_what_is_exact_is_called_a_log_likelihood(divergence, of_reals, of_grey):
+    for spec, names in ((PLANE, of_reals), (GREY, of_grey)):
+        model = _build(replace(CONFIG, divergence=divergence), spec)
+        assert set(model.log_likelihood_fns) == names
 
 
 @pytest.mark.parametrize(

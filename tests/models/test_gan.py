@@ -12,7 +12,7 @@ from conftest import on_one_device
 from scipy import special, stats
 
 from dgm_jax import config as configs
-from dgm_jax import optim, run
+from dgm_jax import optim, run, sharding
 from dgm_jax.core import DataSpec, UserError
 from dgm_jax.data.dataset import Config as DataConfig
 from dgm_jax.data.dataset import Dataset, Split
@@ -264,6 +264,26 @@ def test_samples_are_grey_values_as_the_data_hold_them():
     assert (x == np.round(x)).all() and x.min() >= 0 and x.max() <= 255
 
 
+@pytest.mark.parametrize("network", ["mlp", "conv", "points"])
+def test_a_generator_starts_around_the_mean_of_the_data(network):
+    """Of x / scale: its outputs where no feature says anything, in the pixels' order."""
+    spec = SPEC._replace(mean=np.random.default_rng(0).uniform(0, 255, (4, 4, 1)))
+    expected = spec.mean / 255
+    if network == "points":
+        spec = DataSpec((2,), "real", np.array([3.0, -5.0], np.float32), 100)
+        network, expected = "mlp", spec.mean
+    model = gan.build(replace(CONFIG, network=network), spec)
+    params = jax.jit(model.init)(jax.random.key(0), {"x": jnp.zeros((1, *spec.event_shape))})
+    head = params["generator"]["Head_0"]
+    assert set(head) == {"Dense_0", "bias"}
+    np.testing.assert_allclose(head["bias"], expected.ravel(), rtol=1e-6)
+    silent = {**head, "Dense_0": jax.tree.map(jnp.zeros_like, head["Dense_0"])}
+    params["generator"] = {**params["generator"], "Head_0": silent}
+    x = jax.jit(model.sample, static_argnums=2)(params, jax.random.key(1), 3)["x"]
+    whole = expected if spec.support == "real" else np.round(255 * expected)
+    np.testing.assert_allclose(x, np.broadcast_to(whole, x.shape), rtol=1e-6)
+
+
 # Training.
 
 SIDE, STEP, SPREAD = 3, 85, 6.0  # 9 modes at 43, 128, 213, of this standard deviation
@@ -285,8 +305,7 @@ def _start(model, num_steps, per_dispatch, batch_size, ema):
     split = dataset.splits["train"]
     batch = {"x": jnp.asarray(split.x[:8], jnp.float32)}
     state = jax.jit(lambda batch: init_state(model, optimizer, 0, batch, True))(batch)
-    axis = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((1,), ("data",), axis_types=axis, devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(1)
     steps = compile_train_steps(
         lambda step: model, optimizer, ema, dataset, batch_size, per_dispatch, mesh
     )
@@ -373,7 +392,7 @@ def test_check_refuses_data_that_it_cannot_generate():
 
 def test_points_are_generated_as_they_are():
     """Neither rounded nor clipped: G(z) itself, also below 0 and above 1."""
-    model = gan.build(CONFIG, GRID._replace(support="real"))
+    model = gan.build(CONFIG, GRID._replace(support="real", mean=np.full(2, 0.2, np.float32)))
     params = jax.device_get(jax.jit(model.init)(jax.random.key(0), {"x": jnp.zeros((1, 2))}))
     params["generator"] = jax.tree.map(lambda leaf: 3 * leaf, params["generator"])
     samples = jax.jit(model.sample, static_argnums=2)(params, jax.random.key(1), 50)

@@ -128,6 +128,21 @@ def test_guidance_is_trained_in(x64):
         np.testing.assert_allclose(terms["identity"], 0.5 * np.sum(expected**2, axis=1), rtol=1e-6)
 
 
+def test_of_held_out_data_the_network_is_told_every_label(x64):
+    answer = lambda params, z, times, label: z * jnp.sum(label, axis=1, keepdims=True)  # noqa: E731
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2)))
+    batch = {"x": x, "label": jnp.arange(5) % 3}
+    config = replace(CONFIG, conditional=True)
+    always, seldom = (
+        _build(replace(config, label_dropout=rate), answer) for rate in (0.0, 1 - 1e-9)
+    )
+    cost = always.loss_fn({"flow": None}, batch, KEY)[1].terms["identity"]
+    held_out = seldom.players[0].terms({"flow": None}, batch, KEY)
+    assert held_out.keys() == {"identity"}
+    np.testing.assert_array_equal(held_out["identity"], cost)
+    assert (seldom.loss_fn({"flow": None}, batch, KEY)[1].terms["identity"] != cost).all()
+
+
 def test_times_are_two_draws_in_order_and_often_equal():
     seen = []
 

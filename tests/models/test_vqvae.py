@@ -225,6 +225,15 @@ def test_a_codebook_starts_as_vectors_of_the_batch():
         np.testing.assert_allclose(gaps.min(axis=0), 0, atol=1e-7)
 
 
+def test_no_vector_of_the_batch_starts_two_entries_where_there_are_enough():
+    """As many entries as vectors, 16 images of two: each of them is one. More repeat some."""
+    for quantiser, where in (("gradient", "vqvae"), ("ema", "state")):
+        for size in (2 * ROWS, 2 * ROWS + 1):
+            params = _build(quantiser=quantiser, codebook_size=size).init(RNG, BATCH)
+            num = len(np.unique(np.asarray(params[where]["codebook"]), axis=0))
+            assert (num == size) == (size == 2 * ROWS)
+
+
 def test_a_code_of_a_grid_stands_for_its_part_of_the_image():
     """Two stages on 8x8 pixels, their fresh blocks the identity: each code has a quarter."""
     spec = DataSpec((8, 8, 1), "binary", np.full((8, 8, 1), 0.5))

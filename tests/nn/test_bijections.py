@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgm_jax.nn import bijections, transforms
+from dgm_jax.nn import transforms
 from dgm_jax.nn.bijections import (
     ActNorm,
     Autoregressive,
@@ -242,15 +242,6 @@ def test_the_context_matters(name):
     y, _ = case(case.x)
     case.context = case.context + 1
     assert np.abs(case(case.x)[0] - y).max() > 1e-3
-
-
-def test_squeezing_makes_channels_of_neighbours_and_is_undone():
-    x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
-    y = bijections.squeeze(x)
-    assert y.shape == (2, 2, 3, 12)
-    expected = np.concatenate([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=-1)
-    np.testing.assert_array_equal(y, expected)
-    np.testing.assert_array_equal(bijections.unsqueeze(y), x)
 
 
 def test_half_of_the_channels_leave_after_the_first_scale():

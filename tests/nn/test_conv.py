@@ -1,10 +1,10 @@
-"""Convolutions as matrix products of patches, against XLA's own."""
+"""Convolutions as matrix products of patches, against XLA's own; squares of pixels as one."""
 
 import jax
 import numpy as np
 import pytest
 
-from dgm_jax.nn.conv import Conv, convolve, convolve_patches
+from dgm_jax.nn.conv import Conv, convolve, convolve_patches, from_patches, to_patches
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -21,6 +21,16 @@ def test_patches_are_the_convolution(sides, stride):
     cotangent = jax.random.normal(keys[2], expected.shape)
     for a, b in zip(pull_found(cotangent), pull(cotangent), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_the_pixels_of_a_square_become_channels_row_by_row_and_pixels_again(side):
+    x = np.arange(2 * 6 * 12 * 3.0).reshape(2, 6, 12, 3)
+    patches = to_patches(x, side)
+    assert patches.shape == (2, 6 // side, 12 // side, side**2 * 3)
+    corners = [x[:, i::side, j::side] for i in range(side) for j in range(side)]
+    np.testing.assert_array_equal(patches, np.concatenate(corners, axis=-1))
+    np.testing.assert_array_equal(from_patches(patches, side), x)
 
 
 def test_leading_axes_are_images_of_their_own():

@@ -11,7 +11,6 @@ from scipy import stats
 
 from dgm_jax.core import DataSpec, UserError
 from dgm_jax.nn import denoisers
-from dgm_jax.nn.conv import from_patches, to_patches
 from dgm_jax.nn.denoisers import Denoiser
 
 CLASSES = 3
@@ -71,16 +70,6 @@ def test_an_interval_is_two_times():
     params = _moved(net, x, ends, label)
     answer = jax.jit(lambda ends: net.apply(params, x, ends, label))
     assert np.abs(answer(ends) - answer(ends + jnp.array([[0, 1]]))).max() > 1e-3
-
-
-@pytest.mark.parametrize("side", [1, 2])
-def test_patches_are_the_squares_of_an_image(side):
-    x = jnp.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
-    patches = to_patches(x, side)
-    assert patches.shape == (2, 4 // side, 6 // side, side**2 * 3)
-    np.testing.assert_array_equal(from_patches(patches, side), x)
-    square = x[1, side : 2 * side, 2 * side : 3 * side]
-    np.testing.assert_array_equal(patches[1, 1, 2], square.ravel())
 
 
 def test_guidance_by_0_is_blind_to_the_label_and_by_1_follows_it():

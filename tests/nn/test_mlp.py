@@ -96,6 +96,16 @@ def test_the_outputs_for_a_variable_see_all_variables_before_it_and_no_other(
         assert np.all(seen[:, j, :, :j] > 1e-12)
 
 
+@pytest.mark.parametrize("hidden", [(4,), (4, 5), (5, 20), (20, 4)])
+def test_fewer_units_than_variables_still_reach_from_the_first_to_the_last(hidden):
+    """D = 12: the last output sees all before it, and each further degree lets one more be seen."""
+    seen = np.abs(_jacobians(12, hidden, False)).max(axis=(0, 2)) > 1e-12
+    assert not np.triu(seen).any()
+    assert seen[-1, :-1].all()
+    each = seen.sum(axis=1)  # of each output, how many inputs it sees
+    assert set(each) == {0, *np.round(np.linspace(1, 11, min(hidden))).astype(int)}
+
+
 @pytest.mark.parametrize(("num", "hidden"), [(2, (3,)), (5, (9, 11))])
 def test_the_context_is_seen_by_the_variables_after_the_first(num, hidden):
     assert np.abs(_jacobians(num, hidden, True)[1][:, 1:]).min() > 1e-12

@@ -98,6 +98,13 @@ def test_a_range_that_makes_no_sense_is_refused(text, says):
         axes.parse_search(text, CONFIG)
 
 
+def test_a_range_knows_what_lies_in_it():
+    rates, sizes = axes.log_uniform(1e-4, 1e-2), axes.choice((200,), (500, 500))
+    assert rates.contains(1e-4) and rates.contains(1e-2) and sizes.contains((200,))
+    assert not any(rates.contains(value) for value in (9e-5, 0.1, "elbo"))
+    assert not any(sizes.contains(value) for value in ((500,), 200))
+
+
 def test_members_get_the_configs_values_where_they_set_none():
     found = axes.complete(CONFIG, [{"seed": 1}, {"model.beta": 2}])
     assert found == [{"seed": 1, "model.beta": 1.0}, {"seed": 0, "model.beta": 2.0}]

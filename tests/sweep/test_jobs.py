@@ -1,6 +1,9 @@
 """A sweep's programs as jobs: processes of this machine, and a real SLURM where there is one."""
 
 import csv
+import functools
+import os
+import signal
 import subprocess
 import threading
 import time
@@ -10,6 +13,8 @@ from conftest import REPO, preempt
 
 from dgm_jax import config as configs
 from dgm_jax.core import UserError
+from dgm_jax.interruption import TRY_AGAIN, Interrupted
+from dgm_jax.sweep import jobs
 from dgm_jax.sweep import run as sweep
 
 pytest.importorskip("submitit", reason="submitit is not installed")
@@ -61,6 +66,80 @@ def test_a_launcher_that_is_none_is_refused(launcher, tmp_path):
 def test_a_program_that_is_none_is_refused(tmp_path):
     with pytest.raises(UserError, match="--program=2: this sweep has the programs 0 to 1"):
         sweep.run_sweep(tmp_path / "sweep", _config(), MEMBERS, only=2)
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    """A SLURM of scripts: `squeue` answers with a line of the file `queue` after the other."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    scripts = {
+        "srun": "",
+        "sbatch": f"cat {tmp_path}/queue >> {tmp_path}/before; echo Submitted batch job 8",
+        "squeue": f"head -n 1 {tmp_path}/queue; sed -i 1d {tmp_path}/queue",
+    }
+    for name, text in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    (tmp_path / "queue").write_text("")
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setattr(jobs, "_PAUSE", 0.0)
+    return tmp_path
+
+
+def test_jobs_that_a_cluster_refuses(pretended):
+    says = "echo 'sbatch: error: invalid partition specified: nosuch' >&2; exit 1"
+    (pretended / "bin/sbatch").write_text(f"#!/bin/sh\n{says}\n")
+    launcher = "slurm;slurm_partition=nosuch"
+    with pytest.raises(UserError, match=f"--launcher='{launcher}': .*invalid partition"):
+        jobs.run(pretended / "sweep", lambda: [0], launcher)
+
+
+def test_jobs_of_a_cluster_go_on_and_the_same_command_waits_for_them(
+    pretended, monkeypatch, capsys
+):
+    folder, queue = pretended / "sweep", pretended / "queue"
+
+    def interrupt(seconds):
+        queue.write_text(2 * "8_0 8_1 5_0\n")
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.time, "sleep", interrupt)
+        with pytest.raises(Interrupted, match=r"SIGTERM: 2 jobs go on.*scancel 8 ends") as stopped:
+            jobs.run(folder, lambda: [0, 1], "slurm")
+    assert stopped.value.status == TRY_AGAIN
+    queue.write_text(2 * "8_1 5_0\n")
+    left = iter([[0, 1], [0], []])  # 8_0 has failed
+    jobs.run(folder, lambda: next(left), "slurm")
+    said = [line.partition(",")[0] for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in said if not line.startswith("jobs")] == [
+        "submitted   2 jobs",
+        "waiting     for 1 jobs of an earlier command",
+        "submitted   1 jobs",
+    ]
+    assert (pretended / "before").read_text() == ""  # nothing was at work when jobs were submitted
+
+
+def test_processes_of_this_machine_are_stopped_with_the_command(tmp_path, monkeypatch):
+    sleeping = functools.partial(subprocess.call, ["sleep", "600"])
+    monkeypatch.setattr(jobs, "Job", lambda folder, i: sleeping)
+    sleep, told = time.sleep, []
+
+    def interrupt(seconds):
+        sleep(seconds)
+        if not told:
+            told.append(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(jobs.time, "sleep", interrupt)
+    with pytest.raises(Interrupted, match="SIGINT: the same command goes on"):
+        jobs.run(tmp_path, lambda: [0, 1], "local")
+    pids = [int(path.name.partition("_")[0]) for path in tmp_path.glob("jobs/*_submitted.pkl")]
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_a_preempted_job_of_a_cluster_is_queued_again_and_resumes(slurm, tmp_path):

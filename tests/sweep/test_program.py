@@ -1,13 +1,18 @@
 """One program for many members: each is what it would have been alone."""
 
+import json
+import signal
+
 import jax
 import numpy as np
 import pytest
+from conftest import on_one_device
 
 from dgm_jax import config as configs
 from dgm_jax.checkpoint import Checkpoints
 from dgm_jax.core import UserError
 from dgm_jax.experiment import prepare
+from dgm_jax.interruption import Interrupted
 from dgm_jax.sweep import program
 from dgm_jax.train import train
 from dgm_jax.workdir import Workdir
@@ -118,8 +123,77 @@ def test_an_interrupted_program_goes_on_to_the_same_end(tiny_dataset, tmp_path, 
     resumed = program.train(members, tiny_dataset, dirs, folder, None)
     for one, other in zip(resumed, whole, strict=True):
         jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
-    assert resumed[1].failure.startswith("diverged after step 0,")
+    assert resumed[1].failure == whole[1].failure
     assert [row["step"] for row in read(dirs[0].metrics)][-1] == 200
+
+
+def test_a_member_not_finite_on_the_validation_split_stays_as_it_was(
+    tiny_dataset, tmp_path, monkeypatch
+):
+    """In one example and once only; the interruption after it does not make it forgotten."""
+    members, dirs = _configs({"seed": 1}, {"seed": 2}), _workdirs(tmp_path / "members", 2)
+    compile_validation, save = program._compile_validation, Checkpoints.save
+
+    def broken(*args):
+        validate = compile_validation(*args)
+
+        def once(*args):
+            found = validate(*args)
+            found[1]["elbo"] = np.where(np.arange(24) == 3, np.nan, found[1]["elbo"])
+            return found
+
+        return once
+
+    def save_once(self, state):
+        save(self, state)
+        raise KeyboardInterrupt
+
+    with on_one_device():
+        with monkeypatch.context() as patch:
+            patch.setattr(program, "_compile_validation", broken)
+            patch.setattr(Checkpoints, "save", save_once)
+            with pytest.raises(KeyboardInterrupt):
+                program.train(members, tiny_dataset, dirs, tmp_path / "program", None)
+        good, bad = program.train(members, tiny_dataset, dirs, tmp_path / "program", None)
+    assert bad.failure.startswith(
+        "validation after step 100: elbo is not finite for 1 of 24 examples (first: id 3)"
+    )
+    assert good.failure is None and (good.state.step, bad.state.step) == (200, 100)
+    rows = read(dirs[1].metrics)
+    assert rows[-1]["step"] == 100 and all("validation/elbo" not in row for row in rows)
+
+
+def test_a_signal_is_obeyed_after_the_dispatch_in_which_it_comes(
+    tiny_dataset, tmp_path, monkeypatch
+):
+    dispatch = program._Log.dispatch
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+        dispatch(*args)
+
+    monkeypatch.setattr(program._Log, "dispatch", interrupted)
+    members, folder = _configs({"seed": 1}, {"seed": 2}), tmp_path / "program"
+    with on_one_device():
+        with pytest.raises(Interrupted, match="stopped after step 50, which is saved"):
+            program.train(members, tiny_dataset, _workdirs(tmp_path / "members", 2), folder, None)
+        assert Checkpoints(folder).steps == [50]
+        # Where none is left to train, there is nothing to save and to go on from.
+        (diverging,) = _configs({"optimizer.learning_rate": 1e36})
+        dirs = _workdirs(tmp_path / "diverging", 1)
+        (outcome,) = program.train([diverging], tiny_dataset, dirs, tmp_path / "none", None)
+    assert "not finite" in outcome.failure
+
+
+def test_time_goes_on_from_the_member_that_was_trained_longest(tiny_dataset, tmp_path):
+    dirs = _workdirs(tmp_path, 2)
+    for workdir, seconds in zip(dirs, (30, 70), strict=True):
+        row = {"step": seconds, "examples_per_second": 1.0}
+        row |= {"seconds": seconds, "cpu_seconds": 2 * seconds}
+        workdir.metrics.write_text(json.dumps(row) + "\n")
+    log = program._Log(prepare(_configs({})[0], tiny_dataset), dirs, 100, None)
+    log.close()
+    assert log.seconds == {"training": 70, "training_cpu": 140}
 
 
 def test_a_checkpoint_is_due_by_the_clock_too(tiny_dataset, tmp_path, monkeypatch):

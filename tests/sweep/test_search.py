@@ -9,6 +9,7 @@ from dgm_jax import config as configs
 from dgm_jax.core import UserError
 from dgm_jax.sweep import axes, mode, search
 from dgm_jax.sweep import run as sweep
+from dgm_jax.workdir import write_json
 
 pytest.importorskip("optuna", reason="Optuna is not installed")
 TINY = {
@@ -54,8 +55,10 @@ def test_rounds_are_sweeps_and_an_interrupted_search_goes_on(tmp_path, monkeypat
     assert len(rows) == 4
     rates = [float(row["optimizer.learning_rate"]) for row in rows]
     assert len(set(rates)) == 4 and min(rates) >= 1e-9 and max(rates) <= 1e-2
-    with pytest.raises(UserError, match="another search"):
-        search.search(tmp_path / "search", _config(), OVER, "2x3")
+    for over, trials in ((OVER, "2x3"), ({path: axes.uniform(0.5, 1.0) for path in OVER}, "2x2")):
+        with pytest.raises(UserError, match="another search"):
+            search.search(tmp_path / "search", _config(), over, trials)
+    assert len(calls) == 4
 
 
 def test_it_learns_where_the_elbo_is_high(tmp_path, monkeypatch):
@@ -75,6 +78,49 @@ def test_it_learns_where_the_elbo_is_high(tmp_path, monkeypatch):
     assert len(away) == 60
     first, last = sorted(away[:10])[5], sorted(away[-20:])[10]
     assert min(away) < 0.2 and last < first / 3
+
+
+def test_a_member_that_is_proposed_twice_is_trained_once(tmp_path, monkeypatch):
+    """Three trials of two values; interrupted in the second round and called again."""
+    trained, heard, finished = [], [], search._finished
+
+    def pretend(folder, config, members, launcher):
+        sweep._claim(folder, config, axes.complete(config, members))
+        trained.append([member["model.objective"] for member in members])
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+
+    def hear(member, over, value):
+        heard.append((member["model.objective"], value))
+        return finished(member, over, value)
+
+    monkeypatch.setattr(search, "run_sweep", pretend)
+    monkeypatch.setattr(search, "_finished", hear)
+    monkeypatch.setattr(search, "_elbo", lambda path: float(path.name.endswith("stl")))
+    monkeypatch.setattr(search.report, "write", lambda *args: None)
+    over = {"model.objective": axes.choice("elbo", "stl")}
+    with pytest.raises(KeyboardInterrupt):
+        search.search(tmp_path, _config(), over, "2x3")
+    search.search(tmp_path, _config(), over, "2x3")
+    assert len(set(trained[0])) == len(trained[0]) <= 2
+    assert trained == trained[:2] * 2
+    # Each of the three trials of each of three rounds is told the value of its member.
+    assert len(heard) == 9 and heard[:3] == heard[3:6]
+    assert all(value == (objective == "stl") for objective, value in heard)
+    with pytest.raises(UserError, match="another search"):
+        search.search(tmp_path, _config(), {"model.objective": axes.choice("iwae", "dreg")}, "2x3")
+
+
+def test_a_search_in_which_every_trial_fails_says_so(tmp_path, monkeypatch):
+    def pretend(folder, config, members, launcher):
+        for workdir in sweep.workdirs_of(folder, axes.complete(config, members)):
+            workdir.path.mkdir(parents=True)
+            write_json(workdir.failure, {"failure": "vae/loss is not finite at step 1"})
+
+    monkeypatch.setattr(search, "run_sweep", pretend)
+    with pytest.raises(UserError, match="every trial has failed"):
+        search.search(tmp_path, _config(), OVER, "1x2")
+    assert "vae/loss is not finite" in (tmp_path / "sweep.md").read_text()
 
 
 @pytest.mark.parametrize("trials", ["8", "0x3", "ax2", "2x"])

@@ -3,16 +3,18 @@
 import csv
 import json
 import math
+import re
 
+import jax
 import numpy as np
 import pytest
 from conftest import REPO, on_one_device
 from scipy import stats
 
 from dgm_jax import config as configs
-from dgm_jax import run
+from dgm_jax import run, sharding
 from dgm_jax.core import UserError
-from dgm_jax.sweep import axes, program, report
+from dgm_jax.sweep import axes, mode, program, report
 from dgm_jax.sweep import run as sweep
 from dgm_jax.workdir import Workdir
 
@@ -108,22 +110,75 @@ def test_another_sweep_and_another_folder_are_refused(finished, tmp_path):
         sweep.run_sweep(tmp_path, _config(), MEMBERS)
 
 
-def test_a_diverged_member_is_reported_and_left_alone(tmp_path, capsys):
-    members = [{"optimizer.learning_rate": 1e36}, {"seed": 1}]
+def test_members_that_fail_are_reported_and_left_alone(tmp_path, capsys, monkeypatch):
+    """The first diverges, the second is not finite on the test split; the third goes on."""
+    compile_evaluation = sweep._compile_evaluation
+
+    def broken(config, dataset):
+        evaluate = compile_evaluation(config, dataset)
+        scale = {1: np.float32("nan")}
+        return lambda params, seed: evaluate(
+            jax.tree.map(lambda leaf: scale.get(seed, 1) * leaf, params), seed
+        )
+
+    monkeypatch.setattr(sweep, "_compile_evaluation", broken)
+    members = [{"optimizer.learning_rate": 1e36}, {"seed": 1}, {"seed": 2}]
     with on_one_device():
         sweep.run_sweep(tmp_path / "sweep", _config(), members)
-    failure = json.loads(
-        (tmp_path / "sweep/members/0-learning_rate=1e+36-seed=0/failure.json").read_text()
-    )
-    assert "not finite" in failure["failure"]
+    failures = [
+        Workdir(path).load_failure()
+        for path in sorted((tmp_path / "sweep/members").iterdir())
+        if not (path / "results.json").exists()
+    ]
+    assert len(failures) == 2
+    assert "is not finite at step" in failures[0] and "replay" not in failures[0]
+    assert re.match(r"test split: .* is not finite for \d+ of \d+ examples", failures[1])
     text = (tmp_path / "sweep/sweep.md").read_text()
     assert "0 of 1 | failed" in text and "`0-learning_rate=1e+36-seed=0`" in text
     with (tmp_path / "sweep/sweep.csv").open() as file:
-        bad, good = csv.DictReader(file)
-    assert "not finite" in bad["status"] and bad["elbo"] == "" and float(good["elbo"]) < 0
+        *bad, good = csv.DictReader(file)
+    assert [row["status"] for row in bad] == failures and {row["elbo"] for row in bad} == {""}
+    assert float(good["elbo"]) < 0
     # Called again, there is nothing left to do.
     sweep.run_sweep(tmp_path / "sweep", _config(), members)
     assert "measuring" not in capsys.readouterr().out.rpartition("sweep   ")[2]
+
+
+def test_cores_are_shared_as_every_member_can_be_divided(tmp_path, monkeypatch):
+    def share(most, *batch_sizes):
+        asked.append((most, sorted(batch_sizes)))
+        raise KeyboardInterrupt
+
+    asked = []
+    monkeypatch.setattr(sharding, "share_cores", share)
+    members = [{"train.batch_size": 15}, {"eval.batch_size": 7}, {"eval.batch_size": 7, "seed": 1}]
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run_sweep(tmp_path / "sweep", _config(), members)
+    assert asked == [(2, [7, 15, 16, 96])]
+
+
+def test_a_grid_without_a_config_is_refused(finished):
+    with pytest.raises(UserError, match="--sweep needs --config"):
+        mode.sweep_mode(finished, grid="model.beta=7")
+
+
+def test_a_table_where_every_member_failed(tmp_path):
+    members = axes.grid({"model.beta": (1.0, 2.0)})
+    paths = [workdir.path for workdir in sweep.workdirs_of(tmp_path, members)]
+    for path in paths:
+        path.mkdir(parents=True)
+        (path / "failure.json").write_text('{"failure": "it broke"}')
+    report.write(tmp_path, members, paths, configs.experiment("vae"))
+    assert (tmp_path / "sweep.md").read_text().count("it broke") == 2
+    assert not (tmp_path / "by_beta.png").exists()
+
+
+def test_layers_are_shown_and_points_of_a_curve_are_not():
+    shown = ["rate", "rate_1", "rate_2", "importance_weighted_bound"]
+    metrics = dict.fromkeys([*shown, "importance_weighted_bound_100"], 1.0)
+    each = metrics, {}, {**metrics, "more": 2.0}
+    rows = [report.Row({}, (), None, of, None, 1, 1) for of in each]
+    assert report._shown(rows) == shown
 
 
 def _rows(values):

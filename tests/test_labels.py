@@ -1,0 +1,32 @@
+"""What conditional models are told of labels, and that no other model is told anything."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dgm_jax import labels
+from dgm_jax.core import DataSpec, UserError
+
+SPEC = DataSpec((2,), "real", np.zeros(2, np.float32), 100, num_classes=3)
+
+
+def test_a_conditional_model_is_told_classes_one_hot_and_draws_them_in_turn():
+    told = labels.in_turn(5, True, SPEC)
+    np.testing.assert_array_equal(told["label"], [0, 1, 2, 0, 1])
+    np.testing.assert_array_equal(
+        labels.one_hot(told["label"], True, SPEC), np.eye(3)[[0, 1, 2, 0, 1]]
+    )
+
+
+def test_another_model_is_told_nothing_whether_there_are_labels_or_not():
+    assert labels.in_turn(5, False, SPEC) == {}
+    assert labels.one_hot(jnp.array([0, 2]), False, SPEC) is None
+    assert labels.one_hot(None, False, SPEC) is None
+
+
+def test_a_conditional_model_is_refused_where_there_are_no_labels():
+    without = SPEC._replace(num_classes=0)
+    labels.check(True, SPEC)
+    labels.check(False, without)
+    with pytest.raises(UserError, match=r"model\.conditional=True: .*no labels"):
+        labels.check(True, without)
