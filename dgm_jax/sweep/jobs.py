@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,20 +78,21 @@ def run(folder: Path, unfinished: Callable[[], list[int]], launcher: str) -> Non
     logs = folder.absolute() / "jobs"
     executor, on_cluster = _executor(launcher, logs), launcher.startswith("slurm")
     with interruption.noted() as asked_to_stop:
-        if on_cluster and (earlier := _in_the_queue(_known(logs))):
-            say(f"waiting     for {len(earlier)} jobs of an earlier command, logs in {logs}")
-            _wait(earlier, _in_the_queue, asked_to_stop, _PAUSE)
+        left = _in_the_queue(_known(logs)) if on_cluster else set()
+        if left:
+            say(f"waiting     for {len(left)} jobs of an earlier command, logs in {logs}")
+            left = _wait(left, _in_the_queue, asked_to_stop, _PAUSE)
         jobs, programs = [], [] if asked_to_stop() else unfinished()
         if programs:
             with _refused(launcher), executor.batch():
                 jobs = [executor.submit(Job(folder.absolute(), i)) for i in programs]
             say(f"submitted   {len(jobs)} jobs, first {jobs[0].job_id}, logs in {logs}")
             if on_cluster:
-                _wait({job.job_id for job in jobs}, _in_the_queue, asked_to_stop, _PAUSE)
+                left = _wait({job.job_id for job in jobs}, _in_the_queue, asked_to_stop, _PAUSE)
             else:
-                _wait(set(jobs), _running, asked_to_stop)
+                left = _wait(set(jobs), _running, asked_to_stop)
         if signum := asked_to_stop():
-            left = _in_the_queue(_known(logs)) if on_cluster else _stop(jobs)
+            left = left if on_cluster else _stop(left)
             raise StoppedWaiting(signum, _what_goes_on(left, on_cluster, logs))
     if failed := unfinished():
         names = ", ".join(job.job_id for i, job in zip(programs, jobs, strict=True) if i in failed)
@@ -126,8 +127,12 @@ def _refused(launcher: str) -> Iterator[None]:
 
 def _wait(
     jobs: set, living: Callable[[set], set], stop: Callable[[], Any], pause: float = 1.0
-) -> None:
-    """Wait until none of `jobs` is living, or told to stop; look every `pause` seconds."""
+) -> set:
+    """Wait until none of `jobs` is living, or told to stop; look every `pause` seconds.
+
+    Returns:
+      Those that were living at the last look.
+    """
     due = interruption.every(pause)
     with Progress("jobs", len(jobs)) as progress:
         while jobs and not stop():
@@ -135,6 +140,7 @@ def _wait(
             if due():
                 before, jobs = len(jobs), living(jobs)
                 progress.advance(before - len(jobs))
+    return jobs
 
 
 def _running(jobs: set) -> set:
@@ -154,12 +160,14 @@ def _in_the_queue(ids: set[str]) -> set[str]:
     return ids if answer.returncode else ids & set(answer.stdout.split())
 
 
-def _stop(jobs: Sequence[Any]) -> set:
-    """Stop processes of this machine; those that, begun in the background, do not hear of it."""
+def _stop(jobs: set) -> set:
+    """Stop processes of this machine; those are left that ignore Ctrl-C: a script's background."""
     for job in jobs:
         job.cancel()
-    _wait(set(jobs), _running, interruption.every(5.0))
-    return _running(jobs)
+    long_enough = interruption.every(10.0)
+    while (jobs := _running(jobs)) and not long_enough():
+        time.sleep(0.1)
+    return jobs
 
 
 def _what_goes_on(left: set, on_cluster: bool, logs: Path) -> str:
