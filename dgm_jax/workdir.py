@@ -112,7 +112,7 @@ class Workdir(NamedTuple):
             )
 
     def load_config(self, given: ConfigDict | None = None) -> ConfigDict:
-        """The config that made the run, with the `eval` section of the one that is given.
+        """The config that made the run, with the `eval` and `mesh` sections of the one given.
 
         Raises:
           UserError: there is none, it cannot be read, or it differs from `given` in more than that.
@@ -122,6 +122,7 @@ class Workdir(NamedTuple):
             config = configs.from_dict(files.read_json(self.config))
         if given is not None:
             config.eval.update(given.eval)
+            config.mesh.update(given.mesh)
             if differs := configs.differences(given, config):
                 raise UserError(
                     f"{self.path} belongs to another config ({'; '.join(differs)}): leave out "
@@ -157,11 +158,15 @@ class Workdir(NamedTuple):
     def check_config(self, config: ConfigDict) -> None:
         """Refuse a directory that is not writable or is about something else; change nothing.
 
+        `mesh` may differ: how a run is spread over devices does not change what comes of it.
+
         Raises:
           UserError: says what differs.
         """
         if self.config.exists():
-            if differs := configs.differences(config, self.load_config()):
+            there = self.load_config()
+            there.mesh.update(config.mesh)
+            if differs := configs.differences(config, there):
                 raise UserError(
                     f"{self.path} belongs to another config ({'; '.join(differs)}): "
                     "choose another --workdir"
