@@ -126,7 +126,7 @@ class Workdir(NamedTuple):
             if differs := configs.differences(given, config):
                 raise UserError(
                     f"{self.path} belongs to another config ({'; '.join(differs)}): leave out "
-                    "--config, or set in it what that run had; only eval may differ"
+                    "--config, or set in it what that run had; only eval and mesh may differ"
                 )
         return config
 
