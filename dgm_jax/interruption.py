@@ -15,15 +15,17 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(Exception):
-    """Training was told to stop, and has saved what it had."""
+    """What was told to stop has stopped, and lost nothing."""
 
-    def __init__(self, signum: int, step: int) -> None:
-        """Stopped by signal number `signum` after update number `step`."""
-        super().__init__(
-            f"{signal.Signals(signum).name}: stopped after step {step:,}, which is saved; the same "
-            "command goes on from there"
-        )
+    def __init__(self, signum: int, what_is_left: str) -> None:
+        """Stopped by signal number `signum`; the text says what became of the work."""
+        super().__init__(f"{signal.Signals(signum).name}: {what_is_left}")
         self.status = TRY_AGAIN if signum == signal.SIGTERM else 128 + signum
+
+
+def saved_at(step: int) -> str:
+    """What is left of training that saved after update number `step`, for `Interrupted`."""
+    return f"stopped after step {step:,}, which is saved; the same command goes on from there"
 
 
 def leave(signum: int, frame: FrameType | None) -> None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dgm_jax import cache, pictures, run, sharding
+from dgm_jax import cache, pictures, run, sharding, trained_model
 from dgm_jax import config as configs
 from dgm_jax.core import Batch, Params, UserError
 from dgm_jax.data import dataset as data
@@ -83,12 +83,12 @@ def quality_mode(
       num: samples; None for half as many as there are test examples, at most 10,000.
       seed: of the samples, and of which data they are held against.
       chosen: the judge: a work directory or an .onnx file; None for the project's own.
-      given: as in `run.restore`.
+      given: as in `trained_model.restore`.
 
     Raises:
       UserError: the model cannot sample, or the judge cannot judge.
     """
-    restored = run.reopen(workdir, given)
+    restored = trained_model.reopen(workdir, given)
     restored.model.require("sample")
     if restored.spec.support == "tokens":
         raise UserError("--mode=quality judges images and points, and these samples are tokens")
@@ -99,7 +99,7 @@ def quality_mode(
     judge = _judge(dataset, chosen)
     say(f"judged by {judge.name}")
 
-    samples = run.draw(restored.model, restored.params, num, seed)
+    samples = trained_model.draw(restored.model, restored.params, num, seed)
     x = {split: _seen(dataset, split) for split in ("train", "test")} | {"samples": samples["x"]}
     judged = {name: judge.features(of, f"features: {name}") for name, of in x.items()}
     codes = {name: of["codes"] for name, of in judged.items()}
@@ -193,7 +193,7 @@ def _own(dataset: data.Dataset) -> Workdir:
 
 def _of_workdir(workdir: Workdir, dataset: data.Dataset) -> Judge:
     """Features of a trained model of such data."""
-    restored = run.restore(workdir.path)
+    restored = trained_model.restore(workdir.path)
     model, params, spec = restored.model, restored.params, restored.spec
     encode = model.require("encode")
     if (spec.event_shape, spec.support) != (dataset.spec.event_shape, dataset.spec.support):

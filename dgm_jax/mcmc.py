@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dgm_jax.core import beside, sum_event
+from dgm_jax.rows import beside, sum_event
 
 LogDensity = Callable[[jax.Array], jax.Array]  # z [C, L] -> [C], nats
 Energy = Callable[[jax.Array], jax.Array]  # x [C, *event] -> [C], nats; no row sees another

@@ -1,9 +1,9 @@
 """What the command line can do with a work directory: train, evaluate, sample, and more."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,69 +11,22 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
-from dgm_jax import files, metrics, models, optim, processes, results, sharding, writers
-from dgm_jax.core import DataSpec, Model, Params, UserError
+from dgm_jax import metrics, models, processes, results, sharding, writers
+from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.data import text
 from dgm_jax.evaluators import ais, likelihood
-from dgm_jax.experiment import Experiment, abstract_state, measure_speed, prepare
+from dgm_jax.experiment import Experiment, measure_speed, prepare
 from dgm_jax.progress import Progress, say
 from dgm_jax.rng import stream
-from dgm_jax.train import best_or_newest, train
+from dgm_jax.train import train
 from dgm_jax.train_state import num_parameters
-from dgm_jax.workdir import Workdir, check_writable, write_json, write_text
+from dgm_jax.trained_model import Trained, density, draw, reopen, restore
+from dgm_jax.workdir import Workdir, write_json, write_text
 
 # Seconds of training beside which those that `measure_speed` takes are little.
 _LONG_ENOUGH = 60
 _RULE = "-" * 40  # between texts
-
-
-class Trained(NamedTuple):
-    """A trained model, of this process or brought back: ready to evaluate or sample."""
-
-    config: ConfigDict
-    model: Model
-    params: Params
-    spec: DataSpec
-    step: int
-
-
-def restore(path: str | Path, given: ConfigDict | None = None) -> Trained:
-    """The model of a work directory with its best or newest whole checkpoint's parameters.
-
-    Needs no data: what the model knows of it is in the work directory.
-
-    Args:
-      path: of the work directory.
-      given: a config whose `eval` section takes the place of the run's.
-
-    Raises:
-      UserError: no work directory, one that is damaged or of another config, or nothing trained.
-    """
-    workdir = Workdir(Path(path))
-    config, card = workdir.load_config(given), workdir.load_card()
-    spec = data.spec_of_card(card, workdir.load_mean())
-    with files.reading(workdir.config, "train again"):
-        models.check(config.model, spec)
-        model = models.build(config.model, spec)
-        optim.check(configs.section(config, "optimizer"))
-        optimizer = optim.build(configs.section(config, "optimizer"), num_steps=1)
-        like = abstract_state(config, model, optimizer, spec, sharding.make_mesh())
-    state = best_or_newest(workdir, like)
-    if state is None:
-        raise UserError(f"{path} has no checkpoint yet: train first (--mode=train)")
-    return Trained(config, model, state.eval_params, spec, int(state.step))
-
-
-def reopen(workdir: Workdir, given: ConfigDict | None = None) -> Trained:
-    """`restore`, for something to be written beside it: refuses now what would fail at the end.
-
-    Raises:
-      UserError: as `restore`, or the work directory is not writable.
-    """
-    restored = restore(workdir.path, given)
-    check_writable(workdir.path)
-    return restored
 
 
 def train_mode(config: ConfigDict, workdir: Workdir, mesh: Mesh | None = None) -> None:
@@ -129,7 +82,7 @@ def evaluate_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
 
     Args:
       workdir: of the trained model.
-      given: as in `restore`.
+      given: as in `trained_model.restore`.
     """
     restored, mesh = reopen(workdir, given), sharding.make_mesh()
     dataset = load_data(restored.config)
@@ -144,7 +97,10 @@ def evaluate_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
 
 
 def sample_mode(workdir: Workdir, num: int, seed: int, given: ConfigDict | None = None) -> None:
-    """Draw `num` samples; write `samples.npz` and `samples.png`."""
+    """Draw `num` samples; write `samples.npz`, and to look at `samples.png` or `samples.txt`.
+
+    `given` as in `trained_model.restore`, here and below.
+    """
     if num < 1:
         raise UserError(f"--num={num}: draw at least one sample")
     restored = reopen(workdir, given)
@@ -230,27 +186,6 @@ def features_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
         say(f"\n{name}, test split")
         say(metrics.table(metrics_of))
     say(f"\nin {workdir.path}: {', '.join(result['files'])}")
-
-
-def draw(
-    model: Model, params: Params, num: int, seed: int, batch_size: int = 100
-) -> dict[str, np.ndarray]:
-    """`num` samples in compiled batches; the first m are the same however many are drawn.
-
-    Returns:
-      What `model.sample` returns, as arrays `[num, *event]`.
-
-    Raises:
-      UserError: the model cannot sample.
-    """
-    sample = model.require("sample")
-    one_batch = jax.jit(lambda params, i: sample(params, stream(seed, "sample", i), batch_size))
-    parts = []
-    with Progress("sampling" if num > 10 * batch_size else None, num) as progress:
-        for i in range(-(-num // batch_size)):
-            parts.append(jax.device_get(one_batch(params, i)))
-            progress.advance(min(batch_size, num - i * batch_size))
-    return {name: np.concatenate([part[name] for part in parts])[:num] for name in parts[0]}
 
 
 def load_data(config: ConfigDict) -> data.Dataset:
@@ -363,27 +298,6 @@ def _draw_plane(trained: Trained, dataset: data.Dataset, workdir: Workdir) -> No
     points = dataset.splits["test"].x[:2000]
     samples = draw(trained.model, trained.params, len(points), trained.config.seed)["x"]
     pictures.save_plane(workdir.path / "plane.png", points, samples, density(trained))
-
-
-def density(trained: Trained) -> Callable[[np.ndarray], np.ndarray] | None:
-    """log p(x) of vectors x, `[N, D] -> float64 [N]`, nats; None where it is not known exactly."""
-    exact = trained.model.log_likelihood_fns.get("log_prob")
-    if exact is None:
-        return None
-    log_prob, rng = jax.jit(exact), stream(trained.config.seed, "pictures")
-    at_once = trained.config.eval.batch_size
-
-    def log_p(x: np.ndarray) -> np.ndarray:
-        parts = []
-        with Progress("density", len(x)) as progress:
-            for start in range(0, len(x), at_once):
-                part = x[start : start + at_once]
-                full = np.pad(part, [(0, at_once - len(part)), (0, 0)], mode="edge")
-                parts.append(np.asarray(log_prob(trained.params, {"x": full}, rng), np.float64))
-                progress.advance(len(part))
-        return np.concatenate(parts)[: len(x)]
-
-    return log_p
 
 
 def _say_header(experiment: Experiment, workdir: Workdir) -> None:

@@ -159,7 +159,7 @@ def train(
             best.close()
             log.close()
         if (signum := heard(asked_to_stop() or 0)) > _SAVE:
-            raise Interrupted(signum, done)
+            raise Interrupted(signum, interruption.saved_at(done))
     if config.train.keep_best:
         state = best_or_newest(workdir, abstract(state, state_shardings(experiment)))
     return state, log.seconds

@@ -122,13 +122,23 @@ class Workdir(NamedTuple):
             config = configs.from_dict(files.read_json(self.config))
         if given is not None:
             config.eval.update(given.eval)
-            config.mesh.update(given.mesh)
-            if differs := configs.differences(given, config):
-                raise UserError(
-                    f"{self.path} belongs to another config ({'; '.join(differs)}): leave out "
-                    "--config, or set in it what that run had; only eval and mesh may differ"
-                )
+            self._refuse_another(
+                given,
+                config,
+                "leave out --config, or set in it what that run had; only eval and mesh may differ",
+            )
         return config
+
+    def _refuse_another(self, config: ConfigDict, there: ConfigDict, advice: str) -> None:
+        """Refuse a config that differs from the one `there`, which gets the `mesh` of the other.
+
+        How a run is spread over devices does not change what comes of it.
+        """
+        there.mesh.update(config.mesh)
+        if differs := configs.differences(config, there):
+            raise UserError(
+                f"{self.path} belongs to another config ({'; '.join(differs)}): {advice}"
+            )
 
     def load_card(self) -> dict[str, Any]:
         """The data card of the run.
@@ -158,19 +168,11 @@ class Workdir(NamedTuple):
     def check_config(self, config: ConfigDict) -> None:
         """Refuse a directory that is not writable or is about something else; change nothing.
 
-        `mesh` may differ: how a run is spread over devices does not change what comes of it.
-
         Raises:
           UserError: says what differs.
         """
         if self.config.exists():
-            there = self.load_config()
-            there.mesh.update(config.mesh)
-            if differs := configs.differences(config, there):
-                raise UserError(
-                    f"{self.path} belongs to another config ({'; '.join(differs)}): "
-                    "choose another --workdir"
-                )
+            self._refuse_another(config, self.load_config(), "choose another --workdir")
         elif self.path.exists() and not is_new(self.path):
             raise UserError(
                 f"{self.path} is not empty and is no work directory: choose another --workdir"

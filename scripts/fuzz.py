@@ -579,9 +579,9 @@ def _write_trained(path: Path) -> None:
 
 
 def _load_trained(path: Path) -> Any:
-    from dgm_jax import run
+    from dgm_jax import trained_model
 
-    return run.restore(path)
+    return trained_model.restore(path)
 
 
 KINDS = {

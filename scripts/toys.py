@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dgm_jax import run
+from dgm_jax import trained_model
 from dgm_jax.data import toys
 from dgm_jax.progress import Progress
 
@@ -62,14 +62,14 @@ def main() -> None:
                 if data not in paths:
                     axes.set_axis_off()
                     continue
-                trained = run.restore(paths[data])
-                density = run.density(trained)
+                trained = trained_model.restore(paths[data])
+                density = trained_model.density(trained)
                 if density is not None:
                     steps = np.linspace(-REACH, REACH, 100, dtype=np.float32)
                     x, y = np.meshgrid(steps, steps)
                     log_p = density(np.stack([x, y], axis=-1).reshape(-1, 2)).reshape(x.shape)
                     axes.pcolormesh(x, y, np.exp(log_p), cmap="Blues", rasterized=True)
-                show(axes, run.draw(trained.model, trained.params, POINTS, 0)["x"])
+                show(axes, trained_model.draw(trained.model, trained.params, POINTS, 0)["x"])
                 progress.advance(1, f"{model}, {data}")
     figure.savefig(PICTURE)
     print(f"written: {PICTURE}")

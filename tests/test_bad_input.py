@@ -22,7 +22,7 @@ import pytest
 from conftest import on_one_device
 
 from dgm_jax import config as configs
-from dgm_jax import models, optim, run, sharding
+from dgm_jax import models, optim, run, sharding, trained_model
 from dgm_jax.checkpoint import Checkpoints
 from dgm_jax.core import DataSpec, UserError
 from dgm_jax.data import dataset as data
@@ -520,7 +520,7 @@ def test_a_first_save_that_was_cut_short_does_not_lose_where_training_starts(tra
     with workdir.claimed(config, dataset.card, dataset.spec.mean):
         (workdir.checkpoints / "2.orbax-checkpoint-tmp").mkdir(parents=True)
     run.train_mode(config, workdir)
-    params = [run.restore(path).params for path in (workdir.path, trained)]
+    params = [trained_model.restore(path).params for path in (workdir.path, trained)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), *params)
 
 
@@ -748,7 +748,7 @@ def _explode_at(monkeypatch, step: int, rate: float) -> None:
 
 
 def _assert_last_good_checkpoint_stays(path: Path, last: int) -> None:
-    restored = run.restore(path)
+    restored = trained_model.restore(path)
     assert restored.step == last
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
     rows = _rows(path)
@@ -794,5 +794,5 @@ def test_no_checkpoint_of_parameters_that_are_not_finite(quick, tmp_path, monkey
     with pytest.raises(UserError, match="not finite"):
         run.train_mode(_tiny(), Workdir(path))
     assert _steps(path)[-1] == 4
-    restored = run.restore(path)
+    restored = trained_model.restore(path)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))

@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from dgm_jax import config as configs
-from dgm_jax import run
+from dgm_jax import run, trained_model
 from dgm_jax.data import dataset as data
 from dgm_jax.metrics import Metric
 from dgm_jax.workdir import Workdir
@@ -306,10 +306,10 @@ def test_sample_writes_images_and_a_picture(finished, env):
         assert image.format == "PNG"
 
     # The same in this process, which has eight devices.
-    restored = run.restore(finished.path)
+    restored = trained_model.restore(finished.path)
 
     def draw(num: int, seed: int) -> dict[str, np.ndarray]:
-        return run.draw(restored.model, restored.params, num, seed)
+        return trained_model.draw(restored.model, restored.params, num, seed)
 
     three, many, other = draw(3, 0), draw(103, 0), draw(7, 1)
     np.testing.assert_allclose(many["mean"][:7], mean, atol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 from conftest import on_one_device
 
 from dgm_jax import config as configs
-from dgm_jax import run
+from dgm_jax import run, trained_model
 from dgm_jax.data import dataset as data
 from dgm_jax.data import shapes
 from dgm_jax.evaluators import disentanglement, features
@@ -56,7 +56,7 @@ def judged(tmp_path_factory):
         json.loads((path / f).read_text()) for f in ("results.json", "features.json")
     )
     with np.load(path / "features.npz") as arrays:
-        return dataset, dict(arrays), result, run.restore(path), trained["speed"]
+        return dataset, dict(arrays), result, trained_model.restore(path), trained["speed"]
 
 
 def test_the_file_has_features_by_layer_labels_and_factors(judged):
@@ -119,6 +119,6 @@ def test_a_density_is_taken_in_parts_of_one_size():
     config = configs.override(configs.experiment("flow"), {"eval.batch_size": 4})
     model = SimpleNamespace(log_likelihood_fns={"log_prob": log_prob})
     x = np.arange(14, dtype=np.float32).reshape(7, 2)
-    found = run.density(run.Trained(config, model, jnp.float32(2), None, 0))(x)
+    found = trained_model.density(trained_model.Trained(config, model, jnp.float32(2), None, 0))(x)
     np.testing.assert_allclose(found, -2 * np.sum(x**2, axis=1))
     assert sizes == [4]

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from dgm_jax import results, run, writers
+from dgm_jax import results, trained_model, writers
 from dgm_jax.core import UserError
 from dgm_jax.data import image_sets, sources, text
 from dgm_jax.sweep.run import read_about
@@ -136,7 +136,7 @@ def test_what_is_no_file_or_too_large_is_not_opened(tmp_path, name):
 )
 def test_a_data_card_that_makes_no_sense(workdir, keys, value, word):
     edit(workdir.data_card, *keys, value=value)
-    assert word in refused(run.restore, workdir.path)
+    assert word in refused(trained_model.restore, workdir.path)
 
 
 @pytest.mark.parametrize(
@@ -157,17 +157,17 @@ def test_a_data_card_that_makes_no_sense(workdir, keys, value, word):
 )
 def test_a_config_that_makes_no_sense(workdir, keys, value, word):
     edit(workdir.config, *keys, value=value)
-    assert word in refused(run.restore, workdir.path)
+    assert word in refused(trained_model.restore, workdir.path)
 
 
 def test_shapes_are_compared_before_anything_is_allocated(workdir):
     """Another batch is no other state; wider layers are not in the checkpoint."""
-    restored = run.restore(workdir.path)
+    restored = trained_model.restore(workdir.path)
     edit(workdir.config, "train", "batch_size", value=2**31 - 1)  # of 128 GiB
-    again = run.restore(workdir.path)
+    again = trained_model.restore(workdir.path)
     jax.tree.map(np.testing.assert_array_equal, again.params, restored.params)
     edit(workdir.config, "model", "encoder", value=[2**30])  # of 64 GiB
-    assert "no checkpoint" in refused(run.restore, workdir.path)
+    assert "no checkpoint" in refused(trained_model.restore, workdir.path)
 
 
 def test_a_result_whose_numbers_are_none(tmp_path):
@@ -445,7 +445,7 @@ def test_a_checkpoint_in_parts_larger_than_its_arrays(workdir, capsys):
     ):
         about = store.read(key).result().value
         store.write(key, json.dumps({**json.loads(about), **change}).encode()).result()
-        refused(run.restore, workdir.path)
+        refused(trained_model.restore, workdir.path)
         assert says in capsys.readouterr().out
         store.write(key, about).result()
 

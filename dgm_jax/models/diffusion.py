@@ -21,17 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from dgm_jax import labels, likelihoods
-from dgm_jax.core import (
-    Aux,
-    Batch,
-    DataSpec,
-    Model,
-    Params,
-    Player,
-    UserError,
-    beside,
-    masked_mean,
-)
+from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.distributions import (
     bernoulli_log_prob,
     discretised_logistic_log_prob,
@@ -41,6 +31,7 @@ from dgm_jax.distributions import (
 from dgm_jax.nn import denoisers
 from dgm_jax.nn.denoisers import Denoiser
 from dgm_jax.nn.noise import SCHEDULES, Schedule, alpha_sigma, noisy, precondition
+from dgm_jax.rows import beside
 
 OBJECTIVES = ("vdm", "edm", "min_snr")
 SAMPLERS = ("ancestral", "ddim", "heun")

@@ -26,22 +26,12 @@ import jax
 import jax.numpy as jnp
 
 from dgm_jax import likelihoods, mcmc
-from dgm_jax.core import (
-    Aux,
-    Batch,
-    DataSpec,
-    Model,
-    Params,
-    Player,
-    UserError,
-    beside,
-    masked_mean,
-    sum_event,
-)
+from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
 from dgm_jax.nn import networks
 from dgm_jax.nn.mlp import MLP
 from dgm_jax.nn.precision import Dense
+from dgm_jax.rows import beside, sum_event
 
 OBJECTIVES = ("contrastive_divergence", "denoising_score_matching", "sliced_score_matching")
 STARTS = ("persistent", "noise", "data")

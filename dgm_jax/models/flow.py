@@ -25,20 +25,11 @@ import jax
 import jax.numpy as jnp
 
 from dgm_jax import likelihoods
-from dgm_jax.core import (
-    Aux,
-    Batch,
-    DataSpec,
-    Model,
-    Params,
-    Player,
-    UserError,
-    masked_mean,
-    sum_event,
-)
+from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.distributions import standard_gaussian_log_prob
 from dgm_jax.nn import bijections, networks, transforms
 from dgm_jax.nn.mlp import MaskedMLP
+from dgm_jax.rows import sum_event
 
 TRANSFORMS = ("affine", "spline")
 STRUCTURES = ("coupling", "autoregressive")

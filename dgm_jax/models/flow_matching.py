@@ -26,20 +26,11 @@ import jax.numpy as jnp
 import optax
 
 from dgm_jax import labels, likelihoods
-from dgm_jax.core import (
-    Aux,
-    Batch,
-    DataSpec,
-    Model,
-    Params,
-    Player,
-    UserError,
-    beside,
-    masked_mean,
-)
+from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.distributions import standard_gaussian_log_prob
 from dgm_jax.nn import denoisers
 from dgm_jax.nn.denoisers import Denoiser
+from dgm_jax.rows import beside
 
 COUPLINGS = ("independent", "optimal_transport")
 TIMES = ("uniform", "logit_normal")

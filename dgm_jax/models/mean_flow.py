@@ -18,19 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from dgm_jax import labels, likelihoods
-from dgm_jax.core import (
-    Aux,
-    Batch,
-    DataSpec,
-    Model,
-    Params,
-    Player,
-    UserError,
-    beside,
-    masked_mean,
-)
+from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.nn import denoisers
 from dgm_jax.nn.denoisers import Denoiser
+from dgm_jax.rows import beside
 
 
 @dataclasses.dataclass(frozen=True)

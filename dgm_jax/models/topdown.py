@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from dgm_jax import likelihoods, objectives
-from dgm_jax.core import Batch, DataSpec, Model, Params, UserError, row_weight
+from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.distributions import gaussian_kl, gaussian_log_prob
 from dgm_jax.draws import Draws
 from dgm_jax.latent_variable import latent_variable_model
@@ -30,6 +30,7 @@ from dgm_jax.nn.mlp import ACTIVATIONS
 from dgm_jax.nn.posteriors import UNIT_RAW, draw_gaussian, positive
 from dgm_jax.nn.precision import Dense
 from dgm_jax.objectives import Options
+from dgm_jax.rows import row_weight
 
 Gaussian = tuple[jax.Array, jax.Array]  # mu and log_sigma, each [K, B, H, W, latents]
 Latents = tuple[jax.Array, ...]  # z_1, ..., z_L, each [K, B, H, W, latents]

@@ -12,13 +12,14 @@ import flax.linen as nn
 import jax
 
 from dgm_jax import labels, likelihoods, objectives
-from dgm_jax.core import Batch, DataSpec, Model, Params, UserError, row_weight
+from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.distributions import gaussian_kl_to_standard, gaussian_log_prob
 from dgm_jax.draws import Draws
 from dgm_jax.latent_variable import latent_variable_model
 from dgm_jax.nn import networks, priors
 from dgm_jax.nn.posteriors import POSTERIORS, Context
 from dgm_jax.objectives import Options
+from dgm_jax.rows import row_weight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,21 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from dgm_jax import likelihoods
-from dgm_jax.core import (
-    Aux,
-    Batch,
-    DataSpec,
-    Model,
-    Params,
-    Player,
-    UserError,
-    masked_mean,
-    row_weight,
-)
+from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.nn import attention, networks, quantise
 from dgm_jax.nn.autoregressive import AutoregressiveCategorical, AutoregressiveTransformer
 from dgm_jax.nn.conv import halvings
 from dgm_jax.nn.precision import Dense
+from dgm_jax.rows import row_weight
 
 QUANTISERS = ("gradient", "ema", "fsq")
 PRIORS = ("masked_mlp", "transformer")

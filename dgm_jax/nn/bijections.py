@@ -20,11 +20,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax.core import sum_event
 from dgm_jax.nn.conv import Conv, ResidualBlock, from_patches, to_patches
 from dgm_jax.nn.mlp import ACTIVATIONS, MLP, MaskedMLP
 from dgm_jax.nn.precision import Dense
 from dgm_jax.nn.transforms import Mapped, Transform
+from dgm_jax.rows import sum_event
 
 
 def couple(

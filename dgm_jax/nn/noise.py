@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax.core import beside
+from dgm_jax.rows import beside
 
 SCHEDULES = ("linear", "monotone", "cosine", "karras")
 

@@ -47,15 +47,6 @@ class Job:
         return DelayedSubmission(self)
 
 
-class StoppedWaiting(Interrupted):
-    """Told to stop while jobs were waited for; says what becomes of them."""
-
-    def __init__(self, signum: int, text: str) -> None:
-        """Stopped by signal number `signum`."""
-        super().__init__(signum, step=0)
-        self.args = (f"{signal.Signals(signum).name}: {text}",)
-
-
 def run(folder: Path, unfinished: Callable[[], list[int]], launcher: str) -> None:
     """Submit a job for each program that is not finished and wait until all have ended.
 
@@ -71,7 +62,7 @@ def run(folder: Path, unfinished: Callable[[], list[int]], launcher: str) -> Non
     Raises:
       UserError: submitit is not installed, an option is none of its, the jobs are refused, or have
         failed; says where their logs are.
-      StoppedWaiting: SIGTERM or Ctrl-C came.
+      Interrupted: SIGTERM or Ctrl-C came; says what becomes of the jobs.
     """
     if not unfinished():
         return
@@ -93,7 +84,7 @@ def run(folder: Path, unfinished: Callable[[], list[int]], launcher: str) -> Non
                 left = _wait(set(jobs), _running, asked_to_stop)
         if signum := asked_to_stop():
             left = left if on_cluster else _stop(left)
-            raise StoppedWaiting(signum, _what_goes_on(left, on_cluster, logs))
+            raise Interrupted(signum, _what_goes_on(left, on_cluster, logs))
     if failed := unfinished():
         names = ", ".join(job.job_id for i, job in zip(programs, jobs, strict=True) if i in failed)
         raise UserError(f"{len(failed)} of {len(jobs)} jobs failed ({names}): see {logs}")

@@ -137,7 +137,7 @@ def train(
             checkpoints.close()
             log.close()
         if None in log.failures and (signum := asked_to_stop()):
-            raise Interrupted(signum, done)
+            raise Interrupted(signum, interruption.saved_at(done))
     state = jax.device_get(state)
     own = [jax.tree.map(lambda a, i=i: np.asarray(a[i]), state) for i in range(len(members))]
     return [Outcome(s, log.seconds, f) for s, f in zip(own, log.failures, strict=True)]

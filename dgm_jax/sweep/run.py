@@ -17,9 +17,10 @@ from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood
 from dgm_jax.progress import Progress, say
-from dgm_jax.run import Trained, load_data, write_result
+from dgm_jax.run import load_data, write_result
 from dgm_jax.sweep import axes, jobs, program, report
 from dgm_jax.sweep.axes import Member
+from dgm_jax.trained_model import Trained
 from dgm_jax.workdir import Workdir, check_writable, is_new, write_json
 
 _MOST_MEMBERS = 10_000  # of a sweep that is read back

@@ -1,0 +1,109 @@
+"""A trained model: brought back from its work directory, and asked for samples and densities."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dgm_jax import config as configs
+from dgm_jax import files, models, optim, sharding
+from dgm_jax.core import DataSpec, Model, Params, UserError
+from dgm_jax.data import dataset as data
+from dgm_jax.experiment import abstract_state
+from dgm_jax.progress import Progress
+from dgm_jax.rng import stream
+from dgm_jax.train import best_or_newest
+from dgm_jax.workdir import Workdir, check_writable
+
+
+class Trained(NamedTuple):
+    """A trained model, of this process or brought back: ready to evaluate or sample."""
+
+    config: ConfigDict
+    model: Model
+    params: Params
+    spec: DataSpec
+    step: int
+
+
+def restore(path: str | Path, given: ConfigDict | None = None) -> Trained:
+    """The model of a work directory with its best or newest whole checkpoint's parameters.
+
+    Needs no data: what the model knows of it is in the work directory.
+
+    Args:
+      path: of the work directory.
+      given: a config whose `eval` section takes the place of the run's.
+
+    Raises:
+      UserError: no work directory, one that is damaged or of another config, or nothing trained.
+    """
+    workdir = Workdir(Path(path))
+    config, card = workdir.load_config(given), workdir.load_card()
+    spec = data.spec_of_card(card, workdir.load_mean())
+    with files.reading(workdir.config, "train again"):
+        models.check(config.model, spec)
+        model = models.build(config.model, spec)
+        optim.check(configs.section(config, "optimizer"))
+        optimizer = optim.build(configs.section(config, "optimizer"), num_steps=1)
+        like = abstract_state(config, model, optimizer, spec, sharding.make_mesh())
+    state = best_or_newest(workdir, like)
+    if state is None:
+        raise UserError(f"{path} has no checkpoint yet: train first (--mode=train)")
+    return Trained(config, model, state.eval_params, spec, int(state.step))
+
+
+def reopen(workdir: Workdir, given: ConfigDict | None = None) -> Trained:
+    """`restore`, for something to be written beside it: refuses now what would fail at the end.
+
+    Raises:
+      UserError: as `restore`, or the work directory is not writable.
+    """
+    restored = restore(workdir.path, given)
+    check_writable(workdir.path)
+    return restored
+
+
+def draw(
+    model: Model, params: Params, num: int, seed: int, batch_size: int = 100
+) -> dict[str, np.ndarray]:
+    """`num` samples in compiled batches; the first m are the same however many are drawn.
+
+    Returns:
+      What `model.sample` returns, as arrays `[num, *event]`.
+
+    Raises:
+      UserError: the model cannot sample.
+    """
+    sample = model.require("sample")
+    one_batch = jax.jit(lambda params, i: sample(params, stream(seed, "sample", i), batch_size))
+    parts = []
+    with Progress("sampling" if num > 10 * batch_size else None, num) as progress:
+        for i in range(-(-num // batch_size)):
+            parts.append(jax.device_get(one_batch(params, i)))
+            progress.advance(min(batch_size, num - i * batch_size))
+    return {name: np.concatenate([part[name] for part in parts])[:num] for name in parts[0]}
+
+
+def density(trained: Trained) -> Callable[[np.ndarray], np.ndarray] | None:
+    """log p(x) of vectors x, `[N, D] -> float64 [N]`, nats; None where it is not known exactly."""
+    exact = trained.model.log_likelihood_fns.get("log_prob")
+    if exact is None:
+        return None
+    log_prob, rng = jax.jit(exact), stream(trained.config.seed, "pictures")
+    at_once = trained.config.eval.batch_size
+
+    def log_p(x: np.ndarray) -> np.ndarray:
+        parts = []
+        with Progress("density", len(x)) as progress:
+            for start in range(0, len(x), at_once):
+                part = x[start : start + at_once]
+                full = np.pad(part, [(0, at_once - len(part)), (0, 0)], mode="edge")
+                parts.append(np.asarray(log_prob(trained.params, {"x": full}, rng), np.float64))
+                progress.advance(len(part))
+        return np.concatenate(parts)[: len(x)]
+
+    return log_p
