@@ -41,8 +41,14 @@ class MLP(nn.Module):
         return h
 
 
+_BAND = 128  # columns of a masked product that are worth a product of their own
+
+
 class MaskedMLP(nn.Module):
     """A network whose output for variable j sees variables 0, ..., j - 1 alone.
+
+    Units stand in the order of their degrees, so that the masks are staircases, and little of what
+    is under them is computed.
 
     Reference: Germain et al. 2015, "MADE", eqs. 8 to 13, with evenly spread degrees.
 
@@ -52,6 +58,7 @@ class MaskedMLP(nn.Module):
       outputs: P, numbers given for each variable.
       activation: one of `ACTIVATIONS`.
       inputs: I, numbers that make up each variable.
+      dropout: the probability of a hidden unit's being left out in training.
     """
 
     num: int
@@ -59,10 +66,20 @@ class MaskedMLP(nn.Module):
     outputs: int
     activation: str = "silu"
     inputs: int = 1
+    dropout: float | jax.Array = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
-        """Outputs `[..., D, P]` for `x` float `[..., D·I]`; a context `[..., F]` is seen by all."""
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None = None, rng: jax.Array | None = None
+    ) -> jax.Array:
+        """Outputs `[..., D, P]` for `x` float `[..., D·I]`.
+
+        Args:
+          x: the variables, one after the other.
+          context: float `[..., F]`, seen by all outputs.
+          rng: in training, of which units are left out: each by itself, the others' sizes raised to
+            the same mean (Srivastava et al. 2014). None leaves out none.
+        """
         degrees = np.arange(1, self.num + 1)
         h, before = x, np.repeat(degrees, self.inputs)
         for i, width in enumerate(self.hidden):
@@ -71,6 +88,9 @@ class MaskedMLP(nn.Module):
             if i == 0 and context is not None:
                 h += Dense(width, use_bias=False)(context)
             h, before = ACTIVATIONS[self.activation](h), after
+            if rng is not None:
+                kept = jax.random.bernoulli(jax.random.fold_in(rng, i), 1 - self.dropout, h.shape)
+                h = jnp.where(kept, h / (1 - self.dropout), 0)
         mask = np.repeat(before[:, None] < degrees[None], self.outputs, axis=1)
         out = self._masked_dense("out", h, mask)
         if context is not None:  # the first variable sees no hidden unit, and must see this
@@ -78,18 +98,27 @@ class MaskedMLP(nn.Module):
         return out.reshape(*out.shape[:-1], self.num, self.outputs)
 
     def _masked_dense(self, name: str, h: jax.Array, mask: np.ndarray) -> jax.Array:
-        """A dense layer with the weights outside `mask` bool `[D, F]` held at zero."""
-        kernel = self.param(f"{name}_kernel", nn.initializers.lecun_normal(), mask.shape)
+        """A dense layer with the weights outside `mask` bool `[D, F]` held at zero.
+
+        `mask` is a staircase: what a column sees are the first rows, and no fewer than the column
+        before it. So a band of columns is a product with those rows alone that its last one sees.
+        """
+        bands = np.array_split(mask, min(8, max(1, mask.shape[1] // _BAND)), axis=1)
+        outs = []
+        for i, band in enumerate(bands):
+            band = band[: max(1, np.count_nonzero(band[:, -1]))]
+            kernel = self.param(f"{name}_kernel_{i}", nn.initializers.lecun_normal(), band.shape)
+            outs.append(product(jnp.matmul, h[..., : len(band)], kernel * band))
         bias = self.param(f"{name}_bias", nn.initializers.zeros, mask.shape[1:])
-        return product(jnp.matmul, h, kernel * mask) + jnp.expand_dims(bias, range(h.ndim - 1))
+        return jnp.concatenate(outs, axis=-1) + jnp.expand_dims(bias, range(h.ndim - 1))
 
 
 def _spread(width: int, highest: int) -> np.ndarray:
-    """Degrees of `width` units, from 1 to `highest`: int `[width]`.
+    """Degrees of `width` units, from 1 to `highest`, in ascending order: int `[width]`.
 
-    All in turn; of fewer units in even steps, so that the last output still sees all variables
-    before it, and others may miss those since the last step.
+    Each as often as any other; of fewer units in even steps, so that the last output still sees all
+    variables before it, and others may miss those since the last step.
     """
     if width >= highest:
-        return np.arange(width) % highest + 1
+        return np.sort(np.arange(width) % highest + 1)
     return np.round(np.linspace(1, highest, width)).astype(int)

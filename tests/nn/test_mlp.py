@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import special
 
+from dgm_jax.nn import mlp
 from dgm_jax.nn.mlp import ACTIVATIONS, MLP, MaskedMLP
 
 # Compiling takes most of the time of these tests: none of it goes into faster code.
@@ -117,16 +118,21 @@ def test_the_context_is_seen_by_the_first_variable_too(num, hidden):
     assert np.abs(_jacobians(num, hidden, True)[1][:, 0]).min() > 1e-12
 
 
-def test_a_masked_network_is_its_formula():
+@pytest.mark.parametrize("bands", [1, 2])
+def test_a_masked_network_is_its_formula(bands, monkeypatch):
     """Two hidden layers in NumPy, connections by MADE's rule (Germain et al. 2015, eqs. 12-13)."""
+    monkeypatch.setattr(mlp, "_BAND", {1: 128, 2: 3}[bands])
     net = MaskedMLP(4, (5, 7), 2, "tanh")
     x = np.random.default_rng(3).normal(size=(6, 4))
     params = _params(net, x)
-    degrees = [[1, 2, 3, 4], [1, 2, 3, 1, 2], [1, 2, 3, 1, 2, 3, 1]]
+    degrees = [[1, 2, 3, 4], [1, 1, 2, 2, 3], [1, 1, 1, 2, 2, 3, 3]]
 
     def masked(name, h, allowed):
-        kernel, bias = params[f"{name}_kernel"], params[f"{name}_bias"]
-        return h @ np.where(allowed, kernel, 0) + bias
+        kernels = [p for other, p in params.items() if other.startswith(f"{name}_kernel")]
+        assert len(kernels) == (bands if allowed.shape[1] > 5 else 1)
+        # What a band does not hold is what none of its units sees.
+        kernel = np.hstack([np.pad(k, ((0, len(allowed) - len(k)), (0, 0))) for k in kernels])
+        return h @ np.where(allowed, kernel, 0) + params[f"{name}_bias"]
 
     h = np.tanh(masked("hidden_0", x, np.less_equal.outer(degrees[0], degrees[1])))
     h = np.tanh(masked("hidden_1", h, np.less_equal.outer(degrees[1], degrees[2])))
@@ -142,3 +148,29 @@ def test_a_masked_network_takes_any_number_of_leading_axes():
     params = {"params": _params(net, x, context)}
     each = jit(jax.vmap(jax.vmap(net.apply, (None, 0, 0)), (None, 0, 0)))(params, x, context)
     np.testing.assert_allclose(jit(net.apply)(params, x, context), each, rtol=1e-12)
+
+
+def test_bands_hold_half_of_a_wide_network():
+    """Eight of D = 1,024 and as many units: (1 + ... + 8) / 64 of the products, the same zeros."""
+    net = MaskedMLP(1024, (1024,), 1)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), np.zeros((1, 1024)))["params"]
+    rows = [shapes[f"hidden_0_kernel_{i}"].shape for i in range(8)]
+    # 1,024 units of 1,023 degrees: the first degree has two.
+    assert rows == [(128 * (i + 1) - 1, 128) for i in range(8)]
+
+
+def test_dropout_leaves_out_units_and_keeps_the_mean():
+    """Linear after its one hidden layer: the mean over which are left out is the whole network."""
+    net = MaskedMLP(3, (4,), 2, dropout=0.3)
+    x = np.random.default_rng(5).normal(size=(2, 3))
+    params = {"params": _params(net, x)}
+    each = jit(jax.vmap(lambda key: net.apply(params, x, None, key)))
+    outs = each(jax.random.split(jax.random.key(0), 20_000))
+    whole = net.apply(params, x)
+    np.testing.assert_allclose(outs[:, :, 0], np.broadcast_to(whole[:, 0], outs[:, :, 0].shape))
+    error = np.std(outs, axis=0) / np.sqrt(len(outs))
+    assert np.all(np.abs(np.mean(outs, axis=0) - whole)[:, 1:] < 4 * error[:, 1:])
+    # Of the second variable, which sees the two units of degree 1 alone: none, one, other, both.
+    values, counts = np.unique(np.round(outs[:, 0, 1, 0], 9), return_counts=True)
+    assert len(values) == 4
+    np.testing.assert_allclose(sorted(counts / len(outs)), [0.09, 0.21, 0.21, 0.49], atol=0.02)
