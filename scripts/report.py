@@ -103,7 +103,7 @@ _QUALITY = {
 
 _PROBES = {
     "linear_probe": "linear probe",
-    **{f"linear_probe_{n}_labels": f"{n} labels" for n in (1, 5, 10, 100)},
+    **{f"linear_probe_{n}_labels": f"{n} per class" for n in (1, 5, 10, 100)},
     "nearest_neighbours": "neighbours",
 }
 _SCORES = {
