@@ -19,18 +19,16 @@ from dgm_jax.nn.mlp import ACTIVATIONS, MaskedMLP
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The model's fields. Real numbers may be traced.
+    """The model's fields.
 
     Attributes:
       hidden: widths of the hidden layers.
-      dropout: the probability of a hidden unit's being left out in training.
       activation: one of `nn.mlp.ACTIVATIONS`.
       likelihood: of a pixel, one of `likelihoods.LIKELIHOODS`.
       conditional: a model of p(x | label).
     """
 
     hidden: tuple[int, ...] = (500,)
-    dropout: float = 0.0
     activation: str = "silu"
     likelihood: str = "bernoulli"
     conditional: bool = False
@@ -47,8 +45,6 @@ def check(config: Config, spec: DataSpec) -> None:
         raise UserError(
             f"model.activation={config.activation!r}: choose one of {', '.join(ACTIVATIONS)}"
         )
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"model.dropout={config.dropout}: must be at least 0 and below 1")
     likelihoods.check(config.likelihood, spec)
     if spec.num_dims < 2:
         raise UserError(f"model.name='made' needs at least two pixels, and x is {spec.event_shape}")
@@ -62,16 +58,13 @@ class Net(nn.Module):
     spec: DataSpec
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, label: jax.Array | None, rng: jax.Array | None = None
-    ) -> jax.Array:
-        """The parameters of each p(x_i | x_<i); `rng` of dropout, in training."""
+    def __call__(self, x: jax.Array, label: jax.Array | None) -> jax.Array:
+        """The parameters of each p(x_i | x_<i)."""
         initial = likelihoods.LIKELIHOODS[self.config.likelihood]().initial(self.spec.mean.ravel())
         # Flat, as biases are: the optimizer does not decay arrays of one dimension.
         bias = self.param("bias", lambda key: jnp.asarray(initial.ravel(), jnp.float32))
         layers = (self.config.hidden, initial.shape[1], self.config.activation)
-        masked = MaskedMLP(self.spec.num_dims, *layers, dropout=self.config.dropout)
-        out = masked(networks.centred(x), label, rng)
+        out = MaskedMLP(self.spec.num_dims, *layers)(networks.centred(x), label)
         return out + bias.reshape(1, *initial.shape)
 
 
@@ -79,12 +72,10 @@ def build(config: Config, spec: DataSpec) -> Model:
     """MADE as pure functions; see `core.Model` for their contracts."""
     net, likelihood = Net(config, spec), likelihoods.LIKELIHOODS[config.likelihood]()
 
-    def outputs(
-        params: Params, x: jax.Array, label: jax.Array | None, rng: jax.Array | None = None
-    ) -> jax.Array:
+    def outputs(params: Params, x: jax.Array, label: jax.Array | None) -> jax.Array:
         """`[B, D, P]` for x `[B, D]` as the data hold it."""
         one_hot = labels.one_hot(label, config.conditional, spec)
-        return net.apply({"params": params["made"]}, x / spec.scale, one_hot, rng)
+        return net.apply({"params": params["made"]}, x / spec.scale, one_hot)
 
     def init(rng: jax.Array, batch: Batch) -> Params:
         likelihoods.refuse_outside_support(batch["x"], spec)
@@ -92,17 +83,15 @@ def build(config: Config, spec: DataSpec) -> Model:
         one_hot = labels.one_hot(label, config.conditional, spec)
         return {"made": net.init(rng, x, one_hot)["params"]}
 
-    def scored(params: Params, batch: Batch, rng: jax.Array | None) -> jax.Array:
-        x = batch["x"].reshape(len(batch["x"]), -1)
-        return likelihood.log_prob(outputs(params, x, batch.get("label"), rng), x)
-
     def log_prob(params: Params, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
-        """log p(x), or log p(x | label), `[B]`; of the whole network."""
+        """log p(x), or log p(x | label), `[B]`."""
         del rng
-        return scored(params, batch, None)
+        x = batch["x"].reshape(len(batch["x"]), -1)
+        return likelihood.log_prob(outputs(params, x, batch.get("label")), x)
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
-        return -masked_mean(scored(params, batch, rng), batch), Aux({})
+        del rng
+        return -masked_mean(log_prob(params, batch), batch), Aux({})
 
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
         told = labels.in_turn(num, config.conditional, spec)

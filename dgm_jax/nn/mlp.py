@@ -58,7 +58,6 @@ class MaskedMLP(nn.Module):
       outputs: P, numbers given for each variable.
       activation: one of `ACTIVATIONS`.
       inputs: I, numbers that make up each variable.
-      dropout: the probability of a hidden unit's being left out in training.
     """
 
     num: int
@@ -66,20 +65,10 @@ class MaskedMLP(nn.Module):
     outputs: int
     activation: str = "silu"
     inputs: int = 1
-    dropout: float | jax.Array = 0.0
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, context: jax.Array | None = None, rng: jax.Array | None = None
-    ) -> jax.Array:
-        """Outputs `[..., D, P]` for `x` float `[..., D·I]`.
-
-        Args:
-          x: the variables, one after the other.
-          context: float `[..., F]`, seen by all outputs.
-          rng: in training, of which units are left out: each by itself, the others' sizes raised to
-            the same mean (Srivastava et al. 2014). None leaves out none.
-        """
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        """Outputs `[..., D, P]` for `x` float `[..., D·I]`; a context `[..., F]` is seen by all."""
         degrees = np.arange(1, self.num + 1)
         h, before = x, np.repeat(degrees, self.inputs)
         for i, width in enumerate(self.hidden):
@@ -88,9 +77,6 @@ class MaskedMLP(nn.Module):
             if i == 0 and context is not None:
                 h += Dense(width, use_bias=False)(context)
             h, before = ACTIVATIONS[self.activation](h), after
-            if rng is not None:
-                kept = jax.random.bernoulli(jax.random.fold_in(rng, i), 1 - self.dropout, h.shape)
-                h = jnp.where(kept, h / (1 - self.dropout), 0)
         mask = np.repeat(before[:, None] < degrees[None], self.outputs, axis=1)
         out = self._masked_dense("out", h, mask)
         if context is not None:  # the first variable sees no hidden unit, and must see this
@@ -106,7 +92,7 @@ class MaskedMLP(nn.Module):
         bands = np.array_split(mask, min(8, max(1, mask.shape[1] // _BAND)), axis=1)
         outs = []
         for i, band in enumerate(bands):
-            band = band[: max(1, np.count_nonzero(band[:, -1]))]
+            band = band[: max(1, np.count_nonzero(band[:, -1]))]  # no product is of no rows
             kernel = self.param(f"{name}_kernel_{i}", nn.initializers.lecun_normal(), band.shape)
             outs.append(product(jnp.matmul, h[..., : len(band)], kernel * band))
         bias = self.param(f"{name}_bias", nn.initializers.zeros, mask.shape[1:])

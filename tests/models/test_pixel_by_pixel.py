@@ -115,25 +115,12 @@ def test_grey_pixels_have_a_likelihood_of_256_values(family):
     np.testing.assert_allclose(np.exp(log_prob.astype(np.float64)).sum(), 1, rtol=1e-4)
 
 
-def test_units_are_left_out_in_training_alone():
-    """The loss is another for each key, at one key not the whole network's, and log_prob is."""
-    model, params = _model(made, dropout=0.5)
-    whole, whole_params = _model(made)
-    loss, batch = jax.jit(model.players[0].loss_fn), {"x": ALL}
-    found = [float(loss(params, batch, jax.random.key(i))[0]) for i in range(3)]
-    assert len(set(found)) == 3
-    log_prob = _log_prob(model)(params, batch)
-    np.testing.assert_array_equal(log_prob, _log_prob(whole)(whole_params, batch))
-    assert all(abs(a + np.mean(log_prob)) > 1e-3 for a in found)
-
-
 @pytest.mark.parametrize(
     ("family", "fields", "message"),
     [
         (made, {"hidden": ()}, "model.hidden"),
         (made, {"hidden": (0,)}, "model.hidden"),
         (made, {"activation": "gated"}, "model.activation='gated'"),
-        (made, {"dropout": 1.0}, "model.dropout=1.0"),
         (made, {"likelihood": "categorical"}, "model.likelihood='categorical' needs uint8"),
         (pixelcnn, {"likelihood": "categorical"}, "model.likelihood='categorical' needs uint8"),
         (pixelcnn, {"channels": 0}, "model.channels=0"),

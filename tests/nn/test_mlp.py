@@ -157,20 +157,3 @@ def test_bands_hold_half_of_a_wide_network():
     rows = [shapes[f"hidden_0_kernel_{i}"].shape for i in range(8)]
     # 1,024 units of 1,023 degrees: the first degree has two.
     assert rows == [(128 * (i + 1) - 1, 128) for i in range(8)]
-
-
-def test_dropout_leaves_out_units_and_keeps_the_mean():
-    """Linear after its one hidden layer: the mean over which are left out is the whole network."""
-    net = MaskedMLP(3, (4,), 2, dropout=0.3)
-    x = np.random.default_rng(5).normal(size=(2, 3))
-    params = {"params": _params(net, x)}
-    each = jit(jax.vmap(lambda key: net.apply(params, x, None, key)))
-    outs = each(jax.random.split(jax.random.key(0), 20_000))
-    whole = net.apply(params, x)
-    np.testing.assert_allclose(outs[:, :, 0], np.broadcast_to(whole[:, 0], outs[:, :, 0].shape))
-    error = np.std(outs, axis=0) / np.sqrt(len(outs))
-    assert np.all(np.abs(np.mean(outs, axis=0) - whole)[:, 1:] < 4 * error[:, 1:])
-    # Of the second variable, which sees the two units of degree 1 alone: none, one, other, both.
-    values, counts = np.unique(np.round(outs[:, 0, 1, 0], 9), return_counts=True)
-    assert len(values) == 4
-    np.testing.assert_allclose(sorted(counts / len(outs)), [0.09, 0.21, 0.21, 0.49], atol=0.02)
