@@ -48,7 +48,7 @@ class Prior:
         self.module = priors.make(name, latents, components, steps, flow_width=5, mean=mean)
         self.latents, self.posterior_of = latents, _posterior_of(latents)
         leaves, structure = jax.tree.flatten(jax.eval_shape(self.fresh))
-        rng = np.random.default_rng(1)
+        rng = np.random.default_rng(2)
         drawn = [jnp.asarray(0.6 * rng.normal(size=leaf.shape)) for leaf in leaves]
         self.variables = jax.tree.unflatten(structure, drawn)
         self.params = self.variables.get("params", {})
