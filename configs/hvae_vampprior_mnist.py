@@ -11,8 +11,8 @@ from dgm_jax.config import ConfigDict, experiment, variant
 def get_config(arg: str | None = None) -> ConfigDict:
     """The default; `:standard` with a Gaussian prior; `:smoke` for a run of seconds."""
     config = experiment("two_level")
-    config.train.duration = "60 epochs"
-    config.train.batch_size = 500
+    config.train.duration = "100 epochs"
+    config.train.batch_size = 1000
     config.train.steps_per_dispatch = 100
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 6e-3
