@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from contextlib import contextmanager
@@ -43,6 +44,14 @@ def _bounded_memory():
     """What one module compiled is of no use to the next, and would fill gigabytes by the end."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _usual_handlers():
+    """Whatever the tests were started with: a shell's background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -31,14 +31,6 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _usual_handlers():
-    """Whatever the tests were started with: a shell's background ignores Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def _train(dataset, path, **fields):
     workdir = Workdir(path)
     config = configs.override(configs.experiment("vae"), {**TINY, **fields})
