@@ -61,7 +61,12 @@ def layers(codes: Codes, sizes: tuple[int, ...]) -> dict[str, Codes]:
     Args:
       codes: of the whole, `[N, F]`.
       sizes: of the parts, as in `core.Model.layer_sizes`; they sum to F, or there are none.
+
+    Returns:
+      Of each layer `[N, size]`; empty where one layer is the whole.
     """
+    if len(sizes) < 2:
+        return {}
     ends = np.cumsum(sizes)
     return {
         f"layer_{i + 1}": {split: of[:, end - size : end] for split, of in codes.items()}

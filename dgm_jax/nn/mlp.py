@@ -41,7 +41,8 @@ class MLP(nn.Module):
         return h
 
 
-_BAND = 128  # columns of a masked product that are worth a product of their own
+# A masked product's bands: of so many columns at least, and so many at most.
+_BAND, _MOST_BANDS = 128, 8
 
 
 class MaskedMLP(nn.Module):
@@ -89,9 +90,9 @@ class MaskedMLP(nn.Module):
         `mask` is a staircase: what a column sees are the first rows, and no fewer than the column
         before it. So a band of columns is a product with those rows alone that its last one sees.
         """
-        bands = np.array_split(mask, min(8, max(1, mask.shape[1] // _BAND)), axis=1)
+        num = min(_MOST_BANDS, max(1, mask.shape[1] // _BAND))
         outs = []
-        for i, band in enumerate(bands):
+        for i, band in enumerate(np.array_split(mask, num, axis=1)):
             band = band[: max(1, np.count_nonzero(band[:, -1]))]  # no product is of no rows
             kernel = self.param(f"{name}_kernel_{i}", nn.initializers.lecun_normal(), band.shape)
             outs.append(product(jnp.matmul, h[..., : len(band)], kernel * band))

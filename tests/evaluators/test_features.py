@@ -83,7 +83,7 @@ def test_layers_are_the_consecutive_parts():
         parts = [layer[split] for layer in found.values()]
         assert [part.shape[1] for part in parts] == [3, 1, 2]
         np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
-    assert features.layers(codes, ()) == {}
+    assert features.layers(codes, ()) == features.layers(codes, (6,)) == {}
 
 
 def test_a_hierarchys_layers_are_its_posterior_means_from_the_data_up(tiny_dataset):
