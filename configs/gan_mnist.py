@@ -15,7 +15,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The default; `:nonsaturating`, `:hinge`, `:wgan-gp`, `:conditional`, `:smoke`."""
     config = experiment("gan")
     config.data.binarisation = "none"
-    config.train.duration = "5 epochs"
+    config.train.duration = "20 epochs"
     config.train.batch_size = 64
     config.train.steps_per_dispatch = 50
     config.optimizer.learning_rate = 1e-3
