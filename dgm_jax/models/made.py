@@ -1,15 +1,22 @@
 """Masked autoencoders for distribution estimation: every pixel given those before it, in one pass.
 
-    log p(x) = Σ_i log p(x_i | x_1, ..., x_{i-1}),   exact, pixels row by row
+    log p_o(x) = Σ_i log p(x_o(i) | x_o(1), ..., x_o(i-1)),   exact, of pixels in the order o
+    log p(x)   = log 1/O Σ_o p_o(x)
 
-Reference: Germain et al. 2015, "MADE: masked autoencoder for distribution estimation".
+The first order is row by row, and most often the only one. Networks of several orders err in
+different places, and their mixture is better than any; each is trained by itself.
+
+References: Germain et al. 2015, "MADE: masked autoencoder for distribution estimation"; Uria et al.
+2014, "A deep and tractable density estimator" (mixtures over orders, there of one network).
 """
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dgm_jax import labels, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
@@ -23,12 +30,15 @@ class Config:
 
     Attributes:
       hidden: widths of the hidden layers.
+      orders: O, networks, each with an order of its own: row by row, then permutations, the same in
+        every run.
       activation: one of `nn.mlp.ACTIVATIONS`.
       likelihood: of a pixel, one of `likelihoods.LIKELIHOODS`.
       conditional: a model of p(x | label).
     """
 
     hidden: tuple[int, ...] = (500,)
+    orders: int = 1
     activation: str = "silu"
     likelihood: str = "bernoulli"
     conditional: bool = False
@@ -41,6 +51,8 @@ def check(config: Config, spec: DataSpec) -> None:
       UserError: names the field, its value and what is allowed.
     """
     networks.check_widths("hidden", config.hidden)
+    if config.orders < 1:
+        raise UserError(f"model.orders={config.orders}: must be at least 1")
     if config.activation not in ACTIVATIONS:
         raise UserError(
             f"model.activation={config.activation!r}: choose one of {', '.join(ACTIVATIONS)}"
@@ -52,59 +64,91 @@ def check(config: Config, spec: DataSpec) -> None:
 
 
 class Net(nn.Module):
-    """x `[B, D]` in [0, 1], and a one-hot label `[B, C]` or None -> outputs `[B, D, P]`."""
+    """x `[B, D]` in [0, 1], and a one-hot label `[B, C]` or None -> outputs `[B, D, P]`.
+
+    Attributes:
+      config: of the model.
+      spec: of the data.
+      order: a permutation of 0, ..., D - 1; a pixel depends on those that stand before it there.
+    """
 
     config: Config
     spec: DataSpec
+    order: tuple[int, ...]
 
     @nn.compact
     def __call__(self, x: jax.Array, label: jax.Array | None) -> jax.Array:
-        """The parameters of each p(x_i | x_<i)."""
+        """The parameters of each p(x_i | those before it)."""
         initial = likelihoods.LIKELIHOODS[self.config.likelihood]().initial(self.spec.mean.ravel())
         # Flat, as biases are: the optimizer does not decay arrays of one dimension.
         bias = self.param("bias", lambda key: jnp.asarray(initial.ravel(), jnp.float32))
         layers = (self.config.hidden, initial.shape[1], self.config.activation)
-        out = MaskedMLP(self.spec.num_dims, *layers)(networks.centred(x), label)
-        return out + bias.reshape(1, *initial.shape)
+        order = np.array(self.order)
+        out = MaskedMLP(self.spec.num_dims, *layers)(networks.centred(x)[:, order], label)
+        return out[:, np.argsort(order)] + bias.reshape(1, *initial.shape)
 
 
 def build(config: Config, spec: DataSpec) -> Model:
     """MADE as pure functions; see `core.Model` for their contracts."""
-    net, likelihood = Net(config, spec), likelihoods.LIKELIHOODS[config.likelihood]()
+    likelihood = likelihoods.LIKELIHOODS[config.likelihood]()
+    nets = [Net(config, spec, _order(i, spec.num_dims)) for i in range(config.orders)]
 
-    def outputs(params: Params, x: jax.Array, label: jax.Array | None) -> jax.Array:
-        """`[B, D, P]` for x `[B, D]` as the data hold it."""
+    def outputs(i: int, params: Params, x: jax.Array, label: jax.Array | None) -> jax.Array:
+        """`[B, D, P]` of the i-th network, for x `[B, D]` as the data hold it."""
         one_hot = labels.one_hot(label, config.conditional, spec)
-        return net.apply({"params": params["made"]}, x / spec.scale, one_hot)
+        return nets[i].apply({"params": params["made"][f"order_{i}"]}, x / spec.scale, one_hot)
 
     def init(rng: jax.Array, batch: Batch) -> Params:
         likelihoods.refuse_outside_support(batch["x"], spec)
         x, label = jnp.zeros((1, spec.num_dims)), jnp.zeros(1, jnp.int32)
         one_hot = labels.one_hot(label, config.conditional, spec)
-        return {"made": net.init(rng, x, one_hot)["params"]}
+        keys = jax.random.split(rng, config.orders)
+        inits = [net.init(key, x, one_hot)["params"] for net, key in zip(nets, keys, strict=True)]
+        return {"made": {f"order_{i}": params for i, params in enumerate(inits)}}
+
+    def each_log_prob(params: Params, batch: Batch) -> jax.Array:
+        """log p_o(x), or log p_o(x | label), `[O, B]`."""
+        x = batch["x"].reshape(len(batch["x"]), -1)
+        told = (params, x, batch.get("label"))
+        return jnp.stack([likelihood.log_prob(outputs(i, *told), x) for i in range(config.orders)])
 
     def log_prob(params: Params, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
         """log p(x), or log p(x | label), `[B]`."""
         del rng
-        x = batch["x"].reshape(len(batch["x"]), -1)
-        return likelihood.log_prob(outputs(params, x, batch.get("label")), x)
+        each = each_log_prob(params, batch)
+        return jax.nn.logsumexp(each, axis=0) - math.log(config.orders)
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
+        """Mean -log p_o(x) over the orders, which is at least -log p(x)."""
         del rng
-        return -masked_mean(log_prob(params, batch), batch), Aux({})
+        return -masked_mean(jnp.mean(each_log_prob(params, batch), axis=0), batch), Aux({})
 
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
-        told = labels.in_turn(num, config.conditional, spec)
+        # As many of each order, at places drawn at random, of which the first `num` are kept.
+        each = math.ceil(num / config.orders)
+        told = labels.in_turn(each * config.orders, config.conditional, spec)
+        rng, shuffle = jax.random.split(rng)
+        places = jax.random.permutation(shuffle, each * config.orders).reshape(-1, each)
+        x = jnp.zeros((each * config.orders, spec.num_dims))
+        for i, key in enumerate(jax.random.split(rng, config.orders)):
+            label = told["label"][places[i]] if told else None
+            x = x.at[places[i]].set(sample_in_order(i, params, key, each, label))
+        drawn = {"x": x.reshape(-1, *spec.event_shape)} | told
+        return {name: values[:num] for name, values in drawn.items()}
+
+    def sample_in_order(
+        i: int, params: Params, rng: jax.Array, num: int, label: jax.Array | None
+    ) -> jax.Array:
+        """`[num, D]` of the i-th network."""
 
         def add(x: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            i, key = step
-            each = outputs(params, x, told.get("label"))
-            here = jax.lax.dynamic_slice_in_dim(each, i, 1, axis=1)
-            return x.at[:, i].set(likelihood.draw(key, here)[:, 0]), None
+            pixel, key = step
+            each = outputs(i, params, x, label)
+            here = jax.lax.dynamic_slice_in_dim(each, pixel, 1, axis=1)
+            return x.at[:, pixel].set(likelihood.draw(key, here)[:, 0]), None
 
-        steps = jnp.arange(spec.num_dims), jax.random.split(rng, spec.num_dims)
-        x = jax.lax.scan(add, jnp.zeros((num, spec.num_dims)), steps)[0]
-        return {"x": x.reshape(num, *spec.event_shape)} | told
+        steps = jnp.array(nets[i].order), jax.random.split(rng, spec.num_dims)
+        return jax.lax.scan(add, jnp.zeros((num, spec.num_dims)), steps)[0]
 
     return Model(
         init=init,
@@ -112,3 +156,8 @@ def build(config: Config, spec: DataSpec) -> Model:
         log_likelihood_fns={"log_prob": log_prob},
         sample=sample,
     )
+
+
+def _order(i: int, num: int) -> tuple[int, ...]:
+    """The i-th order of `num` pixels."""
+    return tuple(np.random.default_rng(i).permutation(num).tolist() if i else range(num))

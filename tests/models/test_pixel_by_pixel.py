@@ -14,7 +14,7 @@ from dgm_jax.models import made, pixelcnn
 SPEC = DataSpec((3, 3, 1), "binary", np.full((3, 3, 1), 0.4, np.float32), 100, 3)
 ALL = np.array(list(itertools.product((0.0, 1.0), repeat=9)), np.float32).reshape(-1, 3, 3, 1)
 SMALL = {
-    made: {"hidden": (32, 32)},
+    made: {"hidden": (32, 32), "orders": 2},
     pixelcnn: {"channels": 4, "window": 2, "dilations": (1, 2)},
 }
 
@@ -56,16 +56,34 @@ def test_a_pixel_depends_on_all_before_it_and_on_none_after(family):
     """Also far up to the right, where a PixelCNN of one stream is blind."""
     spec = SPEC._replace(event_shape=(4, 5, 1), mean=np.full((4, 5, 1), 0.4, np.float32))
     _, params = _model(family, spec)
-    net = family.Net(family.Config(**SMALL[family]), spec)
-    shape = (1, 20) if family is made else (1, 4, 5, 1)
-    (own,) = params.values()
+    x = jax.random.uniform(jax.random.key(2), (20,))
+    for order, logits in _networks(family, spec, *params.values()):
+        slopes = np.asarray(jax.jit(jax.jacobian(logits))(x))[np.ix_(order, order)]
+        assert np.all(np.triu(slopes) == 0)
+        assert np.all(slopes[np.tril_indices(20, -1)] != 0)
 
-    def logits(x):
-        return net.apply({"params": own}, x.reshape(shape), None)[0, :, 0]
 
-    slopes = np.asarray(jax.jit(jax.jacobian(logits))(jax.random.uniform(jax.random.key(2), (20,))))
-    assert np.all(np.triu(slopes) == 0)
-    assert np.all(slopes[np.tril_indices(20, -1)] != 0)
+def _networks(family, spec, params):
+    """Of each network the order of its pixels, and the logits `[20]` for an image `[20]`."""
+    config, rows = family.Config(**SMALL[family]), np.arange(20)
+    if family is pixelcnn:
+        net = pixelcnn.Net(config, spec)
+        yield rows, lambda x: net.apply({"params": params}, x.reshape(1, 4, 5, 1), None)[0, :, 0]
+        return
+    orders = rows, np.random.default_rng(4).permutation(20)
+    for order, own in zip(orders, params.values(), strict=True):
+        net = made.Net(config, spec, tuple(order.tolist()))
+        yield order, lambda x, net=net, own=own: net.apply({"params": own}, x[None], None)[0, :, 0]
+
+
+def test_a_single_draw_may_be_of_any_order():
+    """The mean of a thousand is that of the mixture, within four standard errors."""
+    model, params = _model(made)
+    keys = jax.random.split(jax.random.key(5), 1000)
+    draws = jax.jit(jax.vmap(lambda key: model.sample(params, key, 1)["x"][0]))(keys)
+    probs = np.exp(np.asarray(_log_prob(model)(params, {"x": ALL}), np.float64))
+    mean = np.tensordot(probs, ALL, 1)
+    assert np.all(np.abs(draws.mean(0) - mean) < 4 * np.sqrt(mean * (1 - mean) / len(keys)))
 
 
 @pytest.mark.parametrize("conditional", [False, True])
@@ -120,6 +138,7 @@ def test_grey_pixels_have_a_likelihood_of_256_values(family):
     [
         (made, {"hidden": ()}, "model.hidden"),
         (made, {"hidden": (0,)}, "model.hidden"),
+        (made, {"orders": 0}, "model.orders=0"),
         (made, {"activation": "gated"}, "model.activation='gated'"),
         (made, {"likelihood": "categorical"}, "model.likelihood='categorical' needs uint8"),
         (pixelcnn, {"likelihood": "categorical"}, "model.likelihood='categorical' needs uint8"),
