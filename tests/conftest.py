@@ -1,5 +1,6 @@
 """A stricter environment than the user's: eight devices, no implicit rank promotion."""
 
+import gc
 import os
 import shutil
 import signal
@@ -17,7 +18,10 @@ os.environ["XLA_FLAGS"] = (
 )
 if version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+# Tracing takes most of the rest: no tracebacks in programs, and garbage only between modules.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["JAX_PLATFORMS"] = "cpu"
+gc.disable()
 
 import jax
 import pytest
@@ -44,6 +48,7 @@ def _bounded_memory():
     """What one module compiled is of no use to the next, and would fill gigabytes by the end."""
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
