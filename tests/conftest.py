@@ -18,10 +18,9 @@ os.environ["XLA_FLAGS"] = (
 )
 if version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-# Tracing takes most of the rest: no tracebacks in programs, and garbage only between modules.
+# Tracing takes most of the rest: no tracebacks in programs, and below no garbage collected.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["JAX_PLATFORMS"] = "cpu"
-gc.disable()
 
 import jax
 import pytest
@@ -30,6 +29,7 @@ import tiny
 from dgm_jax import sharding
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.disable()  # `_bounded_memory` collects
 
 REPO = Path(__file__).resolve().parent.parent
 # Of a process of its own: the same programs, on one device.

@@ -26,7 +26,7 @@ class Mutant(NamedTuple):
 
 
 DRAWS, OBJECTIVES, DISTRIBUTIONS = "draws.py", "objectives.py", "distributions.py"
-GAN = "models/gan.py"
+GAN, MADE = "models/gan.py", "models/made.py"
 QUALITY = "evaluators/quality.py"
 ATTENTION, MASKED = "nn/attention.py", "models/masked_diffusion.py"
 ENERGY = "models/energy.py"
@@ -105,6 +105,17 @@ MUTANTS = {
     "masks of the output not strict": Mutant(
         "nn/mlp.py", "before[:, None] < degrees[None]", "before[:, None] <= degrees[None]",
         "models/test_pixel_by_pixel.py",
+    ),
+    "outputs in the order of the network": Mutant(
+        MADE, "out[:, np.argsort(order)]", "out", "models/test_pixel_by_pixel.py"
+    ),
+    "the sum of several orders": Mutant(
+        MADE, "logsumexp(each, axis=0) - math.log(config.orders)", "logsumexp(each, axis=0)",
+        "models/test_pixel_by_pixel.py",
+    ),
+    "single draws of the first order": Mutant(
+        MADE, "jax.random.permutation(shuffle, each * config.orders)",
+        "jnp.arange(each * config.orders)", "models/test_pixel_by_pixel.py",
     ),
     # Objectives.
     "rate subtracted": Mutant(
