@@ -106,8 +106,12 @@ MUTANTS = {
         "nn/mlp.py", "before[:, None] < degrees[None]", "before[:, None] <= degrees[None]",
         "models/test_pixel_by_pixel.py",
     ),
-    "outputs in the order of the network": Mutant(
-        MADE, "out[:, np.argsort(order)]", "out", "models/test_pixel_by_pixel.py"
+    "draws in the order of the network": Mutant(
+        MADE, "x[:, np.argsort(orders[i])]", "x", "models/test_pixel_by_pixel.py"
+    ),
+    "a loss of the mixture": Mutant(
+        MADE, "jnp.mean(each_log_prob(params, batch), axis=0)", "log_prob(params, batch)",
+        "models/test_pixel_by_pixel.py",
     ),
     "the sum of several orders": Mutant(
         MADE, "logsumexp(each, axis=0) - math.log(config.orders)", "logsumexp(each, axis=0)",

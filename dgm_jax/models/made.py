@@ -68,33 +68,31 @@ class Net(nn.Module):
 
     Attributes:
       config: of the model.
-      spec: of the data.
-      order: a permutation of 0, ..., D - 1; a pixel depends on those that stand before it there.
+      mean: of each variable over the data, `[D]`, in the order in which they are given.
     """
 
     config: Config
-    spec: DataSpec
-    order: tuple[int, ...]
+    mean: np.ndarray
 
     @nn.compact
     def __call__(self, x: jax.Array, label: jax.Array | None) -> jax.Array:
-        """The parameters of each p(x_i | those before it)."""
-        initial = likelihoods.LIKELIHOODS[self.config.likelihood]().initial(self.spec.mean.ravel())
+        """The parameters of each p(x_i | x_<i)."""
+        initial = likelihoods.LIKELIHOODS[self.config.likelihood]().initial(self.mean)
         # Flat, as biases are: the optimizer does not decay arrays of one dimension.
         bias = self.param("bias", lambda key: jnp.asarray(initial.ravel(), jnp.float32))
         layers = (self.config.hidden, initial.shape[1], self.config.activation)
-        order = np.array(self.order)
-        out = MaskedMLP(self.spec.num_dims, *layers)(networks.centred(x)[:, order], label)
-        return out[:, np.argsort(order)] + bias.reshape(1, *initial.shape)
+        out = MaskedMLP(len(initial), *layers)(networks.centred(x), label)
+        return out + bias.reshape(1, *initial.shape)
 
 
 def build(config: Config, spec: DataSpec) -> Model:
     """MADE as pure functions; see `core.Model` for their contracts."""
     likelihood = likelihoods.LIKELIHOODS[config.likelihood]()
-    nets = [Net(config, spec, _order(i, spec.num_dims)) for i in range(config.orders)]
+    orders = [_order(i, spec.num_dims) for i in range(config.orders)]
+    nets = [Net(config, spec.mean.ravel()[order]) for order in orders]
 
     def outputs(i: int, params: Params, x: jax.Array, label: jax.Array | None) -> jax.Array:
-        """`[B, D, P]` of the i-th network, for x `[B, D]` as the data hold it."""
+        """`[B, D, P]` of the i-th network, for x `[B, D]` of the data's scale, in its order."""
         one_hot = labels.one_hot(label, config.conditional, spec)
         return nets[i].apply({"params": params["made"][f"order_{i}"]}, x / spec.scale, one_hot)
 
@@ -108,9 +106,11 @@ def build(config: Config, spec: DataSpec) -> Model:
 
     def each_log_prob(params: Params, batch: Batch) -> jax.Array:
         """log p_o(x), or log p_o(x | label), `[O, B]`."""
-        x = batch["x"].reshape(len(batch["x"]), -1)
-        told = (params, x, batch.get("label"))
-        return jnp.stack([likelihood.log_prob(outputs(i, *told), x) for i in range(config.orders)])
+        x, label = batch["x"].reshape(len(batch["x"]), -1), batch.get("label")
+        ordered = [x[:, order] for order in orders]
+        return jnp.stack(
+            [likelihood.log_prob(outputs(i, params, x, label), x) for i, x in enumerate(ordered)]
+        )
 
     def log_prob(params: Params, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
         """log p(x), or log p(x | label), `[B]`."""
@@ -139,16 +139,16 @@ def build(config: Config, spec: DataSpec) -> Model:
     def sample_in_order(
         i: int, params: Params, rng: jax.Array, num: int, label: jax.Array | None
     ) -> jax.Array:
-        """`[num, D]` of the i-th network."""
+        """`[num, D]` of the i-th network, as the data hold it."""
 
         def add(x: jax.Array, step: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            pixel, key = step
-            each = outputs(i, params, x, label)
-            here = jax.lax.dynamic_slice_in_dim(each, pixel, 1, axis=1)
-            return x.at[:, pixel].set(likelihood.draw(key, here)[:, 0]), None
+            j, key = step
+            here = jax.lax.dynamic_slice_in_dim(outputs(i, params, x, label), j, 1, axis=1)
+            return x.at[:, j].set(likelihood.draw(key, here)[:, 0]), None
 
-        steps = jnp.array(nets[i].order), jax.random.split(rng, spec.num_dims)
-        return jax.lax.scan(add, jnp.zeros((num, spec.num_dims)), steps)[0]
+        steps = jnp.arange(spec.num_dims), jax.random.split(rng, spec.num_dims)
+        x = jax.lax.scan(add, jnp.zeros((num, spec.num_dims)), steps)[0]
+        return x[:, np.argsort(orders[i])]
 
     return Model(
         init=init,
@@ -158,6 +158,6 @@ def build(config: Config, spec: DataSpec) -> Model:
     )
 
 
-def _order(i: int, num: int) -> tuple[int, ...]:
-    """The i-th order of `num` pixels."""
-    return tuple(np.random.default_rng(i).permutation(num).tolist() if i else range(num))
+def _order(i: int, num: int) -> np.ndarray:
+    """The i-th order of `num` pixels, int `[num]`."""
+    return np.random.default_rng(i).permutation(num) if i else np.arange(num)

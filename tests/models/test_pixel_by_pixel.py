@@ -56,24 +56,48 @@ def test_a_pixel_depends_on_all_before_it_and_on_none_after(family):
     """Also far up to the right, where a PixelCNN of one stream is blind."""
     spec = SPEC._replace(event_shape=(4, 5, 1), mean=np.full((4, 5, 1), 0.4, np.float32))
     _, params = _model(family, spec)
-    x = jax.random.uniform(jax.random.key(2), (20,))
-    for order, logits in _networks(family, spec, *params.values()):
-        slopes = np.asarray(jax.jit(jax.jacobian(logits))(x))[np.ix_(order, order)]
-        assert np.all(np.triu(slopes) == 0)
-        assert np.all(slopes[np.tril_indices(20, -1)] != 0)
+    config, (own,) = family.Config(**SMALL[family]), params.values()
+    net, shape = pixelcnn.Net, (1, 4, 5, 1)
+    if family is made:
+        net, own, shape = _net_of_means, own["order_0"], (1, 20)
+
+    def logits(x):
+        return net(config, spec).apply({"params": own}, x.reshape(shape), None)[0, :, 0]
+
+    slopes = np.asarray(jax.jit(jax.jacobian(logits))(jax.random.uniform(jax.random.key(2), (20,))))
+    assert np.all(np.triu(slopes) == 0)
+    assert np.all(slopes[np.tril_indices(20, -1)] != 0)
 
 
-def _networks(family, spec, params):
-    """Of each network the order of its pixels, and the logits `[20]` for an image `[20]`."""
-    config, rows = family.Config(**SMALL[family]), np.arange(20)
-    if family is pixelcnn:
-        net = pixelcnn.Net(config, spec)
-        yield rows, lambda x: net.apply({"params": params}, x.reshape(1, 4, 5, 1), None)[0, :, 0]
-        return
-    orders = rows, np.random.default_rng(4).permutation(20)
-    for order, own in zip(orders, params.values(), strict=True):
-        net = made.Net(config, spec, tuple(order.tolist()))
-        yield order, lambda x, net=net, own=own: net.apply({"params": own}, x[None], None)[0, :, 0]
+def _net_of_means(config, spec, order=slice(None)):
+    return made.Net(config, spec.mean.ravel()[order])
+
+
+def test_orders_are_permutations_the_first_row_by_row():
+    """No two are the same, and a run that goes on has those that it began with."""
+    orders = [made._order(i, 20).tolist() for i in range(4)]
+    assert orders[0] == list(range(20))
+    assert [sorted(order) for order in orders] == [orders[0]] * 4
+    assert len(set(map(tuple, orders))) == 4
+    assert orders == [made._order(i, 20).tolist() for i in range(4)]
+
+
+def test_each_order_is_trained_by_itself_and_their_mixture_is_scored():
+    """The loss is the mean of -log p_o(x); log p(x) is the log of the mean of p_o(x)."""
+    spec = SPEC._replace(mean=np.linspace(0.1, 0.9, 9, dtype=np.float32).reshape(3, 3, 1))
+    model, params = _model(made, spec)
+    config, each = made.Config(**SMALL[made]), []
+    for i, own in enumerate(params["made"].values()):
+        order = made._order(i, 9)
+        x = ALL.reshape(-1, 9)[:, order]
+        net = jax.jit(_net_of_means(config, spec, order).apply)
+        logits = np.asarray(net({"params": own}, x, None)[..., 0], np.float64)
+        each.append(np.sum(x * logits - np.logaddexp(0, logits), axis=1))
+    batch = {"x": ALL, "mask": jnp.ones(len(ALL))}
+    loss, _ = jax.jit(model.players[0].loss_fn)(params, batch, jax.random.key(0))
+    np.testing.assert_allclose(loss, -np.mean(each), rtol=1e-5)
+    mixture = np.log(np.mean(np.exp(each), axis=0))
+    np.testing.assert_allclose(_log_prob(model)(params, batch), mixture, rtol=1e-5, atol=1e-5)
 
 
 def test_a_single_draw_may_be_of_any_order():
