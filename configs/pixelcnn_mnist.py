@@ -10,7 +10,7 @@ from dgm_jax.config import ConfigDict, experiment, variant
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The default; `:conditional`, `:grey` for a model of grey values, `:smoke`."""
+    """The default; `:further` from its end; `:conditional`; `:grey` of grey values; `:smoke`."""
     config = experiment("pixelcnn")
     config.model.dilations = (1, 2, 4, 1, 2)
     config.train.duration = "11 epochs"
@@ -21,11 +21,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 3e-3
     config.eval.elbo_samples = 1  # the likelihood is exact: every draw is the same
+    further = {"train.init_from": "runs/pixelcnn_mnist", "train.duration": "3 epochs"}
+    further |= {"optimizer.learning_rate": 1e-3}
     grey = {"data.binarisation": "none", "model.likelihood": "discretised_logistic_mixture"}
     return variant(
         config,
         arg,
         conditional={"model.conditional": True},
+        further=further,
         grey=grey,
         smoke={"model.channels": 8, "model.dilations": (1, 2)},
     )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from optax.contrib import muon
+from optax.contrib import MuonDimensionNumbers, muon
 
 from dgm_jax.core import Params, UserError
 
@@ -16,9 +16,10 @@ class Config:
     """AdamW or Muon with global-norm clipping, linear warm-up and linear decay to zero.
 
     Attributes:
-      name: `adamw`, or `muon`: matrices move by their orthogonalised momentum (Jordan et al. 2024)
-        at the scale of Adam's steps (Liu et al. 2025, eq. 4), all else by AdamW. A step of it costs
-        some products of each matrix with itself: little beside a large batch or many draws.
+      name: `adamw`, or `muon`: matrices, and convolutions as matrices from what a pixel sees to
+        what it becomes, move by their orthogonalised momentum (Jordan et al. 2024) at the scale of
+        Adam's steps (Liu et al. 2025, eq. 4), all else by AdamW. A step of it costs some products
+        of each matrix with itself: little beside a large batch or many draws.
       learning_rate: at the end of the warm-up.
       warmup: fraction of training over which the learning rate rises from 0.
       b1: decay of the first moment.
@@ -100,15 +101,24 @@ def build(config: Config, num_steps: int) -> optax.GradientTransformation:
         mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
     )
     if config.name == "muon":
+        matrices = muon(
+            rate,
+            weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=lambda params: jax.tree.map(_as_matrix, params),
+            consistent_rms=0.2,
+        )
         rule = optax.partition(
-            {
-                "matrix": muon(rate, weight_decay=config.weight_decay, consistent_rms=0.2),
-                "rest": rule,
-            },
-            lambda params: jax.tree.map(lambda p: "matrix" if p.ndim == 2 else "rest", params),
+            {"matrix": matrices, "rest": rule},
+            lambda params: jax.tree.map(lambda p: "matrix" if _as_matrix(p) else "rest", params),
         )
     rule = optax.chain(clip_by_global_norm(config.clip_norm), rule)
     return skip_non_finite(rule, config.skip_non_finite) if config.skip_non_finite else rule
+
+
+def _as_matrix(p: jax.Array) -> MuonDimensionNumbers | None:
+    """Which axes of a parameter are the inputs of a matrix and which its outputs, if it is one."""
+    # A convolution's kernel is [rows, columns, channels, features].
+    return MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1) if p.ndim in (2, 4) else None
 
 
 class SkipState(NamedTuple):

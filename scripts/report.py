@@ -12,6 +12,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 from records import DOCS, markdown
 
@@ -43,6 +44,7 @@ PUBLISHED |= {
     f"{name}_mnist": (value, "Hotaj, pytorch-generative")
     for name, value in (("made", 84.87), ("pixelcnn", 81.45))
 }
+PUBLISHED["pixelcnn_mnist-further"] = PUBLISHED["pixelcnn_mnist"]
 
 LIKELIHOOD = """# Results
 
@@ -183,6 +185,7 @@ def _num_samples(run: dict) -> int:
 def _row(name: str, runs: list[dict]) -> list[str]:
     first, card, config = runs[0]["metrics"], runs[0]["data"], runs[0]["config"]
     epochs = runs[0]["step"] * config["train"]["batch_size"] / card["counts"]["train"]
+    origin = config["train"].get("init_from")  # which the oldest runs do not have
     published, source = PUBLISHED.get(name, (None, ""))
     what = _likelihood(runs[0])
     nll = _mean(runs, what, -1)
@@ -197,7 +200,7 @@ def _row(name: str, runs: list[dict]) -> list[str]:
         name,
         config["model"]["name"],
         ", ".join(sorted(str(run["config"]["seed"]) for run in runs)),
-        f"{epochs:.3g}",
+        f"{epochs:.3g}" + (f" more of {Path(origin).name}" if origin else ""),
         nats.format(*nll),
         kind,
         f"{per_dim['value']:.4f} {per_dim['unit']}" if per_dim else "",

@@ -118,21 +118,24 @@ def test_steps_equal_adamw_written_by_hand(x64):
             np.testing.assert_allclose(params[name], p, rtol=1e-10, atol=1e-12, err_msg=name)
 
 
-def test_muon_moves_matrices_by_their_orthogonal_factor_and_all_else_by_adam(x64):
+@pytest.mark.parametrize("shape", [(30, 8), (2, 3, 5, 8)], ids=["dense", "convolution"])
+def test_muon_moves_matrices_by_their_orthogonal_factor_and_all_else_by_adam(shape, x64):
     """First step of G = U S Vᵀ: -rate · 0.2 √(longer side) U V', five Newton-Schulz steps near it.
 
-    They send each singular value to between 0.68 and 1.14 (Jordan et al. 2024).
+    They send each singular value to between 0.68 and 1.14 (Jordan et al. 2024). A convolution is
+    the matrix of its patches.
     """
     rng = np.random.default_rng(0)
-    gradient = {"kernel": rng.normal(size=(30, 8)), "bias": rng.normal(size=8)}
+    gradient = {"kernel": rng.normal(size=shape), "bias": rng.normal(size=8)}
     params = jax.tree.map(jnp.zeros_like, gradient)
     config = optim.Config(name="muon", learning_rate=0.01, warmup=0.0, clip_norm=1e3)
     optimizer = optim.build(config, 1000)
     updates, _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
     np.testing.assert_allclose(updates["bias"], -0.01 * np.sign(gradient["bias"]), rtol=1e-6)
-    u, _, v = np.linalg.svd(gradient["kernel"], full_matrices=False)
+    update = np.asarray(updates["kernel"]).reshape(30, 8)
+    u, _, v = np.linalg.svd(gradient["kernel"].reshape(30, 8), full_matrices=False)
     # In the singular basis of the gradient the update is diagonal, and of one size.
-    rotated = u.T @ np.asarray(updates["kernel"]) @ v.T / (-0.01 * 0.2 * math.sqrt(30))
+    rotated = u.T @ update @ v.T / (-0.01 * 0.2 * math.sqrt(30))
     diagonal = np.diag(rotated)
     assert (diagonal > 0.65).all() and (diagonal < 1.2).all()
     np.testing.assert_allclose(rotated - np.diag(diagonal), 0, atol=1e-6)

@@ -61,21 +61,25 @@ def search(
         part = folder / f"round-{i}"
         asked = [study.ask() for _ in range(num_members)]
         proposed = [{p: range_.suggest(trial, p) for p, range_ in over.items()} for trial in asked]
-        # Of a few values the sampler may propose the same twice: it is trained once.
-        own = [m for j, m in enumerate(proposed) if m not in proposed[:j]]
-        places = [own.index(member) for member in proposed]
+        # Of a few values the sampler may propose the same again: it is trained once.
+        new: list[Member] = []
+        for member in proposed:
+            if member not in members + new:
+                new.append(member)
+        places = [(members + new).index(member) for member in proposed]
         if (part / "sweep.json").exists():  # of an earlier call; the sampler hears of it the same
             earlier = read_about(part)[1]
-            if len(earlier) != len(own) or not all(_lies_in(member, over) for member in earlier):
+            if len(earlier) != len(new) or not all(_lies_in(member, over) for member in earlier):
                 raise UserError(f"{part} is of another search: choose another --workdir")
-            own = earlier
-        run_sweep(part, config, own, launcher)
-        there = [w.path for w in workdirs_of(part, axes.complete(config, own))]
+            new = earlier
+        if new:
+            run_sweep(part, config, new, launcher)
+            paths += [w.path for w in workdirs_of(part, axes.complete(config, new))]
+        members += new
         for trial, place in zip(asked, places, strict=True):
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            if (value := _elbo(there[place])) is not None:
-                study.add_trial(_finished(own[place], over, value))
-        members, paths = [*members, *own], [*paths, *there]
+            if (value := _elbo(paths[place])) is not None:
+                study.add_trial(_finished(members[place], over, value))
     report.write(folder, members, paths, config)
     values = {path: _elbo(path) for path in paths}
     reached = {path: value for path, value in values.items() if value is not None}

@@ -80,35 +80,35 @@ def test_it_learns_where_the_elbo_is_high(tmp_path, monkeypatch):
     assert min(away) < 0.2 and last < first / 3
 
 
-def test_a_member_that_is_proposed_twice_is_trained_once(tmp_path, monkeypatch):
-    """Three trials of two values; interrupted in the second round and called again."""
+def test_a_member_that_is_proposed_again_is_trained_once(tmp_path, monkeypatch):
+    """Three rounds of three trials, five values; interrupted in the second and called again."""
     trained, heard, finished = [], [], search._finished
 
     def pretend(folder, config, members, launcher):
         sweep._claim(folder, config, axes.complete(config, members))
-        trained.append([member["model.objective"] for member in members])
+        trained.append([member["model.latents"] for member in members])
         if len(trained) == 2:
             raise KeyboardInterrupt
 
     def hear(member, over, value):
-        heard.append((member["model.objective"], value))
+        heard.append((member["model.latents"], value))
         return finished(member, over, value)
 
     monkeypatch.setattr(search, "run_sweep", pretend)
     monkeypatch.setattr(search, "_finished", hear)
-    monkeypatch.setattr(search, "_elbo", lambda path: float(path.name.endswith("stl")))
+    monkeypatch.setattr(search, "_elbo", lambda path: float(path.name.rpartition("=")[2]))
     monkeypatch.setattr(search.report, "write", lambda *args: None)
-    over = {"model.objective": axes.choice("elbo", "stl")}
+    over = {"model.latents": axes.choice(2, 3, 4, 5, 6)}
     with pytest.raises(KeyboardInterrupt):
-        search.search(tmp_path, _config(), over, "2x3")
-    search.search(tmp_path, _config(), over, "2x3")
-    assert len(set(trained[0])) == len(trained[0]) <= 2
-    assert trained == trained[:2] * 2
-    # Each of the three trials of each of three rounds is told the value of its member.
-    assert len(heard) == 9 and heard[:3] == heard[3:6]
-    assert all(value == (objective == "stl") for objective, value in heard)
-    with pytest.raises(UserError, match="another search"):
-        search.search(tmp_path, _config(), {"model.objective": axes.choice("iwae", "dreg")}, "2x3")
+        search.search(tmp_path, _config(), over, "3x3")
+    search.search(tmp_path, _config(), over, "3x3")
+    before, after = trained[:2], trained[2:]
+    assert after[:2] == before
+    once = [latents for members in after for latents in members]
+    assert len(set(once)) == len(once) <= 5
+    # Each of the three trials of each of four rounds is told the value of its member.
+    assert len(heard) == 12 and heard[:3] == heard[3:6]
+    assert all(value == latents for latents, value in heard)
 
 
 def test_a_search_in_which_every_trial_fails_says_so(tmp_path, monkeypatch):
