@@ -10,7 +10,7 @@ from dgm_jax.config import TOYS, ConfigDict, experiment, variant
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """Eight Gaussians; `:two-moons`, `:checkerboard`; other objectives `:dsm`, `:ssm`; `:smoke`."""
+    """Eight Gaussians; `:two-moons`, `:checkerboard`, `:grid`; by `:dsm`, `:ssm`; `:smoke`."""
     config = experiment("energy")
     config.data.dataset = "eight_gaussians"
     config.data.binarisation = "none"

@@ -33,7 +33,9 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "An experiment, e.g. configs/vae_mnist.py, or a variant of it: ...py:smoke."
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where everything is written. Default: runs/<the config's name>."
+    "workdir",
+    None,
+    "Where everything is. Default: runs/<config>-<variant>, of a sweep with -sweep behind.",
 )
 _MODE = flags.DEFINE_enum(
     "mode",
@@ -79,7 +81,7 @@ _MODES_OF = {
     "sample_seed": ("sample", "quality"),
     "judge": ("quality",),
     "devices": ("plan",),
-    "distributed": ("train", "evaluate"),
+    **dict.fromkeys(("distributed", "lost_after"), ("train", "evaluate")),
     **dict.fromkeys(("sweep", "launcher", "trials", "program"), ("sweep",)),
 }
 

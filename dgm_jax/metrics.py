@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+# What a result may hold of log p(x), the tightest first.
+LIKELIHOODS = ("log_prob", "importance_weighted_bound", "elbo")
+
 
 class Metric(NamedTuple):
     """One measured number.

@@ -17,6 +17,7 @@ from pathlib import Path
 from records import DOCS, markdown
 
 from dgm_jax import results
+from dgm_jax.metrics import LIKELIHOODS
 
 # Test NLL in nats, dynamic MNIST, by experiment.
 PUBLISHED = {
@@ -39,7 +40,6 @@ PUBLISHED |= {
     for name, value in (("vampprior", 82.38), ("hvae_vampprior", 81.24))
 }
 
-# Its models were picked on the test set.
 PUBLISHED |= {
     f"{name}_mnist": (value, "Hotaj, pytorch-generative")
     for name, value in (("made", 84.87), ("pixelcnn", 81.45))
@@ -49,8 +49,8 @@ PUBLISHED["pixelcnn_mnist-further"] = PUBLISHED["pixelcnn_mnist"]
 LIKELIHOOD = """# Results
 
 Written by `python scripts/report.py` from the `results.json` of each run, kept in
-[results](results); its `config` and `git_revision` say what was run. Experiments are named after
-their config and variant: `iwae_mnist-l1-vae-k1` is
+[results](results); its `config` and `git_revision` say what was run, of older rows perhaps another
+recipe than today's. Experiments are named after their config and variant: `iwae_mnist-l1-vae-k1` is
 `python -m dgm_jax.main --config=configs/iwae_mnist.py:l1-vae-k1 --config.seed=<seed>
 --workdir=runs/<experiment>-seed<seed>`.
 
@@ -60,7 +60,8 @@ NLL is -log p(x) in nats where the model knows it (exact), else minus the tighte
 there is: the importance-weighted one with the K given, or the ELBO. It is the mean over the whole
 test split; ± is its standard error over the examples for one seed, or with several seeds that of
 the mean over seeds. The best stands first. Minutes are the mean over seeds, on two CPU cores: by
-the clock, with whatever else the machine was doing, and half of the processor's time, without it.
+the clock, with whatever else the machine was doing, and half of the processor's time: at least so
+long do two cores take alone. Hotaj's published values are of models picked on the test set.
 """
 
 FEATURES = """
@@ -123,9 +124,6 @@ _HEAD += ("published NLL", "difference")
 
 _POINTS = "points"  # what data in the plane are called; they come last
 
-# What is known of log p(x), the tightest first.
-_TIGHTEST = ("log_prob", "importance_weighted_bound", "elbo")
-
 
 def table() -> str:
     """The text of docs/results.md."""
@@ -175,7 +173,7 @@ def _data(card: dict) -> str:
 
 def _likelihood(run: dict) -> str | None:
     """The name of the tightest thing known of log p(x)."""
-    return next((name for name in _TIGHTEST if name in run["metrics"]), None)
+    return next((name for name in LIKELIHOODS if name in run["metrics"]), None)
 
 
 def _num_samples(run: dict) -> int:

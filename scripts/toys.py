@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from dgm_jax import trained_model
 from dgm_jax.data import toys
+from dgm_jax.metrics import LIKELIHOODS
 from dgm_jax.progress import Progress
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs/pictures/toys.png"
@@ -29,8 +30,8 @@ def found(folder: Path) -> dict[str, dict[str, Path]]:
     for path in sorted(folder.glob("*/results.json")):
         result = json.loads(path.read_text())
         model, data = result["config"]["model"]["name"], result["data"]["dataset"]
-        names = ("log_prob", "importance_weighted_bound", "elbo")
-        known = [result["metrics"][name]["value"] for name in names if name in result["metrics"]]
+        metrics = result["metrics"]
+        known = [metrics[name]["value"] for name in LIKELIHOODS if name in metrics]
         if data in COLUMNS and known:
             here = best.setdefault(model, {})
             here[data] = max(here.get(data, (-np.inf, path.parent)), (known[0], path.parent))

@@ -1,4 +1,4 @@
-"""One file per family. A model is found by its file's name; there is nothing to register.
+"""One file per model, which is found by its file's name; there is nothing to register.
 
 Each module has `Config`, a frozen dataclass of numbers and names; `check(config, spec)`, which
 refuses values that make no sense; and `build(config, spec) -> Model`, cheap and pure, so that it

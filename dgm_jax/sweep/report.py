@@ -14,6 +14,7 @@ from scipy import stats
 
 from dgm_jax import config as configs
 from dgm_jax import results, writers
+from dgm_jax.metrics import LIKELIHOODS
 from dgm_jax.progress import say
 from dgm_jax.sweep import axes
 from dgm_jax.sweep.axes import Member
@@ -195,13 +196,14 @@ def _label(setting: tuple, short: Mapping[str, str]) -> str:
 
 
 def _learning_curves(path: Path, rows: Sequence[Row], short: Mapping[str, str]) -> Path:
-    """The validation ELBO of each member, or its training loss where nothing is held out."""
+    """log p(x) of held-out data, by member; its training loss where that is not known."""
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
     panel, colours, labelled, ends = figure.subplots(), _colours(rows), set(), []
     for row in rows:
         logged = writers.read(Workdir(row.path).metrics)
         names = [name for entry in logged for name in entry]
-        name = next((n for n in names if n == "validation/elbo"), None)
+        held_out = (f"validation/{name}" for name in LIKELIHOODS)
+        name = next((n for n in held_out if n in names), None)
         name = name or next((n for n in names if n.endswith("/loss")), None)
         points = [(entry["step"], entry[name]) for entry in logged if name in entry]
         if points:

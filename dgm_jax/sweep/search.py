@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
-from dgm_jax import writers
+from dgm_jax import models, run, writers
 from dgm_jax.core import UserError
 from dgm_jax.progress import say
 from dgm_jax.sweep import axes, report
@@ -17,8 +17,6 @@ from dgm_jax.workdir import Workdir
 if TYPE_CHECKING:
     import optuna
 
-_METRIC = "validation/elbo"
-
 
 def search(
     folder: Path,
@@ -28,6 +26,8 @@ def search(
     launcher: str | None = None,
 ) -> None:
     """Look for the highest validation ELBO; write a table and plots of all trials to `folder`.
+
+    Of a model that knows log p(x) it is this instead.
 
     Each round is a sweep in `folder`, its members of one shape trained as one program; what it
     found tells Optuna's sampler (a tree-structured Parzen estimator; Bergstra et al. 2011) what to
@@ -41,7 +41,8 @@ def search(
       launcher: as in `jobs.run`.
 
     Raises:
-      UserError: Optuna is not installed, or a value that makes no sense.
+      UserError: Optuna is not installed, the model has no likelihood, or a value that makes no
+        sense.
     """
     try:
         import optuna
@@ -52,6 +53,13 @@ def search(
         raise UserError(
             "data.validation=0: a search chooses by the validation split; hold some out"
         )
+    model = models.build(config.model, run.load_data(config).spec)
+    if not model.log_likelihood_fns:
+        raise UserError(
+            f"a search looks for the highest likelihood, and model.name={config.model.name!r} has "
+            "none: run a sweep, without --trials"
+        )
+    metric = f"validation/{next(iter(model.log_likelihood_fns))}"
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=config.seed, constant_liar=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
@@ -78,15 +86,15 @@ def search(
         members += new
         for trial, place in zip(asked, places, strict=True):
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            if (value := _elbo(paths[place])) is not None:
+            if (value := _last(metric, paths[place])) is not None:
                 study.add_trial(_finished(members[place], over, value))
     report.write(folder, members, paths, config)
-    values = {path: _elbo(path) for path in paths}
+    values = {path: _last(metric, path) for path in paths}
     reached = {path: value for path, value in values.items() if value is not None}
     if not reached:
         raise UserError("every trial has failed (see sweep.md): lower the ranges")
     best = max(reached, key=reached.get)
-    say(f"best        {best}: {_METRIC} {reached[best]:.3f} nats")
+    say(f"best        {best}: {metric} {reached[best]:.3f} nats")
 
 
 def _numbers(trials: str) -> tuple[int, int]:
@@ -115,10 +123,10 @@ def _finished(
     )
 
 
-def _elbo(path: Path) -> float | None:
-    """The last validation ELBO of a member, or None where it has failed."""
+def _last(metric: str, path: Path) -> float | None:
+    """The last value that a member has logged, or None where it has failed."""
     workdir = Workdir(path)
     if not workdir.results.exists():
         return None
-    rows = [row for row in writers.read(workdir.metrics) if _METRIC in row]
-    return rows[-1][_METRIC] if rows else None
+    rows = [row for row in writers.read(workdir.metrics) if metric in row]
+    return rows[-1][metric] if rows else None

@@ -71,7 +71,7 @@ def test_it_learns_where_the_elbo_is_high(tmp_path, monkeypatch):
             found[workdir.path] = -((member["model.beta"] - 0.3) ** 2)
 
     monkeypatch.setattr(search, "run_sweep", pretend)
-    monkeypatch.setattr(search, "_elbo", lambda path: found[path])
+    monkeypatch.setattr(search, "_last", lambda metric, path: found[path])
     monkeypatch.setattr(search.report, "write", lambda *args: None)
     search.search(tmp_path, _config(), {"model.beta": axes.uniform(0.0, 10.0)}, "12x5")
     away = [(-value) ** 0.5 for value in found.values()]
@@ -96,7 +96,7 @@ def test_a_member_that_is_proposed_again_is_trained_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(search, "run_sweep", pretend)
     monkeypatch.setattr(search, "_finished", hear)
-    monkeypatch.setattr(search, "_elbo", lambda path: float(path.name.rpartition("=")[2]))
+    monkeypatch.setattr(search, "_last", lambda metric, path: float(path.name.rpartition("=")[2]))
     monkeypatch.setattr(search.report, "write", lambda *args: None)
     over = {"model.latents": axes.choice(2, 3, 4, 5, 6)}
     with pytest.raises(KeyboardInterrupt):
@@ -109,6 +109,30 @@ def test_a_member_that_is_proposed_again_is_trained_once(tmp_path, monkeypatch):
     # Each of the three trials of each of four rounds is told the value of its member.
     assert len(heard) == 12 and heard[:3] == heard[3:6]
     assert all(value == latents for latents, value in heard)
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [("vae_mnist", "validation/elbo"), ("made_toy", "validation/log_prob"), ("gan_grid", None)],
+)
+def test_it_looks_at_what_the_model_knows_of_its_likelihood(name, metric, tmp_path, monkeypatch):
+    asked = []
+
+    def last(metric, path):
+        asked.append(metric)
+        return 0.0
+
+    monkeypatch.setattr(search, "run_sweep", lambda *args: None)
+    monkeypatch.setattr(search, "_last", last)
+    monkeypatch.setattr(search.report, "write", lambda *args: None)
+    config = configs.load(str(REPO / f"configs/{name}.py:smoke"))
+    over = {"optimizer.learning_rate": axes.uniform(0.001, 0.01)}
+    if metric is None:
+        with pytest.raises(UserError, match=r"model.name='gan' has none"):
+            search.search(tmp_path, config, over, "1x1")
+    else:
+        search.search(tmp_path, config, over, "1x1")
+        assert set(asked) == {metric}
 
 
 def test_a_search_in_which_every_trial_fails_says_so(tmp_path, monkeypatch):
