@@ -45,9 +45,9 @@ class Config(denoisers.Config):
       objective: `vdm`, the bound; `edm`, errors in units of what the network has to add, at
         log-normal noise; or `min_snr`, errors weighted by the signal-to-noise ratio up to a cap.
       schedule: γ(t), one of `SCHEDULES`: what the bound and the samplers go through. A `vdm` learns
-        its ends, and of `monotone` also what lies between.
-      gamma_min: γ(0); of a `vdm` where it starts.
-      gamma_max: γ(1); likewise.
+        what lies between the ends of `monotone`.
+      gamma_min: γ(0). What is less noisy than that costs `reconstruction`.
+      gamma_max: γ(1). What is left of x under that noise costs `prior`.
       steps: of the process whose bound it is; 0 for the limit of infinitely many.
       sigma_data: standard deviation of the data as the network sees it, images from -1 to 1.
       log_sigma_mean: of `edm`: of log σ/α in training.
@@ -59,8 +59,8 @@ class Config(denoisers.Config):
 
     objective: str = "vdm"
     schedule: str = "monotone"
-    gamma_min: float = -5.0
-    gamma_max: float = 8.0
+    gamma_min: float = -12.0
+    gamma_max: float = 10.0
     steps: int = 0
     sigma_data: float = 0.5
     log_sigma_mean: float = -1.2
@@ -217,7 +217,7 @@ def draw(
 def build(config: Config, spec: DataSpec) -> Model:
     """Diffusion as pure functions; see `core.Model` for their contracts."""
     net, is_vdm = Denoiser(config), config.objective == "vdm"
-    schedule = Schedule(config.schedule, (config.gamma_min, config.gamma_max), is_vdm)
+    schedule = Schedule(config.schedule, (config.gamma_min, config.gamma_max))
 
     def gamma_of(params: Params) -> Gamma:
         own = {"params": params["diffusion"].get("schedule", {})}
@@ -250,7 +250,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         x, time = jnp.zeros((1, *spec.event_shape)), jnp.zeros(1)
         label = labels.one_hot(jnp.zeros(1, jnp.int32), config.conditional, spec)
         params = {"net": net.init(net_rng, x, time, label)["params"]}
-        if is_vdm:
+        if config.schedule == "monotone":
             params["schedule"] = schedule.init(schedule_rng, time)["params"]
         return {"diffusion": params}
 
