@@ -35,7 +35,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Where everything is. Default: runs/<config>-<variant>, of a sweep with -sweep behind.",
+    "Where everything is. Default: runs/<config>-<variant>, a sweep or search says so behind.",
 )
 _MODE = flags.DEFINE_enum(
     "mode",
@@ -105,7 +105,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--mode={mode} needs --workdir or --config")
     if mode in ("train", "plan") and config is None:
         raise UserError(f"--mode={mode} needs --config, e.g. --config=configs/vae_mnist.py")
-    path = Path(_WORKDIR.value) if _WORKDIR.value else default_path(file, mode)
+    about = mode if _TRIALS.value is None else "search"
+    path = Path(_WORKDIR.value) if _WORKDIR.value else default_path(file, about)
     workdir, late = Workdir(path), importlib.import_module  # what one mode alone imports
     num = 100 if _NUM.value is None else _NUM.value
     how = (_SWEEP.value, _LAUNCHER.value, _PROGRAM.value, _TRIALS.value)

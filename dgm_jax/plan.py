@@ -56,10 +56,10 @@ class Cost(NamedTuple):
       devices: how many share the batch.
       operations: of its share of the matrix products.
       bytes_accessed: read and written, by XLA's count.
-      state_bytes: of parameters, optimizer and average.
+      state_bytes: of parameters, optimizer and average, its part of those that are divided.
       data_bytes: of the training split, which is whole on each.
       temporary_bytes: most that is held at once beside these.
-      exchanged_bytes: results of the collectives.
+      exchanged_bytes: sent by the collectives, which pass around a ring.
     """
 
     devices: int
@@ -71,15 +71,11 @@ class Cost(NamedTuple):
     exchanged_bytes: float
 
     def seconds(self, hardware: Hardware) -> float:
-        """Of one step at best: the slower of arithmetic and memory, then the exchange.
-
-        A ring passes 2 (n - 1) / n of an all-reduced array through each device.
-        """
+        """Of one step at best: the slower of arithmetic and memory, then the exchange."""
         alone = max(
             self.operations / hardware.flops, self.bytes_accessed / hardware.memory_bandwidth
         )
-        share = 2 * (self.devices - 1) / self.devices
-        return alone + share * self.exchanged_bytes / hardware.network
+        return alone + self.exchanged_bytes / hardware.network
 
     @property
     def memory(self) -> float:
@@ -128,31 +124,40 @@ def cost_of(config: ConfigDict, dataset: object, num: int) -> Cost:
         state_bytes=_num_bytes(state),
         data_bytes=_num_bytes(arrays),
         temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
-        exchanged_bytes=exchanged(compiled.as_text()),
+        exchanged_bytes=exchanged(compiled.as_text(), num),
     )
 
 
 def _num_bytes(tree: object) -> float:
+    """Of arrays that are not there yet, on each of the devices where they will be."""
     sizes = (
-        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
     )
     return float(sum(sizes))
 
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
-_COLLECTIVE = re.compile(
-    r"= (.+?) (?:all-reduce|all-gather|reduce-scatter|all-to-all)(?:-start)?\("
-)
+# How often a device sends what it gets of a collective, of n devices in a ring.
+_SENT = {
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "collective-permute": lambda n: 1,
+}
+_COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(_SENT)})(?:-start)?\(")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
-def exchanged(program: str) -> float:
-    """Bytes of the results of all collectives in a compiled program's text."""
-    total = 0
-    for shapes in _COLLECTIVE.findall(program):
+def exchanged(program: str, devices: int) -> float:
+    """Bytes that each device sends, by the collectives in a compiled program's text."""
+    total = 0.0
+    for shapes, collective in _COLLECTIVE.findall(program):
         for kind, sides in _ARRAY.findall(shapes):
-            total += _BYTES.get(kind, 4) * math.prod(int(side) for side in sides.split(",") if side)
-    return float(total)
+            size = _BYTES.get(kind, 4) * math.prod(int(side) for side in sides.split(",") if side)
+            total += _SENT[collective](devices) * size
+    return total
 
 
 def table(costs: Sequence[Cost]) -> str:

@@ -7,8 +7,11 @@ step is made again as it was, then once more with every intermediate value check
 import traceback
 from pathlib import Path
 
+import flax
 import jax
+import jaxlib
 import numpy as np
+import optax
 from jax.experimental import checkify
 from ml_collections import ConfigDict
 
@@ -25,8 +28,10 @@ from dgm_jax.experiment import (
 )
 from dgm_jax.progress import Progress, say
 from dgm_jax.run import load_data
+from dgm_jax.train import start_from
 from dgm_jax.train_state import TrainState
 from dgm_jax.train_step import Metrics, inputs_of, train_step
+from dgm_jax.trained_model import restore
 from dgm_jax.workdir import Workdir
 
 
@@ -79,8 +84,8 @@ def _origin(error: checkify.Error) -> str:
     if found is None:
         return "no NaN is made: a value overflows"
     frames = traceback.extract_tb(found.traceback_info.as_python_traceback())
-    libraries = {"jax", "jaxlib", "flax", "optax"}
-    own = [frame for frame in frames if libraries.isdisjoint(Path(frame.filename).parts)]
+    libraries = [Path(module.__file__).parent for module in (jax, jaxlib, flax, optax)]
+    own = [f for f in frames if not any(Path(f.filename).is_relative_to(of) for of in libraries)]
     return f"the first NaN: {own[-1].filename}:{own[-1].lineno}: {own[-1].line} ({found})"
 
 
@@ -100,7 +105,10 @@ def _state_before(number: int, experiment: Experiment, workdir: Workdir) -> Trai
     checkpoints = Checkpoints(workdir.checkpoints)
     restored = checkpoints.restore(abstract(state, state_shardings(experiment)), say)
     checkpoints.close()
-    state = state if restored is None else restored
+    if restored is not None:
+        state = restored
+    elif origin := experiment.config.train.init_from:
+        state = start_from(state, restore(origin).params)
     first = int(state.step)
     if first >= number:
         raise UserError(

@@ -97,6 +97,12 @@ class Workdir(NamedTuple):
             return why
 
     @property
+    def started(self) -> bool:
+        """Whether training has left anything: before it, a wrong value has cost nobody anything."""
+        there = self.metrics, self.checkpoints, self.results, self.failure
+        return any(path.exists() for path in there)
+
+    @property
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
         return self.results.exists() or self.failure.exists()
@@ -172,7 +178,8 @@ class Workdir(NamedTuple):
           UserError: says what differs.
         """
         if self.config.exists():
-            self._refuse_another(config, self.load_config(), "choose another --workdir")
+            if self.started:
+                self._refuse_another(config, self.load_config(), "choose another --workdir")
         elif self.path.exists() and not is_new(self.path):
             raise UserError(
                 f"{self.path} is not empty and is no work directory: choose another --workdir"
@@ -230,7 +237,8 @@ class Workdir(NamedTuple):
         try:
             # Now: while the data were read another process may have been here, and be gone.
             self.check_config(config)
-            self.check_card(card)
+            if self.started:
+                self.check_card(card)
             # The config first: with it alone the directory is still known for what it is.
             write_text(self.config, configs.to_json(config))
             write_json(self.data_card, card)
@@ -261,9 +269,9 @@ def is_new(path: Path) -> bool:
 
 
 def default_path(config_file: str, mode: str) -> Path:
-    """`configs/vae_mnist.py:smoke` -> `runs/vae_mnist-smoke`; a sweep of it has `-sweep` behind."""
+    """`configs/vae_mnist.py:smoke` -> `runs/vae_mnist-smoke`; a sweep or search says so behind."""
     file, _, variant = config_file.partition(":")
-    parts = (Path(file).stem, variant, "sweep" if mode == "sweep" else "")
+    parts = (Path(file).stem, variant, mode if mode in ("sweep", "search") else "")
     return Path("runs") / "-".join(filter(None, parts))
 
 

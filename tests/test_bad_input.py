@@ -514,6 +514,18 @@ def test_a_given_config_may_evaluate_in_another_way_and_no_more(unfinished):
         run.evaluate_mode(Workdir(unfinished), _tiny(seed=1))
 
 
+def test_a_folder_in_which_nothing_was_trained_is_nobodys(trained, tmp_path):
+    """A wrong value that is found late is put right by the same command."""
+    wrong, workdir = _tiny(**{"train.init_from": str(tmp_path / "none")}), Workdir(tmp_path / "run")
+    with pytest.raises(UserError, match="none is not a work directory"):
+        run.train_mode(wrong, workdir)
+    assert workdir.config.exists()
+    run.train_mode(_tiny(**{"train.init_from": str(trained)}), workdir)
+    assert workdir.load_config().train.init_from == str(trained)
+    with pytest.raises(UserError, match=r"another config .train\.init_from"):
+        run.train_mode(wrong, workdir)
+
+
 def test_a_first_save_that_was_cut_short_does_not_lose_where_training_starts(trained, tmp_path):
     config = _tiny(**{"train.init_from": str(trained), "optimizer.learning_rate": 1e-30, "seed": 1})
     workdir, dataset = Workdir(tmp_path / "run"), data.load(configs.section(config, "data"))

@@ -1,6 +1,7 @@
 """The programs of a sweep as jobs of a cluster, by submitit (the extra `sweep`)."""
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dgm_jax.progress import Progress, say
 
 # Seconds; clusters kill what is left of a job they take away after KillWait, 30 s by default.
 _KILL_WAIT = 600
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 # Seconds between two looks at a cluster's queue: it answers everybody.
 _PAUSE = 15.0
 
@@ -24,15 +26,27 @@ _PAUSE = 15.0
 class Job:
     """Runs one program of a sweep; a preempted job is queued again and goes on."""
 
-    def __init__(self, folder: Path, program: int) -> None:
+    def __init__(self, folder: Path, program: int, on_cluster: bool) -> None:
         """The program of that number of the sweep in `folder`."""
-        self._folder, self._program = folder, program
+        self._folder, self._program, self._on_cluster = folder, program, on_cluster
+        self._devices = os.environ.get(_VISIBLE)
 
     def __call__(self) -> None:
         """Run it in a process of its own: submitit keeps the signals of this one."""
         command = [sys.executable, "-m", "dgm_jax.main", "--mode=sweep"]
         command += [f"--workdir={self._folder}", f"--program={self._program}"]
-        status = subprocess.run(command, check=False).returncode
+        environment = dict(os.environ)
+        if not self._on_cluster:  # where submitit would hide all devices
+            environment.pop(_VISIBLE, None)
+            environment |= {} if self._devices is None else {_VISIBLE: self._devices}
+        # In a session of its own no Ctrl-C reaches it twice.
+        process = subprocess.Popen(command, env=environment, start_new_session=not self._on_cluster)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            # This process is killed in a second. The other saves what it has, and ends by itself.
+            process.send_signal(signal.SIGINT)
+            status = process.wait()
         if status in (TRY_AGAIN, -signal.SIGTERM):
             # The cluster takes the job away: it will kill this process as well and queue the job
             # again. To return now would say that the job has failed.
@@ -76,14 +90,15 @@ def run(folder: Path, unfinished: Callable[[], list[int]], launcher: str) -> Non
         jobs, programs = [], [] if asked_to_stop() else unfinished()
         if programs:
             with _refused(launcher), executor.batch():
-                jobs = [executor.submit(Job(folder.absolute(), i)) for i in programs]
+                own = [Job(folder.absolute(), i, on_cluster) for i in programs]
+                jobs = [executor.submit(job) for job in own]
             say(f"submitted   {len(jobs)} jobs, first {jobs[0].job_id}, logs in {logs}")
             if on_cluster:
                 left = _wait({job.job_id for job in jobs}, _in_the_queue, asked_to_stop, _PAUSE)
             else:
                 left = _wait(set(jobs), _running, asked_to_stop)
         if signum := asked_to_stop():
-            left = left if on_cluster else _stop(left)
+            left = left if on_cluster else _stop(left, folder)
             raise Interrupted(signum, _what_goes_on(left, on_cluster, logs))
     if failed := unfinished():
         names = ", ".join(job.job_id for i, job in zip(programs, jobs, strict=True) if i in failed)
@@ -151,14 +166,30 @@ def _in_the_queue(ids: set[str]) -> set[str]:
     return ids if answer.returncode else ids & set(answer.stdout.split())
 
 
-def _stop(jobs: set) -> set:
-    """Stop processes of this machine; those are left that ignore Ctrl-C: a script's background."""
+def _stop(jobs: set, folder: Path) -> set:
+    """Stop processes of this machine, and wait while they save what they have.
+
+    Those are left that ignore Ctrl-C: a script's background.
+    """
     for job in jobs:
         job.cancel()
-    long_enough = interruption.every(10.0)
-    while (jobs := _running(jobs)) and not long_enough():
+    long_enough = interruption.every(60.0)
+    while ((jobs := _running(jobs)) or _at_work(folder)) and not long_enough():
         time.sleep(0.1)
     return jobs
+
+
+def _at_work(folder: Path) -> bool:
+    """Whether a process is training a member of the sweep in `folder`."""
+    import filelock
+
+    for path in folder.glob("members/*/.lock"):
+        try:
+            with filelock.FileLock(path, blocking=False):
+                pass
+        except filelock.Timeout:
+            return True
+    return False
 
 
 def _what_goes_on(left: set, on_cluster: bool, logs: Path) -> str:

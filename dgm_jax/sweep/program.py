@@ -21,6 +21,7 @@ from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.experiment import Experiment, prepare, training_arrays
 from dgm_jax.interruption import Interrupted
 from dgm_jax.progress import Progress, say
+from dgm_jax.sharding import replicated
 from dgm_jax.train import NonFiniteError, refuse_non_finite
 from dgm_jax.train_state import TrainState
 from dgm_jax.train_step import Metrics, init_state, train_steps
@@ -73,6 +74,19 @@ def numbers_of(members: Sequence[ConfigDict]) -> Numbers:
     }
 
 
+def check(config: ConfigDict, dataset: data.Dataset) -> Experiment:
+    """What one member is, every value checked.
+
+    Raises:
+      UserError: names a value that makes no sense, or none in a sweep.
+    """
+    absent = "mesh.fsdp", "train.keep_best", "train.init_from", "optimizer.skip_non_finite"
+    for field in absent:
+        if value := configs.value_of(config, field):
+            raise UserError(f"{field}={value!r}: there is no such thing in a sweep; leave it out")
+    return prepare(config, dataset)
+
+
 def train(
     members: Sequence[ConfigDict],
     dataset: data.Dataset,
@@ -87,27 +101,24 @@ def train(
     a checkpoint is in the work directories: the checkpoint does not say it.
 
     Args:
-      members: configs of one `group`.
+      members: configs of one `group`, each passed by `check`.
       dataset: what all are trained on.
       workdirs: theirs, claimed; rows and events go there.
       folder: for the checkpoints of the program.
       title: of its progress.
 
     Raises:
-      UserError: a value that makes no sense; names it.
       Interrupted: SIGTERM or Ctrl-C came; what was reached is saved.
     """
-    experiment, *_ = [prepare(config, dataset) for config in members]  # each is checked
-    absent = "mesh.fsdp", "train.keep_best", "train.init_from", "optimizer.skip_non_finite"
-    for field in absent:
-        if value := configs.value_of(experiment.config, field):
-            raise UserError(f"{field}={value!r}: there is no such thing in a sweep; leave it out")
+    experiment, num = prepare(members[0], dataset), len(members)
     state, run_steps, arrays = compile_members(experiment, members)
     checkpoints = Checkpoints(folder)
-    members_axis = NamedSharding(experiment.mesh, PartitionSpec("data"))
-    restored = checkpoints.restore(abstract(state, members_axis), say)
+    # Checkpoints are without the padding, and fit any number of devices.
+    own = lambda state: jax.tree.map(lambda a: a[:num], state)  # noqa: E731
+    everywhere = replicated(experiment.mesh)
+    restored = checkpoints.restore(abstract(jax.eval_shape(own, state), everywhere), say)
     if restored is not None:
-        state = restored
+        state = jax.tree.map(lambda new, old: _padded(new, old.sharding), restored, state)
         say(f"resumed     {title} from step {int(state.step.max()):,}")
     done = first = int(state.step.max())
     checkpoints.tidy(first)
@@ -130,7 +141,7 @@ def train(
                 signum = asked_to_stop()
                 if done % every["checkpoint_every"] == 0 or last or signum or overdue():
                     log.keep_failures()
-                    checkpoints.save(state)
+                    checkpoints.save(own(state))
                 if signum:
                     break
         finally:
@@ -139,8 +150,14 @@ def train(
         if None in log.failures and (signum := asked_to_stop()):
             raise Interrupted(signum, interruption.saved_at(done))
     state = jax.device_get(state)
-    own = [jax.tree.map(lambda a, i=i: np.asarray(a[i]), state) for i in range(len(members))]
-    return [Outcome(s, log.seconds, f) for s, f in zip(own, log.failures, strict=True)]
+    each = [jax.tree.map(lambda a, i=i: np.asarray(a[i]), state) for i in range(num)]
+    return [Outcome(s, log.seconds, f) for s, f in zip(each, log.failures, strict=True)]
+
+
+def _padded(values: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """`[M, ...]` -> the same with the last repeated, as many as the devices can share equally."""
+    rows = np.arange(len(values) + -len(values) % sharding.mesh.size)
+    return jax.device_put(values[np.minimum(rows, len(values) - 1)], sharding)
 
 
 def compile_members(experiment: Experiment, members: Sequence[ConfigDict]) -> tuple:

@@ -76,7 +76,10 @@ def write(
         for path in short
         if names and path != "seed" and len({row.member[path] for row in rows}) > 1
     ]
-    say(f"in {folder}: sweep.csv, sweep.md, {', '.join(p.name for p in pictures)}, members/")
+    places = dict.fromkeys(f"{path.relative_to(folder).parts[0]}/" for path in paths)
+    say(
+        f"in {folder}: {', '.join(['sweep.csv', 'sweep.md', *(p.name for p in pictures), *places])}"
+    )
 
 
 def _read(member: Member, path: Path) -> Row:
@@ -105,10 +108,15 @@ def _write_csv(path: Path, rows: Sequence[Row], short: Mapping[str, str]) -> Non
         for row in rows:
             status = "finished" if row.failure is None else row.failure
             table.writerow(
-                [row.path.name, *(row.member[p] for p in short), status]
+                [_named(row.path, path.parent), *(row.member[p] for p in short), status]
                 + ["" if v is None else v for v in (row.step, row.seconds)]
                 + [row.metrics.get(name, "") for name in measured]
             )
+
+
+def _named(path: Path, folder: Path) -> str:
+    """`3-beta=1`; of a search, where the rounds are sweeps, `round-0/3-beta=1`."""
+    return "/".join(part for part in path.relative_to(folder).parts if part != "members")
 
 
 def baseline(rows: Sequence[Row], config: ConfigDict) -> tuple:
@@ -199,12 +207,12 @@ def _learning_curves(path: Path, rows: Sequence[Row], short: Mapping[str, str]) 
     """log p(x) of held-out data, by member; its training loss where that is not known."""
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
     panel, colours, labelled, ends = figure.subplots(), _colours(rows), set(), []
-    for row in rows:
-        logged = writers.read(Workdir(row.path).metrics)
-        names = [name for entry in logged for name in entry]
-        held_out = (f"validation/{name}" for name in LIKELIHOODS)
-        name = next((n for n in held_out if n in names), None)
-        name = name or next((n for n in names if n.endswith("/loss")), None)
+    logs = [writers.read(Workdir(row.path).metrics) for row in rows]
+    names = dict.fromkeys(name for logged in logs for entry in logged for name in entry)
+    held_out = (f"validation/{name}" for name in LIKELIHOODS)
+    name = next((n for n in held_out if n in names), None)
+    name = name or next((n for n in names if n.endswith("/loss")), None)
+    for row, logged in zip(rows, logs, strict=True):
         points = [(entry["step"], entry[name]) for entry in logged if name in entry]
         if points:
             label = None if row.setting in labelled else _label(row.setting, short)
@@ -214,7 +222,8 @@ def _learning_curves(path: Path, rows: Sequence[Row], short: Mapping[str, str]) 
             ends += [value for _, value in points[len(points) // 10 :]]
     if ends:
         low, high = np.percentile(ends, [2, 98])
-        panel.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+        margin = 0.1 * (high - low) or 1.0
+        panel.set_ylim(low - margin, high + margin)
         panel.legend(fontsize=7)
     panel.set(xlabel="step")
     panel.grid(alpha=0.3)

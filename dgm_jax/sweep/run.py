@@ -1,6 +1,7 @@
 """From the members of a sweep to their work directories, a table and plots."""
 
 import re
+import resource
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
-from dgm_jax import files, models, sharding
+from dgm_jax import files, models, results, sharding
 from dgm_jax.checkpoint import Checkpoints
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
@@ -37,29 +38,37 @@ def run_sweep(
 
     See `mode.sweep_mode`.
     """
-    members = axes.complete(config, members)
+    results.git_revision()  # of the code that runs, not of what is there hours later
+    members = _agreed(folder, config, axes.complete(config, members))
     each = [configs.override(config, member) for member in members]
     workdirs = workdirs_of(folder, members)
     groups = program.group(each)
     if only is not None and not 0 <= only < len(groups):
         raise UserError(f"--program={only}: this sweep has the programs 0 to {len(groups) - 1}")
-    _claim(folder, config, members)
     largest = max(len(chosen) for chosen in groups)
     batch_sizes = {size for c in each for size in (c.train.batch_size, c.eval.batch_size)}
     sharding.share_cores(largest, *batch_sizes)
-    sizes = ", ".join(str(len(chosen)) for chosen in groups)
-    say(f"sweep       {len(each)} members, {sizes} to a program, {jax.device_count()} devices")
     wanted = range(len(groups)) if only is None else [only]
 
     def left() -> list[int]:
         return [i for i in wanted if not all(workdirs[j].finished for j in groups[i])]
 
+    # All of them, before the first trains for hours.
+    datasets: dict[str, data.Dataset] = {}
+    for member in (each[j] for i in left() for j in groups[i]):
+        if (section := repr(member.data)) not in datasets:
+            datasets[section] = load_data(member)
+        program.check(member, datasets[section])
+    _claim(folder, config, members)
+    sizes = ", ".join(str(len(chosen)) for chosen in groups)
+    say(f"sweep       {len(each)} members, {sizes} to a program, {jax.device_count()} devices")
     if launcher is not None:
         jobs.run(folder, left, launcher)
     else:
         for i in left():
             _run_program(
                 [each[j] for j in groups[i]],
+                datasets[repr(each[groups[i][0]].data)],
                 [workdirs[j] for j in groups[i]],
                 folder / "programs" / str(i),
                 f"program {i + 1} of {len(groups)}",
@@ -78,20 +87,29 @@ def workdirs_of(folder: Path, members: Sequence[Member]) -> list[Workdir]:
     return [Workdir(folder / "members" / f"{i:0{digits}d}-{n}") for i, n in enumerate(names)]
 
 
-def _claim(folder: Path, config: ConfigDict, members: Sequence[Member]) -> None:
-    """Make the folder and say in it what it is about, or find that it is about the same."""
+def _agreed(folder: Path, config: ConfigDict, members: Sequence[Member]) -> list[Member]:
+    """The members, with their fields in the order of the sweep that is in `folder`, if it is.
+
+    Raises:
+      UserError: what is in the folder is something else.
+    """
     check_writable(folder)
-    path = _about(folder)
-    if path.exists():
+    if _about(folder).exists():
         differs = configs.differences(config, (there := read_about(folder))[0])
         if differs or list(members) != there[1]:
             what = "; ".join(differs) or f"its members are {len(there[1])} others"
             raise UserError(f"{folder} is of another sweep ({what}): choose another --workdir")
-    elif folder.exists() and not is_new(folder):
+        return there[1]
+    if folder.exists() and not is_new(folder):
         raise UserError(f"{folder} is not empty and is no sweep: choose another --workdir")
-    else:
+    return list(members)
+
+
+def _claim(folder: Path, config: ConfigDict, members: Sequence[Member]) -> None:
+    """Make the folder, and say in it what it is about."""
+    if not _about(folder).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"config": config.to_dict(), "members": list(members)})
+        write_json(_about(folder), {"config": config.to_dict(), "members": list(members)})
 
 
 def _about(folder: Path) -> Path:
@@ -117,10 +135,14 @@ def read_about(folder: Path) -> tuple[ConfigDict, list[Member]]:
 
 
 def _run_program(
-    members: Sequence[ConfigDict], workdirs: Sequence[Workdir], folder: Path, title: str
+    members: Sequence[ConfigDict],
+    dataset: data.Dataset,
+    workdirs: Sequence[Workdir],
+    folder: Path,
+    title: str,
 ) -> None:
     """Train the members of one program together, and measure them one after another."""
-    dataset = load_data(members[0])
+    _allow_open_files(3 * len(members))  # of each its lock, its rows and its events
     for config, workdir in zip(members, workdirs, strict=True):
         workdir.check_config(config)
     with ExitStack() as stack:
@@ -128,6 +150,24 @@ def _run_program(
             stack.enter_context(workdir.claimed(config, dataset.card, dataset.spec.mean))
         outcomes = program.train(members, dataset, workdirs, folder, title)
         _finish_all(members, dataset, workdirs, outcomes)
+
+
+def _allow_open_files(num: int) -> None:
+    """Let this process hold so many files open, beside some hundred of its own.
+
+    Raises:
+      UserError: the system does not allow it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num += 200
+    if num <= soft or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and num > hard:
+        raise UserError(
+            f"a program of this sweep holds {num:,} files open, and the system allows {hard:,} "
+            "(ulimit -Hn): make several sweeps of it"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num, hard))
 
 
 def _finish_all(

@@ -1,18 +1,19 @@
 """A search instead of a grid: Optuna chooses the members of each round (the extra `sweep`)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
-from dgm_jax import models, run, writers
+from dgm_jax import config as configs
+from dgm_jax import models, run, sharding, writers
 from dgm_jax.core import UserError
 from dgm_jax.progress import say
 from dgm_jax.sweep import axes, report
 from dgm_jax.sweep.axes import Distribution, Member
 from dgm_jax.sweep.run import read_about, run_sweep, workdirs_of
-from dgm_jax.workdir import Workdir
+from dgm_jax.workdir import Workdir, is_new
 
 if TYPE_CHECKING:
     import optuna
@@ -41,8 +42,8 @@ def search(
       launcher: as in `jobs.run`.
 
     Raises:
-      UserError: Optuna is not installed, the model has no likelihood, or a value that makes no
-        sense.
+      UserError: Optuna is not installed, the model has no likelihood, the folder is of something
+        else, or a value makes no sense.
     """
     try:
         import optuna
@@ -53,6 +54,11 @@ def search(
         raise UserError(
             "data.validation=0: a search chooses by the validation split; hold some out"
         )
+    if folder.exists() and not is_new(folder) and not (folder / "round-0").exists():
+        raise UserError(f"{folder} is not empty and is no search: choose another --workdir")
+    # Once for all rounds: JAX starts with it.
+    batch_sizes = [_values(over, config, path) for path in ("train.batch_size", "eval.batch_size")]
+    sharding.share_cores(num_members, *batch_sizes[0], *batch_sizes[1])
     model = models.build(config.model, run.load_data(config).spec)
     if not model.log_likelihood_fns:
         raise UserError(
@@ -102,6 +108,11 @@ def _numbers(trials: str) -> tuple[int, int]:
     if not (rounds.isdigit() and members.isdigit() and int(rounds) and int(members)):
         raise UserError(f"--trials={trials!r}: write rounds and members of each, such as 4x8")
     return int(rounds), int(members)
+
+
+def _values(over: Mapping[str, Distribution], config: ConfigDict, path: str) -> Sequence[Any]:
+    """What a field may be in a search: its own value, or the choices."""
+    return over[path].values if path in over else [configs.value_of(config, path)]
 
 
 def _lies_in(member: Member, over: Mapping[str, Distribution]) -> bool:

@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -123,7 +124,7 @@ def test_jobs_of_a_cluster_go_on_and_the_same_command_waits_for_them(
 
 def test_processes_of_this_machine_are_stopped_with_the_command(tmp_path, monkeypatch):
     sleeping = functools.partial(subprocess.call, ["sleep", "600"])
-    monkeypatch.setattr(jobs, "Job", lambda folder, i: sleeping)
+    monkeypatch.setattr(jobs, "Job", lambda *args: sleeping)
     sleep, told = time.sleep, []
 
     def interrupt(seconds):
@@ -140,6 +141,48 @@ def test_processes_of_this_machine_are_stopped_with_the_command(tmp_path, monkey
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_a_process_of_this_machine_saves_though_the_one_that_waits_for_it_is_killed(tmp_path):
+    """As submitit does it: Ctrl-C, and a second later no mercy."""
+    trainer = tmp_path / "trainer"
+    trainer.write_text(
+        f"#!{sys.executable}\n"
+        "import os, pathlib, signal, time\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "def save(*_):\n"
+        "    time.sleep(1.5)\n"
+        "    (folder / 'part').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "    (folder / 'part').rename(folder / 'saved')\n"
+        "    os._exit(0)\n"
+        "signal.signal(signal.SIGINT, save)\n"
+        "(folder / 'started').touch()\n"
+        "time.sleep(60)\n"
+    )
+    trainer.chmod(0o755)
+    waiting = (
+        "import os, pathlib, sys\n"
+        "from dgm_jax.sweep.jobs import Job\n"
+        "os.environ['CUDA_VISIBLE_DEVICES'] = '0,1'\n"
+        f"sys.executable, job = {str(trainer)!r}, Job(pathlib.Path('.'), 0, False)\n"
+        "os.environ['CUDA_VISIBLE_DEVICES'] = ''\n"
+        "job()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", waiting], stderr=subprocess.DEVNULL)
+
+    def comes(name):
+        due = time.monotonic() + 60
+        while not (tmp_path / name).exists() and time.monotonic() < due:
+            time.sleep(0.05)
+        return (tmp_path / name).exists()
+
+    assert comes("started")
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    process.kill()
+    process.wait()
+    assert comes("saved")
+    assert (tmp_path / "saved").read_text() == "0,1"
 
 
 def test_a_preempted_job_of_a_cluster_is_queued_again_and_resumes(slurm, tmp_path):

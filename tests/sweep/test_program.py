@@ -127,6 +127,29 @@ def test_an_interrupted_program_goes_on_to_the_same_end(tiny_dataset, tmp_path, 
     assert [row["step"] for row in read(dirs[0].metrics)][-1] == 200
 
 
+def test_a_checkpoint_fits_another_number_of_devices(tiny_dataset, tmp_path, monkeypatch):
+    """Three members on eight devices, and on one from where they were; padding is not saved."""
+    members, folder = _configs({"seed": 1}, {"model.beta": 2.0}, {"seed": 2}), tmp_path / "program"
+    dirs, save = _workdirs(tmp_path / "members", 3), Checkpoints.save
+
+    def save_once(self, state):
+        assert len(state.step) == 3
+        save(self, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_once)
+        with pytest.raises(KeyboardInterrupt):
+            program.train(members, tiny_dataset, dirs, folder, None)
+    with on_one_device():
+        resumed = program.train(members, tiny_dataset, dirs, folder, None)
+        alone = _workdirs(tmp_path / "alone", 3)
+        whole = program.train(members, tiny_dataset, alone, tmp_path / "whole", None)
+    assert [row["step"] for row in read(dirs[0].metrics) if "seconds" in row] == [50, 100, 150, 200]
+    for one, other in zip(resumed, whole, strict=True):
+        _assert_close(one.state.params, other.state.params, 1e-5)
+
+
 def test_a_member_not_finite_on_the_validation_split_stays_as_it_was(
     tiny_dataset, tmp_path, monkeypatch
 ):
@@ -223,7 +246,10 @@ def test_members_of_one_shape_share_a_program():
     np.testing.assert_allclose(numbers["model.beta"], [1, 1, 2, 1])
 
 
-def test_a_value_that_makes_no_sense_is_refused_before_anything_runs(tiny_dataset, tmp_path):
-    members = _configs({}, {"model.beta": -1.0})
-    with pytest.raises(UserError, match=r"model\.beta=-1"):
-        program.train(members, tiny_dataset, _workdirs(tmp_path, 2), tmp_path / "p", None)
+def test_a_value_that_makes_no_sense_is_refused(tiny_dataset):
+    for member, says in (
+        ({"model.beta": -1.0}, r"model\.beta=-1"),
+        ({"train.init_from": "runs/a"}, r"train\.init_from='runs/a'"),
+    ):
+        with pytest.raises(UserError, match=says):
+            program.check(*_configs(member), tiny_dataset)

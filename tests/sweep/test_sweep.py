@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import resource
 
 import jax
 import numpy as np
@@ -108,6 +109,58 @@ def test_another_sweep_and_another_folder_are_refused(finished, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="no sweep"):
         sweep.run_sweep(tmp_path, _config(), MEMBERS)
+
+
+def test_a_bad_value_of_a_late_program_is_refused_before_the_first_trains(tmp_path, monkeypatch):
+    """And costs nothing: with it put right the same folder will do."""
+    trained = []
+    monkeypatch.setattr(sweep, "_run_program", lambda members, *rest: trained.append(len(members)))
+    monkeypatch.setattr(report, "write", lambda *args: None)
+    folder, good = tmp_path / "sweep", [{"model.latents": 2}, {"model.latents": 3}]
+    with pytest.raises(UserError, match=r"model\.latents=0"):
+        sweep.run_sweep(folder, _config(), [*good, {"model.latents": 0}])
+    assert not folder.exists()
+    sweep.run_sweep(folder, _config(), good)
+    assert trained == [1, 1]
+
+
+def test_fields_in_another_order_are_the_same_sweep(finished, capsys):
+    turned = [dict(reversed(member.items())) for member in MEMBERS]
+    before = sorted(finished.rglob("*"))
+    sweep.run_sweep(finished, _config(), turned)
+    assert sorted(finished.rglob("*")) == before
+    assert "measuring" not in capsys.readouterr().out
+
+
+def test_as_many_files_may_be_open_as_there_are_members(monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+        sweep._allow_open_files(3)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 256
+        sweep._allow_open_files(300)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 500
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (100, 1000))
+    with pytest.raises(UserError, match=r"holds 1,100 files open.*allows 1,000"):
+        sweep._allow_open_files(900)
+
+
+def test_curves_are_of_one_number_though_a_member_ends_before_it_has_it(tmp_path, monkeypatch):
+    rows = []
+    for i, own in enumerate(([{"validation/elbo": -120.0}], [{"vae/loss": 500.0}])):
+        workdir = Workdir(tmp_path / str(i))
+        workdir.path.mkdir()
+        lines = [json.dumps({"step": 10, **row}) + "\n" for row in own]
+        workdir.metrics.write_text("".join(lines))
+        rows.append(report.Row({"seed": i}, (), workdir.path, {}, None, 1, 1.0))
+    saved = []
+    monkeypatch.setattr(report.Figure, "savefig", lambda figure, path: saved.append(figure))
+    report._learning_curves(tmp_path / "curves.png", rows, {"seed": "seed"})
+    (panel,) = saved[0].axes
+    assert panel.get_ylabel() == "validation/elbo (nats)"
+    assert [list(line.get_ydata()) for line in panel.lines] == [[-120.0]]
 
 
 def test_members_that_fail_are_reported_and_left_alone(tmp_path, capsys, monkeypatch):
@@ -223,8 +276,9 @@ def test_the_baseline_is_the_config_or_else_the_first():
 def test_a_start_cut_short_is_no_obstacle_and_a_folder_not_writable_is(tmp_path, monkeypatch):
     config, members = configs.experiment("vae"), [{"seed": 0}, {"seed": 1}]
     (tmp_path / "sweep.json.tmp").write_text('{"conf')
+    assert sweep._agreed(tmp_path, config, members) == members
     sweep._claim(tmp_path, config, members)
     assert sweep.read_about(tmp_path)[1] == members
     monkeypatch.setattr("os.access", lambda path, mode: False)
     with pytest.raises(UserError, match="is not writable: choose another --workdir"):
-        sweep._claim(tmp_path, config, members)
+        sweep._agreed(tmp_path, config, members)
