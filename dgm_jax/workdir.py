@@ -178,8 +178,9 @@ class Workdir(NamedTuple):
           UserError: says what differs.
         """
         if self.config.exists():
+            there = self.load_config()
             if self.started:
-                self._refuse_another(config, self.load_config(), "choose another --workdir")
+                self._refuse_another(config, there, "choose another --workdir")
         elif self.path.exists() and not is_new(self.path):
             raise UserError(
                 f"{self.path} is not empty and is no work directory: choose another --workdir"

@@ -98,7 +98,8 @@ def _claim(path: Path) -> Workdir:
     workdir = Workdir(path / "run")
     dataset = data.load(configs.section(config, "data"))
     with workdir.claimed(config, dataset.card, dataset.spec.mean):
-        return workdir
+        workdir.metrics.touch()  # training has begun
+    return workdir
 
 
 def _foreign(path: Path) -> None:
