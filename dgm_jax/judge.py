@@ -195,7 +195,7 @@ def _of_workdir(workdir: Workdir, dataset: data.Dataset) -> Judge:
     """Features of a trained model of such data."""
     restored = trained_model.restore(workdir.path)
     model, params, spec = restored.model, restored.params, restored.spec
-    encode = model.require("encode")
+    encode = trained_model.encoder(restored)
     if (spec.event_shape, spec.support) != (dataset.spec.event_shape, dataset.spec.support):
         raise UserError(
             f"--judge={workdir.path} sees {spec.support} data of shape {spec.event_shape}, and the "

@@ -126,11 +126,20 @@ def _scatter(axes: Axes, points: np.ndarray, title: str) -> None:
 
 
 def save_reconstructions(
-    path: Path, model: Model, params: Params, batch: Batch, rng: jax.Array, columns: int = 10
+    path: Path,
+    model: Model,
+    params: Params,
+    batch: Batch,
+    rng: jax.Array,
+    scale: float,
+    columns: int = 10,
 ) -> None:
-    """Originals, and below each its reconstruction; `batch` holds a multiple of `columns`."""
+    """Originals, and below each its reconstruction.
+
+    `batch` holds a multiple of `columns`; `scale` is what takes its images to [0, 1].
+    """
     means = np.asarray(jax.jit(model.reconstruct)(params, batch, rng))
-    originals = np.asarray(batch["x"])
+    originals = np.asarray(batch["x"]) / scale
     event = originals.shape[1:]
     both = np.stack(
         [originals.reshape(-1, columns, *event), means.reshape(-1, columns, *event)], axis=1

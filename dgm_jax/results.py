@@ -101,9 +101,9 @@ def load(path: Path) -> dict[str, Any]:
 
 @functools.cache
 def git_revision() -> str | None:
-    """The commit of this checkout when first asked, with `-dirty` where files differ.
+    """The commit of this checkout when first asked, with `-dirty` where files differ or are new.
 
-    None outside git.
+    None outside git, also where this is installed within somebody else's checkout.
     """
     here = Path(__file__).parent
 
@@ -113,7 +113,8 @@ def git_revision() -> str | None:
         ).stdout.strip()
 
     try:
-        dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no", ".") else ""
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        dirty = "-dirty" if git("status", "--porcelain", ".") else ""
         return git("rev-parse", "HEAD") + dirty
     except (OSError, subprocess.SubprocessError):
         return None

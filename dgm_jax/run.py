@@ -21,7 +21,7 @@ from dgm_jax.progress import Progress, say
 from dgm_jax.rng import stream
 from dgm_jax.train import train
 from dgm_jax.train_state import num_parameters
-from dgm_jax.trained_model import Trained, density, draw, reopen, restore
+from dgm_jax.trained_model import Trained, density, draw, encoder, reopen, restore
 from dgm_jax.workdir import Workdir, write_json, write_text
 
 # Seconds of training beside which those that `measure_speed` takes are little.
@@ -146,6 +146,7 @@ def features_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
 
     restored = reopen(workdir, given)
     config, model = restored.config, restored.model
+    encoder(restored)  # raises where there is none
     dataset = load_data(config)
     workdir.check_card(dataset.card)
     began = time.monotonic()
@@ -264,7 +265,7 @@ def _draw_pictures(trained: Trained, dataset: data.Dataset, workdir: Workdir) ->
     images = batch["x"].ndim == 4
     if model.reconstruct is not None and images:
         target = workdir.path / "reconstructions.png"
-        pictures.save_reconstructions(target, model, params, batch, rng)
+        pictures.save_reconstructions(target, model, params, batch, rng, dataset.spec.scale)
     if model.encode is not None and model.decode is not None and images:
         target = workdir.path / "interpolation.png"
         pictures.save_interpolation(target, model, params, batch, rng)

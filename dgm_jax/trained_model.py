@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
 from dgm_jax import files, models, optim, sharding
-from dgm_jax.core import DataSpec, Model, Params, UserError
+from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.experiment import abstract_state
 from dgm_jax.progress import Progress
@@ -88,10 +88,27 @@ def draw(
     return {name: np.concatenate([part[name] for part in parts])[:num] for name in parts[0]}
 
 
+def encoder(trained: Trained) -> Callable[[Params, Batch, jax.Array], jax.Array]:
+    """`Model.encode`, of one whose features say of the label no more than x does.
+
+    Raises:
+      UserError: the model has no features, or its encoder is told the label.
+    """
+    if trained.config.model.get("conditional", False):
+        raise UserError(
+            "model.conditional=True: the encoder is told the label, so its features would tell "
+            "it; train without"
+        )
+    return trained.model.require("encode")
+
+
 def density(trained: Trained) -> Callable[[np.ndarray], np.ndarray] | None:
-    """log p(x) of vectors x, `[N, D] -> float64 [N]`, nats; None where it is not known exactly."""
+    """log p(x) of vectors x, `[N, D] -> float64 [N]`, nats; None where it is not known exactly.
+
+    A model that is told the label knows log p(x | label) instead.
+    """
     exact = trained.model.log_likelihood_fns.get("log_prob")
-    if exact is None:
+    if exact is None or trained.config.model.get("conditional", False):
         return None
     log_prob, rng = jax.jit(exact), stream(trained.config.seed, "pictures")
     at_once = trained.config.eval.batch_size

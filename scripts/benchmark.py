@@ -106,17 +106,23 @@ def refuse_unlike(case: str, each: dict[str, Measured], tolerance: float = 0.0) 
         sys.exit(f"{case}: the losses differ by more than {tolerance:.0%}: {listed}")
 
 
+# Whose versions are said beside what was measured with them.
+PACKAGES = ("jax", "torch", "pythae")
+
+
 def machine() -> dict[str, Any]:
     """What it was measured on and with."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    packages = ("jax", "jaxlib", "torch", "pythae")
+    installed = {
+        d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES
+    }
     return {
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
+        **installed,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
@@ -155,7 +161,8 @@ def quality_table(record: dict[str, Any]) -> str:
         cells += [f"{max(0, compilation):.1f} s", f"{taken[0]['num_parameters']:,}", _memory(taken)]
         rows.append([name, *cells])
     below = (
-        f"Time of training, compilation included; in brackets how many times as long as {OURS}. "
+        "Time of training, compilation of the step included, but not that of the first parameters; "
+        f"in brackets how many times as long as {OURS}. "
         f"Medians of {record['rounds']} runs of at most {limit:.0f} s. ELBO and NLL are by "
         f"{NUM_DRAWS} draws for each validation image. {_describe(record['machine'])}"
     )
@@ -185,9 +192,10 @@ def _memory(taken: list[Measured]) -> str:
 
 
 def _describe(about: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {about[name]}" for name in PACKAGES if name in about)
     return (
-        f"{about['processor']}, {about['cores']} cores; Python {about['python']}, "
-        f"jax {about['jax']}, torch {about['torch']}, pythae {about['pythae']}; {about['date']}."
+        f"{about['processor']}, {about['cores']} cores; Python {about['python']}, {versions}; "
+        f"{about['date']}."
     )
 
 

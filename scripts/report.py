@@ -152,7 +152,8 @@ def _by_data() -> dict[str, list[tuple[str, list[dict]]]]:
     for path in sorted((DOCS / "results").glob("*.json")):
         run = results.load(path)
         if _likelihood(run):
-            card, num_samples = json.dumps(run["data"], sort_keys=True), _num_samples(run)
+            same = {name: value for name, value in run["data"].items() if name != "source"}
+            card, num_samples = json.dumps(same, sort_keys=True), _num_samples(run)
             name = path.stem.rpartition("-seed")[0]
             found[_data(run["data"])][name, card, num_samples].append(run)
     return {
@@ -192,7 +193,7 @@ def _row(name: str, runs: list[dict]) -> list[str]:
     kind = kind.get(what, f"bound: K = {_num_samples(runs[0]):,}")
     if "data_log_prob" in first:
         kind += "; of the data's own density {:.3f}".format(*_mean(runs, "data_log_prob", -1))
-    per_dim = first.get("nats_per_token") or first.get("bits_per_dim")
+    per_dim = next((n for n in ("nats_per_token", "bits_per_dim") if n in first), None)
     active = [run["metrics"]["active_units"] for run in runs if "active_units" in run["metrics"]]
     return [
         name,
@@ -201,7 +202,7 @@ def _row(name: str, runs: list[dict]) -> list[str]:
         f"{epochs:.3g}" + (f" more of {Path(origin).name}" if origin else ""),
         nats.format(*nll),
         kind,
-        f"{per_dim['value']:.4f} {per_dim['unit']}" if per_dim else "",
+        f"{_mean(runs, per_dim, 1)[0]:.4f} {first[per_dim]['unit']}" if per_dim else "",
         nats.format(*_mean(runs, "elbo", -1)) if "elbo" in first else "",
         ", ".join(f"{metric['value']:.0f}" for metric in active),
         _minutes(runs, "training"),

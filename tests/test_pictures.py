@@ -77,3 +77,15 @@ def test_a_learning_curve_has_what_is_in_nats(tmp_path, monkeypatch):
     pictures.save_learning_curve(tmp_path / "curve.png", rows)
     ((_, axes),) = seen
     assert [each.get_title() for each in axes] == ["loss", "rate"]
+
+
+def test_originals_are_as_bright_as_their_reconstructions(monkeypatch):
+    """Grey values of a perfect model: each image stands twice, from 0 to 1."""
+    calls = []
+    monkeypatch.setattr(pictures, "save_grid", lambda *args: calls.append(args))
+    x = jnp.arange(16.0).reshape(4, 2, 2, 1) * 17
+    model = MODEL._replace(reconstruct=lambda params, batch, rng: batch["x"] / 255)
+    pictures.save_reconstructions("x.png", model, {}, {"x": x}, jax.random.key(0), 255.0, columns=2)
+    ((_, rows, _),) = calls
+    np.testing.assert_allclose(rows[0::2], rows[1::2])
+    assert rows.shape == (4, 2, 2, 2, 1) and rows.max() == 1

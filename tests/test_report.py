@@ -1,10 +1,13 @@
 """docs/results.md says what the kept results.json files say."""
 
 import json
+import subprocess
 
 import pytest
 import report
 from conftest import REPO
+
+from dgm_jax import results
 
 RESULTS = sorted((REPO / "docs" / "results").glob("*.json"))
 EXAMPLE = REPO / "docs" / "results" / "iwae_mnist-l1-vae-k1-seed0.json"
@@ -23,17 +26,20 @@ def test_a_kept_result_is_of_committed_code_and_named_after_its_seed(path):
 
 
 def test_seeds_of_one_experiment_make_one_row(tmp_path, monkeypatch):
-    """Mean over seeds, and s/√n; a run with another K stands apart."""
+    """Mean over seeds, and s/√n; a run with another K stands apart, not one of another source."""
     (tmp_path / "results").mkdir()
     for seed, nll, k in ((0, 84.0, 10), (1, 86.0, 10), (2, 50.0, 20)):
         result = json.loads(EXAMPLE.read_text())
         result["config"]["seed"] = seed
         result["metrics"]["importance_weighted_bound"] |= {"value": -nll, "num_samples": k}
+        result["metrics"]["bits_per_dim"]["value"] = nll / 1000
+        result["data"]["source"] = ("tfds", "download", "tfds")[seed]
         path = tmp_path / "results" / f"iwae_mnist-l1-vae-k1-seed{seed}.json"
         path.write_text(json.dumps(result))
     monkeypatch.setattr(report, "DOCS", tmp_path)
     best, other = report.table().splitlines()[-2:]
     assert "| 0, 1 |" in other and "| 85.00 ± 1.00 | bound: K = 10 |" in other
+    assert "| 0.0850 bits/dim |" in other
     assert "86.76" in other and "| -1.76 |" in other
     assert "| 2 |" in best and "| 50.00 ± " in best
 
@@ -66,3 +72,22 @@ def test_families_are_ranked_by_the_tightest_that_each_knows(tmp_path, monkeypat
     ]
     titles = [line for line in lines if line.startswith("### ")]
     assert "dynamic binarisation" in titles[0] and "shakespeare, characters" in titles[1]
+
+
+def test_a_revision_is_of_this_checkout_and_says_what_is_new(tmp_path, monkeypatch):
+    """Not of a checkout in which it happens to be installed."""
+    package, git = tmp_path / "dgm_jax", ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    package.mkdir()
+    (package / "results.py").touch()
+    run = lambda *words: subprocess.run([*git, *words], cwd=tmp_path, check=True)  # noqa: E731
+    monkeypatch.setattr(results, "__file__", str(package / "results.py"))
+    revision = results.git_revision.__wrapped__
+    assert revision() is None
+    run("init", "-q")
+    run("commit", "-q", "--allow-empty", "-m", "theirs")
+    assert revision() is None
+    run("add", ".")
+    run("commit", "-q", "-m", "ours")
+    assert len(revision()) == 40
+    (package / "mine.py").touch()
+    assert revision().endswith("-dirty")

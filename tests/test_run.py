@@ -11,6 +11,7 @@ from conftest import on_one_device
 
 from dgm_jax import config as configs
 from dgm_jax import run, trained_model
+from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.data import shapes
 from dgm_jax.evaluators import disentanglement, features
@@ -122,3 +123,14 @@ def test_a_density_is_taken_in_parts_of_one_size():
     found = trained_model.density(trained_model.Trained(config, model, jnp.float32(2), None, 0))(x)
     np.testing.assert_allclose(found, -2 * np.sum(x**2, axis=1))
     assert sizes == [4]
+
+
+def test_a_model_that_is_told_the_label_has_no_density_of_x_and_no_features_to_judge():
+    config = configs.override(configs.experiment("vae"), {"model.conditional": True})
+    model = SimpleNamespace(log_likelihood_fns={"log_prob": None}, require=lambda name: name)
+    told = trained_model.Trained(config, model, None, None, 0)
+    assert trained_model.density(told) is None
+    with pytest.raises(UserError, match=r"model\.conditional=True: the encoder is told the label"):
+        trained_model.encoder(told)
+    config = configs.override(config, {"model.conditional": False})
+    assert trained_model.encoder(told._replace(config=config)) == "encode"

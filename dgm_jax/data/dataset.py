@@ -348,10 +348,15 @@ def some(dataset: Dataset, split: str, num: int) -> Batch:
 
 
 def spread(dataset: Dataset, split: str, num: int) -> Dataset:
-    """The data set with `num` examples of a split in place of it, spread evenly over it."""
+    """The data set with `num` examples of a split in place of it, spread evenly over it.
+
+    They are as a model sees them: bits are drawn by an example's number, which is another there.
+    """
     chosen = dataset.splits[split]
     part = chosen.part(split, _spread(len(chosen), num))
-    return dataset._replace(splits={**dataset.splits, split: part})
+    seen = Split(split, np.asarray(some(dataset, split, num)["x"]), part.labels, part.factors)
+    config = dataclasses.replace(dataset.config, binarisation="none")
+    return dataset._replace(config=config, splits={**dataset.splits, split: seen})
 
 
 def _spread(size: int, num: int) -> np.ndarray:

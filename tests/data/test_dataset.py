@@ -149,6 +149,15 @@ def test_without_binarisation_batches_are_the_images():
         assert batch["x"].dtype == np.float32
 
 
+def test_a_part_that_is_spread_over_a_split_has_the_same_bits(tiny_dataset):
+    """Also of the examples whose number is another there."""
+    part = data.spread(tiny_dataset, "test", 7)
+    found, same = data.some(part, "test", 7), data.some(tiny_dataset, "test", 7)
+    np.testing.assert_array_equal(found["x"], same["x"])
+    np.testing.assert_array_equal(found["label"], same["label"])
+    assert set(np.unique(found["x"])) == {0, 1} and list(found["id"]) == list(range(7))
+
+
 def test_some_spreads_over_the_split():
     dataset = _hand_made(IMAGES, "none")
     batch = data.some(dataset, "test", 5)
