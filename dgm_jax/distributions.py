@@ -78,6 +78,15 @@ def discretised_logistic_log_prob(
     return jnp.where((x < 0.5) | (x > 254.5), edges, middle)
 
 
+def draw_logistic(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Draws from the standard logistic distribution, float32 `shape`.
+
+    JAX's own are logits of uniform draws on a grid of 2⁻²³, of which 0 is taken for the smallest
+    float: -87.3 with a probability of 2⁻²³ in place of e⁻⁸⁷. Here it is the middle of its cell.
+    """
+    return jnp.maximum(jax.random.logistic(rng, shape), -24 * math.log(2))
+
+
 def _log1mexp(a: jax.Array) -> jax.Array:
     """log(1 - e^-a) for a > 0, accurate at both ends (Mächler 2012)."""
     small = a < math.log(2)

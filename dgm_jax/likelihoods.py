@@ -17,6 +17,7 @@ from dgm_jax.core import DataSpec, UserError
 from dgm_jax.distributions import (
     bernoulli_log_prob,
     discretised_logistic_log_prob,
+    draw_logistic,
     gaussian_log_prob,
 )
 
@@ -115,7 +116,7 @@ def discretised_logistic_mixture(components: int = 5) -> Likelihood:
     def draw(rng: jax.Array, outputs: jax.Array) -> jax.Array:
         which_rng, rng = jax.random.split(rng)
         location, log_scale = _choose(which_rng, *split(outputs))
-        value = location + jnp.exp(log_scale) * jax.random.logistic(rng, location.shape)
+        value = location + jnp.exp(log_scale) * draw_logistic(rng, location.shape)
         return jnp.clip(jnp.round((value + 1) * 127.5), 0, 255)
 
     return Likelihood(3 * components, "uint8", initial, log_prob, mean, draw)

@@ -47,7 +47,7 @@ def elbo(draws: Draws, options: Options) -> jax.Array:
 
 
 def elbo_monte_carlo(draws: Draws, options: Options) -> jax.Array:
-    """Minus the ELBO, all of it by sampling (Kingma & Welling 2014, eq. 8)."""
+    """Minus the ELBO, all of it by sampling (Kingma & Welling 2014, eq. 6)."""
     return -jnp.mean(draws.log_weights(options.beta), axis=0)
 
 

@@ -11,11 +11,13 @@ from scipy import integrate, special, stats
 from dgm_jax.distributions import (
     bernoulli_log_prob,
     discretised_logistic_log_prob,
+    draw_logistic,
     gaussian_kl,
     gaussian_kl_to_standard,
     gaussian_log_prob,
     standard_gaussian_log_prob,
 )
+from dgm_jax.models import flow
 
 MU_GRID = (-30.0, -3.0, -0.5, 0.0, 0.1, 2.0, 30.0)
 LOG_SIGMA_GRID = (-5.0, -1.0, -0.1, 0.0, 0.2, 1.0, 5.0)
@@ -268,3 +270,14 @@ def test_kl_between_gaussians_against_quadrature(q, p):
     with jax.enable_x64(True):
         found = gaussian_kl(*(jnp.float64(v) for v in (*q, *p)))
     np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+def test_logistic_draws_have_the_tails_that_they_should():
+    """Of twenty million some are near log 2⁻²⁴, and none is JAX's -87.3, of probability e⁻⁸⁷."""
+    found = draw_logistic(jax.random.key(0), (20_000_000,))
+    naive = jax.random.logistic(jax.random.key(0), (20_000_000,))
+    assert float(naive.min()) < -80  # while JAX has them
+    assert -16.64 < float(found.min()) < -14
+    np.testing.assert_allclose(np.mean(found < -12), np.exp(-12), rtol=0.3)
+    line, slope = flow.to_line(jnp.zeros((1, 1)), found.min()[None, None], 2, 0.0)
+    assert np.isfinite(line).all() and np.isfinite(slope).all()

@@ -25,6 +25,7 @@ from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError,
 from dgm_jax.distributions import (
     bernoulli_log_prob,
     discretised_logistic_log_prob,
+    draw_logistic,
     gaussian_kl_to_standard,
     gaussian_log_prob,
 )
@@ -165,7 +166,7 @@ def decode(spec: DataSpec, rng: jax.Array, y: jax.Array, gamma: jax.Array) -> ja
     if spec.support == "binary":
         return jax.random.bernoulli(rng, jax.nn.sigmoid(_log_odds(y, gamma))).astype(y.dtype)
     if spec.support == "uint8":
-        noise = jax.random.logistic(rng, y.shape) * (127.5 * sigma * math.sqrt(3) / math.pi)
+        noise = draw_logistic(rng, y.shape) * (127.5 * sigma * math.sqrt(3) / math.pi)
         return jnp.clip(jnp.round(y + noise), 0, 255)
     return y + sigma * jax.random.normal(rng, y.shape)
 

@@ -130,6 +130,10 @@ def check(config: Config, spec: DataSpec) -> None:
             "model.sigma_min=0.0: must be above 0 for 'denoising_score_matching' and for grey "
             "values, which have no density without noise"
         )
+    if config.noise_conditional and config.rounds < 2:
+        raise UserError(
+            f"model.rounds={config.rounds}: at least 2, from model.sigma_max to model.sigma_min"
+        )
     if config.noise_conditional and not config.sigma_min < config.sigma_max < math.inf:
         raise UserError(
             f"model.sigma_max={config.sigma_max}: must be above model.sigma_min="

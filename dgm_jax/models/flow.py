@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from dgm_jax import likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
-from dgm_jax.distributions import standard_gaussian_log_prob
+from dgm_jax.distributions import draw_logistic, standard_gaussian_log_prob
 from dgm_jax.nn import bijections, networks, transforms
 from dgm_jax.nn.mlp import MaskedMLP
 from dgm_jax.rows import sum_event
@@ -211,7 +211,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         likelihoods.refuse_outside_support(batch["x"], spec)
         x = shaped(batch["x"])
         rngs = jax.random.split(rng, 3)
-        v = jax.random.logistic(rngs[0], x.shape)
+        v = draw_logistic(rngs[0], x.shape)
         line = to_line(x, v, spec.num_values, config.margin)[0] if discrete else x
         params = {"net": net.init(rngs[1], line)["params"]}
         if variational:
@@ -230,10 +230,10 @@ def build(config: Config, spec: DataSpec) -> Model:
     def draw_noise(params: Params, x: jax.Array, rng: jax.Array) -> transforms.Mapped:
         """v, logits of the noise u, shaped as `x`; and log q(u | x) `[B]`."""
         if not variational:
-            return jax.random.logistic(rng, x.shape), jnp.zeros(len(x))
+            return draw_logistic(rng, x.shape), jnp.zeros(len(x))
         variables = {"params": params["flow"]["dequantiser"]}
         # Logistic, so that both ends of a bin are reached: weights with lighter tails explode.
-        epsilon = jax.random.logistic(rng, (len(x), spec.num_dims))
+        epsilon = draw_logistic(rng, (len(x), spec.num_dims))
         v, log_det = noise_net.apply(variables, epsilon, x / spec.scale, inverse=True)
         log_q = base_log_prob("logistic", epsilon) - log_det
         return v, log_q - sum_event(_log_slope_of_sigmoid(v))
@@ -271,7 +271,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         return x.reshape(len(z), *spec.event_shape)
 
     def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
-        draw = jax.random.logistic if config.base == "logistic" else jax.random.normal
+        draw = draw_logistic if config.base == "logistic" else jax.random.normal
         return {"x": data_at(params, draw(rng, (num, spec.num_dims)))}
 
     return Model(

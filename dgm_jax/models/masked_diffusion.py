@@ -56,8 +56,8 @@ class Config:
       blocks: of the same: residual blocks of a stage, each way.
       depth: number of a Transformer's blocks; of a `unet`, over its coarsest grid.
       heads: of each block's attention.
-      schedule: m(t), one of `SCHEDULES`: of the bound it decides the variance alone; in few steps
-        also what is drawn.
+      schedule: m(t), one of `SCHEDULES`: of the bound of the limit it decides the variance alone;
+        with fewer steps also its mean, and what is drawn.
       steps: of the model whose bound it is: 0 for the limit, which is one for each token.
       sample_steps: of the sampler; 0 for one for each token.
     """

@@ -1,4 +1,4 @@
-"""Gated PixelCNN: every pixel given all those above it and to its left, by convolutions.
+"""Gated PixelCNN: every pixel given those above it and to its left within reach, by convolutions.
 
     log p(x) = Σ_i log p(x_i | x_1, ..., x_{i-1}),   exact, pixels row by row
 

@@ -109,10 +109,10 @@ class Layer(nn.Module):
         self.posterior_hidden = Conv(config.width)
         self.posterior_head = Dense(2 * config.latents, kernel_init=nn.initializers.zeros)
         # Each layer adds its part: together they start at the size of one (Child 2021, section 3).
-        depth = 1 / math.sqrt(sum(config.layers))
+        variance = 1 / sum(config.layers)
         self.from_z = Dense(
             config.channels,
-            kernel_init=nn.initializers.variance_scaling(depth, "fan_in", "truncated_normal"),
+            kernel_init=nn.initializers.variance_scaling(variance, "fan_in", "truncated_normal"),
         )
         self.block = ResidualBlock(config.width, config.activation)
 

@@ -28,7 +28,7 @@ class Transform(NamedTuple):
 
 
 def affine() -> Transform:
-    """y = x exp(s) + t (Dinh et al. 2017, eq. 8); P = 2: t, and the raw value of s."""
+    """y = x exp(s) + t (Dinh et al. 2017, eq. 5); P = 2: t, and the raw value of s."""
 
     def apply(x: jax.Array, parameters: jax.Array, inverse: bool) -> Mapped:
         shift, raw = jnp.moveaxis(parameters, -1, 0)

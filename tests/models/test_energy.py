@@ -398,6 +398,7 @@ def test_what_the_network_adds_grows_no_faster_than_linearly(network, activation
         ("num_chains", 0, ("at least 1",)),
         ("langevin_steps", 0, ("at least 1",)),
         ("rounds", 0, ("at least 1",)),
+        ("rounds", 1, ("at least 2",)),
         ("restart", 1.5, ("from 0 to 1",)),
         ("step_size", 0.0, ("above 0",)),
         ("step_size", math.nan, ("above 0",)),

@@ -181,3 +181,15 @@ def test_check_refuses_a_bad_value_by_its_name(field, value):
 
 def test_check_accepts_its_defaults():
     topdown.check(topdown.Config(), SPEC)
+
+
+def test_what_layers_add_to_the_state_is_of_unit_size_together():
+    """A matrix of each layer has fan-in variance 1 / L (Child 2021, section 3)."""
+    spec = DataSpec((8, 8, 1), "binary", np.full((8, 8, 1), 0.5, np.float32), 100)
+    config = topdown.Config(layers=(0, 8), latents=64, channels=64, width=8)
+    model = topdown.build(config, spec)
+    params = model.init(jax.random.key(0), {"x": jnp.zeros((1, 8, 8, 1))})
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    kernels = [leaf for path, leaf in leaves if "from_z" in str(path) and "kernel" in str(path)]
+    assert len(kernels) == 8
+    np.testing.assert_allclose(sum(kernel.var() * len(kernel) for kernel in kernels), 1, rtol=0.05)
