@@ -3,7 +3,8 @@
 Papers: Jang et al. 2017, Maddison et al. 2017 (the gradient); Germain et al. 2015 (the prior); Mnih
         & Rezende 2016 (`:vimco`).
 Run:   python -m dgm_jax.main --config=configs/discrete_vae_mnist.py
-Gives: no number is claimed yet
+Gives: NLL 90.28 nats (10,000 test images, K = 500, seed 0), linear probe of the codes 93.2 %, after
+       306 s of processor time; docs/results.md
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant
