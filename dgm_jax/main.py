@@ -35,7 +35,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Where everything is. Default: runs/<config>-<variant>, a sweep or search says so behind.",
+    "Where everything is. Default: runs/<config>-<variant>, -sweep or -search behind.",
 )
 _MODE = flags.DEFINE_enum(
     "mode",

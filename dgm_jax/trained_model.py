@@ -94,12 +94,13 @@ def encoder(trained: Trained) -> Callable[[Params, Batch, jax.Array], jax.Array]
     Raises:
       UserError: the model has no features, or its encoder is told the label.
     """
+    found = trained.model.require("encode")
     if trained.config.model.get("conditional", False):
         raise UserError(
             "model.conditional=True: the encoder is told the label, so its features would tell "
             "it; train without"
         )
-    return trained.model.require("encode")
+    return found
 
 
 def density(trained: Trained) -> Callable[[np.ndarray], np.ndarray] | None:

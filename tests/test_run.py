@@ -11,7 +11,7 @@ from conftest import on_one_device
 
 from dgm_jax import config as configs
 from dgm_jax import run, trained_model
-from dgm_jax.core import UserError
+from dgm_jax.core import Model, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.data import shapes
 from dgm_jax.evaluators import disentanglement, features
@@ -132,5 +132,8 @@ def test_a_model_that_is_told_the_label_has_no_density_of_x_and_no_features_to_j
     assert trained_model.density(told) is None
     with pytest.raises(UserError, match=r"model\.conditional=True: the encoder is told the label"):
         trained_model.encoder(told)
+    none = told._replace(model=Model(init=None, players=(), log_likelihood_fns={}))
+    with pytest.raises(UserError, match="no encode"):
+        trained_model.encoder(none)
     config = configs.override(config, {"model.conditional": False})
     assert trained_model.encoder(told._replace(config=config)) == "encode"

@@ -38,8 +38,8 @@ class Schedule(nn.Module):
 
     Attributes:
       kind: one of `SCHEDULES`.
-      ends: γ(0) and γ(1). They are not learned: the bound always gains a little where they move
-        outwards, less and less, and Adam follows however small a gradient at full pace.
+      ends: γ(0) and γ(1). They are not learned: the bound gains where γ(1) rises, ever less, and
+        Adam follows however small a gradient at full pace.
     """
 
     kind: str

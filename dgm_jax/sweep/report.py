@@ -204,7 +204,7 @@ def _label(setting: tuple, short: Mapping[str, str]) -> str:
 
 
 def _learning_curves(path: Path, rows: Sequence[Row], short: Mapping[str, str]) -> Path:
-    """log p(x) of held-out data, by member; its training loss where that is not known."""
+    """log p(x) of held-out data by step, or its bound; the training loss where neither is known."""
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
     panel, colours, labelled, ends = figure.subplots(), _colours(rows), set(), []
     logs = [writers.read(Workdir(row.path).metrics) for row in rows]
