@@ -41,9 +41,10 @@ class TrainConfig:
       ramp: numbers of the model that rise linearly from 0 to their value at the start of training,
         and how long: `"model.beta over 20 epochs"` is KL warm-up (Sønderby et al. 2016). Several
         are separated by commas.
-      compute_dtype: in which layers multiply, `float32` or `bfloat16`; parameters are float32, and
-        so is all that is measured. Made for accelerators: a CPU without such instructions is
-        slower.
+      compute_dtype: in which layers multiply in training: `float32`, `tensorfloat32` (float32 whose
+        factors are rounded to 10 bits, on accelerators that have it; elsewhere float32) or
+        `bfloat16` (a CPU without such instructions is slower). Parameters are float32, and so is
+        all that is measured.
     """
 
     duration: str = "100 epochs"

@@ -27,6 +27,7 @@ from dgm_jax import cache, interruption, processes, run
 from dgm_jax import config as configs
 from dgm_jax.core import UserError
 from dgm_jax.interruption import Interrupted
+from dgm_jax.nn import precision
 from dgm_jax.workdir import Workdir, default_path
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -96,6 +97,7 @@ def main(argv: list[str]) -> None:
                 f"--{name} is for --mode={' or '.join(modes)}: leave it out of --mode={_MODE.value}"
             )
     cache.keep_compiled_programs()
+    precision.multiply_in_full()
     if _DISTRIBUTED.value is not None:
         processes.join(_DISTRIBUTED.value, _LOST_AFTER.value)
     config, mode, file = _CONFIG.value, _MODE.value, None

@@ -1,4 +1,4 @@
-"""bfloat16 products: what is rounded, what is not, and that training agrees with float32."""
+"""Faster products: what is rounded, what is not, and that training agrees with float32."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def _loss_of(layer):
         return jnp.sum(layer.apply(params["net"], batch["x"])), Aux(terms={})
 
     model = Model(init=None, players=(Player("net", loss_fn),), log_likelihood_fns={})
-    return [precision.training_in(model, dtype).loss_fn for dtype in precision.DTYPES]
+    return [precision.training_in(model, dtype).loss_fn for dtype in ("float32", "bfloat16")]
 
 
 def test_factors_are_rounded_and_the_bias_is_not():
@@ -77,7 +77,7 @@ def test_all_products_of_a_step_are_in_bfloat16_and_training_agrees(name, values
     x = jax.random.bernoulli(jax.random.key(0), 0.5, (16, 8, 8, 1)).astype(jnp.float32)
     params = jax.jit(model.init)(jax.random.key(1), {"x": x})
     found = {}
-    for dtype in precision.DTYPES:
+    for dtype in ("float32", "bfloat16"):
         loss_fn = precision.training_in(model, dtype).loss_fn
         step = jax.value_and_grad(lambda p, f=loss_fn: f(p, {"x": x}, jax.random.key(2))[0])
         made_in = {v.aval.dtype for eqn, _ in limit.products_of(step, params) for v in eqn.invars}
@@ -90,6 +90,39 @@ def test_all_products_of_a_step_are_in_bfloat16_and_training_agrees(name, values
     np.testing.assert_allclose(loss_16, loss, rtol=1e-3)
     cosine = grad @ grad_16 / jnp.linalg.norm(grad) / jnp.linalg.norm(grad_16)
     assert cosine > 0.99
+
+
+@pytest.mark.parametrize("layer", [MLP((4, 3)), Conv(3)], ids=["dense", "conv"])
+@pytest.mark.parametrize(
+    ("dtype", "wanted"),
+    [("float32", "HIGHEST"), ("tensorfloat32", "HIGH"), ("bfloat16", "DEFAULT")],
+)
+def test_what_accelerators_may_round_is_what_was_asked_for(layer, dtype, wanted):
+    """XLA rounds factors on a GPU below HIGHEST: forward and backward, in all that `main` runs."""
+    assert jax.config.jax_default_matmul_precision is None
+    try:
+        precision.multiply_in_full()
+        x = jnp.ones((2, 4, 4, 6))
+        params = layer.init(jax.random.key(0), x)
+
+        def loss_fn(params, batch, rng):
+            return jnp.sum(layer.apply(params["net"], batch["x"])), Aux(terms={})
+
+        model = Model(init=None, players=(Player("net", loss_fn),), log_likelihood_fns={})
+        loss_fn = precision.training_in(model, dtype).loss_fn
+        step = jax.grad(lambda p, x: loss_fn({"net": p}, {"x": x}, None)[0], (0, 1))
+        products = limit.products_of(step, params, x)
+        assert len(products) >= 3
+        for eqn, _ in products:
+            assert {str(of) for of in eqn.params["precision"]} == {wanted}
+    finally:
+        jax.config.update("jax_default_matmul_precision", None)
+
+
+def test_a_user_who_has_chosen_how_to_multiply_is_left_alone():
+    with jax.default_matmul_precision("tensorfloat32"):
+        precision.multiply_in_full()
+        assert jax.config.jax_default_matmul_precision == "tensorfloat32"
 
 
 def test_measurements_stay_in_float32():
