@@ -99,8 +99,9 @@ def test_all_products_of_a_step_are_in_bfloat16_and_training_agrees(name, values
 )
 def test_what_accelerators_may_round_is_what_was_asked_for(layer, dtype, wanted):
     """XLA rounds factors on a GPU below HIGHEST: forward and backward, in all that `main` runs."""
-    assert jax.config.jax_default_matmul_precision is None
+    before = jax.config.jax_default_matmul_precision
     try:
+        jax.config.update("jax_default_matmul_precision", None)
         precision.multiply_in_full()
         x = jnp.ones((2, 4, 4, 6))
         params = layer.init(jax.random.key(0), x)
@@ -116,7 +117,7 @@ def test_what_accelerators_may_round_is_what_was_asked_for(layer, dtype, wanted)
         for eqn, _ in products:
             assert {str(of) for of in eqn.params["precision"]} == {wanted}
     finally:
-        jax.config.update("jax_default_matmul_precision", None)
+        jax.config.update("jax_default_matmul_precision", before)
 
 
 def test_a_user_who_has_chosen_how_to_multiply_is_left_alone():
