@@ -23,11 +23,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.times = "logit_normal"
     config.model.divergence = "none"
     config.model.sample_steps = 25
-    config.train.duration = "14 epochs"
+    config.train.duration = "16 epochs"
     config.train.batch_size = 100
     config.train.steps_per_dispatch = 50
-    config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 4e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.b2 = 0.99
     config.optimizer.warmup = 0.02
     config.eval.elbo_samples = 1
@@ -37,7 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         conditional={"model.conditional": True, "model.guidance": 1.5},
         ot={"model.coupling": "optimal_transport"},
         dit={"model.network": "dit", "model.width": 96, "model.depth": 6},
-        likelihood={"model.divergence": "hutchinson", "train.validate_every": "14 epochs"},
+        likelihood={"model.divergence": "hutchinson", "train.validate_every": "16 epochs"},
         smoke={
             "model.channels": (16, 32),
             "model.depth": 1,
