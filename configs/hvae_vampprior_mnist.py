@@ -2,7 +2,8 @@
 
 Paper: Tomczak & Welling 2018, "VAE with a VampPrior".
 Run:   python -m dgm_jax.main --config=configs/hvae_vampprior_mnist.py
-Gives: no number is claimed yet
+Gives: NLL 81.36 nats (K = 5,000, seed 0), published 81.24; trained on a GPU in 221 s, of which
+       others used a share; docs/results.md
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant

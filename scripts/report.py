@@ -59,9 +59,10 @@ recipe than today's. Experiments are named after their config and variant: `iwae
 NLL is -log p(x) in nats where the model knows it (exact), else minus the tightest bound on it that
 there is: the importance-weighted one with the K given, or the ELBO. It is the mean over the whole
 test split; ± is its standard error over the examples for one seed, or with several seeds that of
-the mean over seeds. The best stands first. Minutes are the mean over seeds, on two CPU cores: by
-the clock, with whatever else the machine was doing, and half of the processor's time: at least so
-long do two cores take alone. Hotaj's published values are of models picked on the test set.
+the mean over seeds. The best stands first. Minutes are the mean over seeds. On `cpu` they are of
+two cores: by the clock, with whatever else the machine was doing, and half of the processor's time:
+at least so long do two cores take alone. On a GPU they are by the clock, beside other runs.
+Hotaj's published values are of models picked on the test set.
 """
 
 FEATURES = """
@@ -119,7 +120,7 @@ _SCORES = {
 
 
 _HEAD = ("experiment", "model", "seeds", "epochs", "NLL", "what it is", "per dimension", "−ELBO")
-_HEAD += ("active units", "training, min", "half of its CPU, min", "evaluation, min")
+_HEAD += ("active units", "on", "training, min", "half of its CPU, min", "evaluation, min")
 _HEAD += ("published NLL", "difference")
 
 _POINTS = "points"  # what data in the plane are called; they come last
@@ -146,7 +147,7 @@ def table() -> str:
 def _by_data() -> dict[str, list[tuple[str, list[dict]]]]:
     """Experiments and their runs, by the data that they were measured on.
 
-    Runs with the same card and K make one experiment: only like numbers have a mean.
+    Runs with the same card, K and devices make one experiment: only like numbers have a mean.
     """
     found: dict[str, dict[tuple, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for path in sorted((DOCS / "results").glob("*.json")):
@@ -155,7 +156,7 @@ def _by_data() -> dict[str, list[tuple[str, list[dict]]]]:
             same = {name: value for name, value in run["data"].items() if name != "source"}
             card, num_samples = json.dumps(same, sort_keys=True), _num_samples(run)
             name = path.stem.rpartition("-seed")[0]
-            found[_data(run["data"])][name, card, num_samples].append(run)
+            found[_data(run["data"])][name, card, num_samples, run["devices"]].append(run)
     return {
         title: [(name, runs) for (name, *_), runs in experiments.items()]
         for title, experiments in sorted(
@@ -194,6 +195,7 @@ def _row(name: str, runs: list[dict]) -> list[str]:
     if "data_log_prob" in first:
         kind += "; of the data's own density {:.3f}".format(*_mean(runs, "data_log_prob", -1))
     per_dim = next((n for n in ("nats_per_token", "bits_per_dim") if n in first), None)
+    device = runs[0]["devices"].removeprefix("1 x ")
     active = [run["metrics"]["active_units"] for run in runs if "active_units" in run["metrics"]]
     return [
         name,
@@ -205,8 +207,9 @@ def _row(name: str, runs: list[dict]) -> list[str]:
         f"{_mean(runs, per_dim, 1)[0]:.4f} {first[per_dim]['unit']}" if per_dim else "",
         nats.format(*_mean(runs, "elbo", -1)) if "elbo" in first else "",
         ", ".join(f"{metric['value']:.0f}" for metric in active),
+        device,
         _minutes(runs, "training"),
-        _minutes(runs, "training_cpu", 0.5),
+        _minutes(runs, "training_cpu", 0.5) if device == "cpu" else "",
         _minutes(runs, "evaluation"),
         f"{published:.2f} ({source})" if published else "",
         f"{nll[0] - published:+.2f}" if published else "",

@@ -26,18 +26,21 @@ def test_a_kept_result_is_of_committed_code_and_named_after_its_seed(path):
 
 
 def test_seeds_of_one_experiment_make_one_row(tmp_path, monkeypatch):
-    """Mean over seeds, and s/√n; a run with another K stands apart, not one of another source."""
+    """Mean over seeds, and s/√n; runs of other K or devices stand apart, not of another source."""
     (tmp_path / "results").mkdir()
-    for seed, nll, k in ((0, 84.0, 10), (1, 86.0, 10), (2, 50.0, 20)):
+    for seed, nll, k in ((0, 84.0, 10), (1, 86.0, 10), (2, 50.0, 20), (3, 90.0, 10)):
         result = json.loads(EXAMPLE.read_text())
         result["config"]["seed"] = seed
         result["metrics"]["importance_weighted_bound"] |= {"value": -nll, "num_samples": k}
         result["metrics"]["bits_per_dim"]["value"] = nll / 1000
-        result["data"]["source"] = ("tfds", "download", "tfds")[seed]
+        result["data"]["source"] = ("tfds", "download", "tfds", "tfds")[seed]
+        result["devices"] = "1 x cpu" if seed < 3 else "1 x H100"
+        result["seconds"] |= {"training": 120.0, "training_cpu": 60.0}
         path = tmp_path / "results" / f"iwae_mnist-l1-vae-k1-seed{seed}.json"
         path.write_text(json.dumps(result))
     monkeypatch.setattr(report, "DOCS", tmp_path)
-    best, other = report.table().splitlines()[-2:]
+    best, other, on_gpu = report.table().splitlines()[-3:]
+    assert "| cpu | 2.0 | 0.5 |" in other and "| H100 | 2.0 |  |" in on_gpu
     assert "| 0, 1 |" in other and "| 85.00 ± 1.00 | bound: K = 10 |" in other
     assert "| 0.0850 bits/dim |" in other
     assert "86.76" in other and "| -1.76 |" in other
