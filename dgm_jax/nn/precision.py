@@ -30,8 +30,8 @@ def check(field: str, dtype: str) -> None:
 def multiply_in_full() -> None:
     """Make float32 mean float32 wherever nothing else is asked for, as on a CPU it always does.
 
-    Left to itself, JAX rounds the factors of float32 products to 10 bits on a GPU and to 7 on a
-    TPU: log-likelihoods are then wrong in the second decimal. A choice that the user has made in
+    Left to itself, JAX lets a GPU round the factors of float32 products to 10 bits, and a TPU to 7:
+    a likelihood would depend on what it was measured on. A choice that the user has made in
     `JAX_DEFAULT_MATMUL_PRECISION` stands.
     """
     if jax.config.jax_default_matmul_precision is None:
