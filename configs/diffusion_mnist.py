@@ -4,8 +4,8 @@ Papers: Kingma et al. 2021, "Variational diffusion models"; Karras et al. 2022 (
         Salimans 2022 (`:conditional`); Peebles & Xie 2023 (`:dit`); Hang et al. 2023 (`:min-snr`).
 Run:   python -m dgm_jax.main --config=configs/diffusion_mnist.py
 Gives: ELBO -81.95 ± 0.24 nats (0.1508 bits/dim; 10,000 test images, seed 0) after 9,237 s of
-       processor time, 77 minutes of two CPU cores, with `--config.train.num_parts=4`; the
-       variants claim no number
+       processor time, 85 minutes of two CPU cores by the clock, with
+       `--config.train.num_parts=4`; the variants claim no number
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant
