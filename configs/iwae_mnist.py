@@ -4,8 +4,8 @@ Papers: Burda et al. 2016 (networks and targets); Roeder et al. 2017 and Tucker 
         gradients of the `vae` and `dreg` variants); Jordan et al. 2024 (the optimizer).
 Run:   python -m dgm_jax.main --config=configs/iwae_mnist.py:l2-dreg-k50
 Gives: l1-vae-k1 (the default): NLL 85.98 nats (K = 5,000, seed 0), published 86.76; l2-vae-k1 83.39
-       (85.33). With K = 50 what the hour is enough for is worse than with 1: l1-iwae-k50 87.91
-       (84.78), l2-dreg-k50 84.63 (82.90); docs/results.md has the others
+       (85.33). The 50 epochs of K = 50 end worse than the 400 of K = 1: l1-iwae-k50 87.91 (84.78),
+       l2-dreg-k50 84.63 (82.90); docs/results.md has the others
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant

@@ -3,7 +3,6 @@
     pip install -r requirements-benchmark.txt
     python scripts/benchmark.py --keep              # images/s of every case
     python scripts/benchmark.py --quality --keep    # seconds until a VAE is good
-    python scripts/benchmark.py --gpu --keep        # images/s of some cases on a GPU
     python scripts/benchmark.py --rounds=1 --seconds=1 --cases 'MLP VAE, batch 100'
 
 Each measurement is a process of its own; they take turns, A B A B, and medians are compared. With
@@ -19,7 +18,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -27,18 +25,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from contestants import (
-    BF16,
-    BY_STEP,
-    CASES,
-    COMPILED,
-    EAGER,
-    MEMBERS,
-    NUM_DRAWS,
-    PYTHAE,
-    TF32,
-    WHOLE,
-)
+from contestants import BY_STEP, CASES, NUM_DRAWS, PYTHAE, WHOLE
 from quality import RECIPES, TARGETS, seconds_to
 from records import DOCS, Section, markdown
 
@@ -50,37 +37,21 @@ FLOW = "dgm_jax, flow prior"
 Measured = dict[str, Any]  # what one process found
 
 
-# On a GPU: this project first, as `OURS` but for its name; a batch is not cut there.
-ON_GPU = (WHOLE, TF32, BF16, MEMBERS, BY_STEP, EAGER, COMPILED)
-GPU_CASES = (
-    "MLP VAE, batch 100",
-    "IWAE, K = 50, batch 20",
-    "top-down VAE, batch 32",
-    "U-Net, batch 100",
-)
-
-
-def contestants_of(case: str, gpu: bool = False) -> list[str]:
+def contestants_of(case: str) -> list[str]:
     """Who trains a case, in turn."""
-    if gpu:
-        return [*ON_GPU, LIMIT]
     whole = [WHOLE] if CASES[case].num_parts > 1 else []
     return [OURS, *whole, BY_STEP, *CASES[case].peers, LIMIT]
 
 
 def in_a_process(function: str, *args: Any) -> Measured:
-    """The result of `module.function(*args)` in a process of its own.
-
-    It is compiled from nothing, unless the environment names folders of compiled programs.
-    """
+    """The result of `module.function(*args)` in a process of its own, compiled from nothing."""
     module = function.partition(".")[0]
-    path = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
     quiet = {"TQDM_DISABLE": "1"}  # pythae's progress bar
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
             [sys.executable, "-c", f"import json, {module}; print(json.dumps({function}{args}))"],
             cwd=Path(__file__).parent,
-            env={"TORCHINDUCTOR_CACHE_DIR": cache, **os.environ, **quiet, "PYTHONPATH": path},
+            env={**os.environ, **quiet, "PYTHONPATH": str(REPO), "TORCHINDUCTOR_CACHE_DIR": cache},
             capture_output=True,
             text=True,
             check=False,
@@ -90,9 +61,9 @@ def in_a_process(function: str, *args: Any) -> Measured:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure_speed(case: str, rounds: int, seconds: float, gpu: bool = False) -> dict[str, Any]:
+def measure_speed(case: str, rounds: int, seconds: float) -> dict[str, Any]:
     """Every contestant of a case, `rounds` times in turn."""
-    each: dict[str, list[Measured]] = {name: [] for name in contestants_of(case, gpu)}
+    each: dict[str, list[Measured]] = {name: [] for name in contestants_of(case)}
     for turn in range(rounds):
         for name, taken in each.items():
             if name == LIMIT:
@@ -130,8 +101,7 @@ def refuse_unlike(case: str, each: dict[str, Measured], tolerance: float = 0.0) 
         listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
         sys.exit(f"{case}: the networks differ in their number of parameters: {listed}")
     losses = {name: m["loss"] for name, m in each.items() if name != PYTHAE and "loss" in m}
-    ours = next(iter(losses.values()), 0.0)
-    if not all(abs(loss / ours - 1) <= tolerance for loss in losses.values()):
+    if not all(abs(loss / losses[OURS] - 1) <= tolerance for loss in losses.values()):
         listed = ", ".join(f"{name} {loss:.4g}" for name, loss in losses.items())
         sys.exit(f"{case}: the losses differ by more than {tolerance:.0%}: {listed}")
 
@@ -148,14 +118,7 @@ def machine() -> dict[str, Any]:
     installed = {
         d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES
     }
-    gpu = {}
-    if shutil.which("nvidia-smi"):
-        ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        gpu = {
-            "gpu": subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
-        }
     return {
-        **gpu,
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -175,8 +138,7 @@ def speed_table(record: dict[str, Any]) -> str:
         each = of["programs"]
         speeds = {n: statistics.median(m["images_per_second"] for m in t) for n, t in each.items()}
         for name, taken in each.items():
-            ours = next(iter(speeds.values()))
-            cells = [case, name, f"{speeds[name]:,.0f}", f"{ours / speeds[name]:.2f} ×"]
+            cells = [case, name, f"{speeds[name]:,.0f}", f"{speeds[OURS] / speeds[name]:.2f} ×"]
             if name == LIMIT:
                 cells += ["", ""]
             else:
@@ -231,20 +193,15 @@ def _memory(taken: list[Measured]) -> str:
 
 def _describe(about: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {about[name]}" for name in PACKAGES if name in about)
-    gpu = f"{about['gpu']}; " if "gpu" in about else ""
     return (
-        f"{gpu}{about['processor']}, {about['cores']} cores; Python {about['python']}, {versions}; "
+        f"{about['processor']}, {about['cores']} cores; Python {about['python']}, {versions}; "
         f"{about['date']}."
     )
 
 
 SECTIONS = {
     name: Section(name, RECORD, DOCS / "performance.md", table)
-    for name, table in (
-        ("benchmark", speed_table),
-        ("quality", quality_table),
-        ("gpu", speed_table),
-    )
+    for name, table in (("benchmark", speed_table), ("quality", quality_table))
 }
 
 
@@ -256,7 +213,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="measurements of each (3; with --quality 1)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of timed steps each time (5)")
     parser.add_argument(
-        "--cases", nargs="+", metavar="CASE", help=f"of: {'; '.join(CASES)} (all; some with --gpu)"
+        "--cases", nargs="+", default=list(CASES), metavar="CASE", help=f"of: {'; '.join(CASES)}"
     )
     parser.add_argument(
         "--quality", action="store_true", help="time to quality in place of images/s"
@@ -264,13 +221,11 @@ def main() -> None:
     parser.add_argument(
         "--quality_limit", type=float, default=600.0, help="seconds of training at most (600)"
     )
-    parser.add_argument("--gpu", action="store_true", help="what is of interest on a GPU")
     parser.add_argument("--keep", action="store_true", help="write the record and the page")
     chosen = parser.parse_args()
-    cases = chosen.cases or (GPU_CASES if chosen.gpu else CASES)
-    if unknown := [case for case in cases if case not in CASES]:
+    if unknown := [case for case in chosen.cases if case not in CASES]:
         parser.error(f"no case {unknown[0]!r}; there are: {'; '.join(CASES)}")
-    section = SECTIONS["quality" if chosen.quality else "gpu" if chosen.gpu else "benchmark"]
+    section = SECTIONS["quality" if chosen.quality else "benchmark"]
     if chosen.keep:
         section.check()
     if chosen.quality:
@@ -279,8 +234,8 @@ def main() -> None:
             section.keep(record)
     else:
         record = {}
-        for case in cases:
-            record[case] = measure_speed(case, chosen.rounds or 3, chosen.seconds, chosen.gpu)
+        for case in chosen.cases:
+            record[case] = measure_speed(case, chosen.rounds or 3, chosen.seconds)
             if chosen.keep:  # after each, so that nothing measured is lost
                 section.keep({**section.read(), case: record[case]})
     print("\n" + section.show(record))

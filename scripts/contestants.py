@@ -22,9 +22,6 @@ REPO = Path(__file__).resolve().parent.parent
 LEARNING_RATE = 1e-3
 NUM_DRAWS = 100  # K, posterior draws for each validation image
 WHOLE, BY_STEP = "dgm_jax, batch in one part", "dgm_jax, a dispatch per step"
-TF32, BF16 = "dgm_jax, tensorfloat32", "dgm_jax, bfloat16"
-NUM_MEMBERS = 16
-MEMBERS = f"dgm_jax, {NUM_MEMBERS} members of a sweep"  # images of all of them
 EAGER, COMPILED, PYTHAE = "PyTorch eager", "torch.compile", "pythae"
 
 
@@ -192,13 +189,11 @@ class Trainer(NamedTuple):
         image.
       evaluate: `() -> (-ELBO, NLL)` of the validation split, nats per image, from the same
         `NUM_DRAWS` draws; None where nobody asks.
-      num_members: how many train side by side, each on images of its own.
     """
 
     num_parameters: int
     train: Callable[[], np.ndarray]
     evaluate: Callable[[], tuple[float, float]] | None = None
-    num_members: int = 1
 
 
 def measure(contestant: str, case: str, seconds: float) -> dict[str, Any]:
@@ -216,9 +211,8 @@ def measure(contestant: str, case: str, seconds: float) -> dict[str, Any]:
     before, steps, began = resident_mib(), 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
         steps += len(trainer.train())
-    spent = time.perf_counter() - began
     return {
-        "images_per_second": trainer.num_members * steps * batch_size / spent,
+        "images_per_second": steps * batch_size / (time.perf_counter() - began),
         "loss": loss,
         "num_parameters": trainer.num_parameters,
         "memory_mib": [before, resident_mib()],
@@ -262,37 +256,9 @@ def _dgm_jax(case: Case, by_step: bool = False) -> Trainer:
     return compiled_run(config_of(case, by_step), case.steps_per_call, dataset_of(case))
 
 
-def _whole(case: Case, dtype: str = "float32") -> Trainer:
-    """This project, its batch in one part, its products in `dtype`."""
-    config = config_of(dataclasses.replace(case, num_parts=1))
-    config.train.compute_dtype = dtype
-    return compiled_run(config, case.steps_per_call, dataset_of(case))
-
-
-def _members(case: Case) -> Trainer:
-    """This project with several seeds in one program; the loss is their mean."""
-    import jax
-
-    from dgm_jax import config as configs
-    from dgm_jax.experiment import prepare
-    from dgm_jax.nn import precision
-    from dgm_jax.sweep.program import compile_members
-    from dgm_jax.train_state import num_parameters
-
-    precision.multiply_in_full()
-    config = config_of(dataclasses.replace(case, num_parts=1))
-    members = [configs.override(config, {"seed": i}) for i in range(NUM_MEMBERS)]
-    experiment = prepare(config, dataset_of(case))
-    state, run, arrays = compile_members(experiment, members)
-    (player, *_) = experiment.model.players
-
-    def train() -> np.ndarray:
-        nonlocal state
-        state, measured, *_ = run(state, arrays)
-        return jax.device_get(measured[f"{player.name}/loss"]).mean(0)
-
-    size = num_parameters(state.params) // NUM_MEMBERS
-    return Trainer(size, train, num_members=NUM_MEMBERS)
+def _whole(case: Case) -> Trainer:
+    """This project, its batch in one part."""
+    return _dgm_jax(dataclasses.replace(case, num_parts=1))
 
 
 def config_of(case: Case, by_step: bool = False) -> Any:
@@ -323,10 +289,8 @@ def compiled_run(config: Any, steps_per_call: int, data: Any) -> Trainer:
 
     from dgm_jax.evaluators import likelihood, passes
     from dgm_jax.experiment import compile_steps, initial_state, prepare, training_arrays
-    from dgm_jax.nn import precision
     from dgm_jax.train_state import num_parameters
 
-    precision.multiply_in_full()
     experiment = prepare(config, data)
     arrays, run = training_arrays(experiment), compile_steps(experiment)
     state, (player, *_) = initial_state(experiment), experiment.model.players
@@ -354,15 +318,9 @@ def compiled_run(config: Any, steps_per_call: int, data: Any) -> Trainer:
 
 
 def torch_trainer(case: Case, compiled: bool = False, seed: int = 0) -> Trainer:
-    """The network in PyTorch, its data in memory, fused Adam; no value leaves it in the loop.
-
-    On a GPU where there is one, in float32 there as well.
-    """
+    """The network in PyTorch, its data in memory, fused Adam; no value leaves it in the loop."""
     import torch
 
-    if torch.cuda.is_available():
-        torch.set_default_device("cuda")
-        torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(seed)
     data = dataset_of(case)
     examples, bits = train_x(data), data.spec.support == "binary"
@@ -394,7 +352,7 @@ def torch_trainer(case: Case, compiled: bool = False, seed: int = 0) -> Trainer:
         return losses[0]
 
     def train() -> np.ndarray:
-        return torch.stack([step() for _ in range(case.steps_per_call)]).cpu().numpy()
+        return torch.stack([step() for _ in range(case.steps_per_call)]).numpy()
 
     return Trainer(_size(network), train, functools.partial(_evaluate_torch, network))
 
@@ -413,7 +371,7 @@ def _evaluate_torch(network: Any) -> tuple[float, float]:
     split = dataset().splits["validation"]
     arrays = jnp.asarray(split.x), jnp.asarray(split.labels)
     x = held_out_batch(dataset(), "validation", *arrays, jnp.arange(len(split)))["x"]
-    generator, log_w = torch.Generator(torch.get_default_device()).manual_seed(0), []
+    generator, log_w = torch.Generator().manual_seed(0), []
     with torch.no_grad():
         for part in torch.tensor(np.asarray(x)).reshape(-1, 784).split(50):
             shape = (NUM_DRAWS, len(part), network.latents)
@@ -488,9 +446,7 @@ def measure_limit(case: str, seconds: float) -> dict[str, Any]:
     """`measure` of nothing but the matrix products of this project's step, back to back."""
     from dgm_jax import limit
     from dgm_jax.experiment import prepare, step_products
-    from dgm_jax.nn import precision
 
-    precision.multiply_in_full()
     chosen = CASES[case]
     products = step_products(prepare(config_of(chosen), dataset_of(chosen)))
     before = resident_mib()
@@ -505,9 +461,6 @@ def measure_limit(case: str, seconds: float) -> dict[str, Any]:
 CONTESTANTS: dict[str, Callable[[Case], Trainer]] = {
     "dgm_jax": _dgm_jax,
     WHOLE: _whole,
-    TF32: functools.partial(_whole, dtype="tensorfloat32"),
-    BF16: functools.partial(_whole, dtype="bfloat16"),
-    MEMBERS: _members,
     BY_STEP: functools.partial(_dgm_jax, by_step=True),
     EAGER: torch_trainer,
     COMPILED: functools.partial(torch_trainer, compiled=True),

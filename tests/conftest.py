@@ -20,10 +20,7 @@ if version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # Tracing takes most of the rest: no tracebacks in programs, and below no garbage collected.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
-# `cuda` for what needs one device only: README.md names it.
-os.environ["JAX_PLATFORMS"] = os.environ.get("DGM_JAX_TEST_PLATFORM", "cpu")
-if os.environ["JAX_PLATFORMS"] != "cpu":
-    os.environ["XLA_FLAGS"] = ""
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import pytest

@@ -68,7 +68,7 @@ def test_a_section_is_kept_and_the_other_left_alone(sections, records):
         qualities.keep(records["quality"])
     assert json.loads(speeds.record.read_text()) == records
     assert qualities.read() == records["quality"]
-    tables = {name: sections[name].show(of) for name, of in records.items()}
+    tables = {name: each.show(records[name]) for name, each in sections.items()}
     filled = MARKS.replace(
         "-->\n<!-- benchmark: end", f"-->\n{tables['benchmark']}\n<!-- benchmark: end"
     )
