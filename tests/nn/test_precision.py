@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from dgm_jax import config as configs
-from dgm_jax import limit, models
+from dgm_jax import limit, main, models
 from dgm_jax.core import Aux, DataSpec, Model, Player, UserError
 from dgm_jax.nn import precision
 from dgm_jax.nn.conv import Conv
@@ -118,6 +120,18 @@ def test_what_accelerators_may_round_is_what_was_asked_for(layer, dtype, wanted)
             assert {str(of) for of in eqn.params["precision"]} == {wanted}
     finally:
         jax.config.update("jax_default_matmul_precision", before)
+
+
+def test_the_command_multiplies_in_full(monkeypatch):
+    """Before anything is traced: of what comes after, a work directory is asked for first."""
+    called = []
+    monkeypatch.setattr(main.cache, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(main.precision, "multiply_in_full", lambda: called.append(True))
+    with flagsaver.flagsaver():
+        flags.FLAGS(["dgm_jax", "--mode=evaluate"])
+        with pytest.raises(UserError, match="needs --workdir"):
+            main.main(["dgm_jax"])
+    assert called
 
 
 def test_a_user_who_has_chosen_how_to_multiply_is_left_alone():
