@@ -18,15 +18,20 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.binarisation = "none"
     config.model.network = "unet"
     config.model.patch = 2
-    config.model.channels = (48, 96)
-    config.model.depth = 2
+    config.model.channels = (32, 96)
+    config.model.depth = 4
+    config.model.sigma_data = 0.6
+    # Which digit it will be is decided late in t, mostly between 0.65 and 0.9.
     config.model.times = "logit_normal"
+    config.model.logit_mean = 0.7
+    config.model.logit_std = 1.2
     config.model.divergence = "none"
     config.model.sample_steps = 25
-    config.train.duration = "16 epochs"
+    config.train.duration = "10 epochs"
     config.train.batch_size = 100
     config.train.steps_per_dispatch = 50
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 4e-3
     config.optimizer.b2 = 0.99
     config.optimizer.warmup = 0.02
     config.eval.elbo_samples = 1
@@ -36,7 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         conditional={"model.conditional": True, "model.guidance": 1.5},
         ot={"model.coupling": "optimal_transport"},
         dit={"model.network": "dit", "model.width": 96, "model.depth": 6},
-        likelihood={"model.divergence": "hutchinson", "train.validate_every": "16 epochs"},
+        likelihood={"model.divergence": "hutchinson", "train.validate_every": "10 epochs"},
         smoke={
             "model.channels": (16, 32),
             "model.depth": 1,

@@ -16,6 +16,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.data.binarisation = "none"
     config.model.width = 128
     config.model.depth = 3
+    config.model.sigma_data = 0.8
     config.model.coupling = "optimal_transport"
     config.model.divergence = "exact"
     config.train.duration = "20 epochs"

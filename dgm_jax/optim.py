@@ -22,9 +22,9 @@ class Config:
         of each matrix with itself: little beside a large batch or many draws.
       learning_rate: at the end of the warm-up.
       warmup: fraction of training over which the learning rate rises from 0.
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: added to the square root of the second moment.
+      b1: of AdamW: decay of the first moment.
+      b2: of AdamW: decay of the second moment.
+      eps: of AdamW: added to the square root of the second moment.
       weight_decay: decoupled (Loshchilov & Hutter 2019), on arrays of two or more dimensions.
       clip_norm: the gradient is scaled down to this global norm where it exceeds it.
       ema: decay of the averaged parameters that evaluation uses; 0 keeps none.

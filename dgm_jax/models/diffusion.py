@@ -50,7 +50,8 @@ class Config(denoisers.Config):
       gamma_min: γ(0). What is less noisy than that costs `reconstruction`.
       gamma_max: γ(1). What is left of x under that noise costs `prior`.
       steps: of the process whose bound it is; 0 for the limit of infinitely many.
-      sigma_data: standard deviation of the data as the network sees it, images from -1 to 1.
+      sigma_data: standard deviation of the data as the network sees it, images from -1 to 1 less
+        their mean.
       log_sigma_mean: of `edm`: of log σ/α in training.
       log_sigma_std: of the same: its standard deviation.
       snr_cap: of `min_snr`.

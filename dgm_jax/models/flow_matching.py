@@ -30,6 +30,7 @@ from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError,
 from dgm_jax.distributions import standard_gaussian_log_prob
 from dgm_jax.nn import denoisers
 from dgm_jax.nn.denoisers import Denoiser
+from dgm_jax.nn.noise import Preconditioning
 from dgm_jax.rows import beside
 
 COUPLINGS = ("independent", "optimal_transport")
@@ -43,6 +44,8 @@ class Config(denoisers.Config):
     """The model's fields; those of the network are in `nn.denoisers.Config`. Reals may be traced.
 
     Attributes:
+      sigma_data: standard deviation of the data as the network sees it, images from -1 to 1 less
+        their mean.
       coupling: which noise goes to which x: `independent`, or `optimal_transport`, in each batch
         that of the least squared distance in all, so that lines cross less.
       times: in training: `uniform` or `logit_normal`, most where noise and data are mixed.
@@ -56,6 +59,7 @@ class Config(denoisers.Config):
       tolerance: of the likelihood, relative and absolute: its solver, `dopri5`, chooses its steps.
     """
 
+    sigma_data: float = 0.5
     coupling: str = "independent"
     times: str = "uniform"
     logit_mean: float = 0.0
@@ -86,13 +90,23 @@ def check(config: Config, spec: DataSpec) -> None:
             "model.coupling='optimal_transport' gives each class noise of its own, and samples "
             "start from any: with model.conditional=True set it to 'independent'"
         )
-    for field in ("logit_std", "tolerance"):
+    for field in ("sigma_data", "logit_std", "tolerance"):
         if not 0 < getattr(config, field) < math.inf:
             raise UserError(f"model.{field}={getattr(config, field)}: must be above 0 and finite")
     if not math.isfinite(config.logit_mean):
         raise UserError(f"model.logit_mean={config.logit_mean}: must be finite")
     if config.sample_steps < 1:
         raise UserError(f"model.sample_steps={config.sample_steps}: must be at least 1")
+
+
+def precondition(t: jax.Array, sigma_data: float | jax.Array) -> Preconditioning:
+    """v = skip · x + out · F(scale · x): the network F is given and asked for unit variance.
+
+    Of Gaussian data with this deviation skip · x is the velocity, and out the deviation of what is
+    left (Karras et al. 2022, appendix B.6, of x_t and ε - x in place of z and x).
+    """
+    scale = jax.lax.rsqrt((1 - t) ** 2 * sigma_data**2 + t**2)
+    return Preconditioning((t - (1 - t) * sigma_data**2) * scale**2, sigma_data * scale, scale)
 
 
 # (x [B, *event], t []) -> dx/dt, like x
@@ -204,16 +218,20 @@ def dequantised(x: jax.Array, rng: jax.Array, spec: DataSpec) -> jax.Array:
 
 def build(config: Config, spec: DataSpec) -> Model:
     """Flow matching as pure functions; see `core.Model` for their contracts."""
-    net = Denoiser(config)
+    net, spec = Denoiser(config), denoisers.with_one_mean(spec)
 
     def answer(params: Params) -> denoisers.Answer:
-        return lambda x, time, label: net.apply({"params": params["flow"]}, x, time, label)
+        def velocity(x: jax.Array, time: jax.Array, label: jax.Array | None) -> jax.Array:
+            skip, out, scale = precondition(beside(time, x), config.sigma_data)
+            return skip * x + out * net.apply({"params": params["field"]}, scale * x, time, label)
+
+        return velocity
 
     def init(rng: jax.Array, batch: Batch) -> Params:
         likelihoods.refuse_outside_support(batch["x"], spec)
         label = labels.one_hot(jnp.zeros(1, jnp.int32), config.conditional, spec)
         x = jnp.zeros((1, *spec.event_shape))
-        return {"flow": net.init(rng, x, jnp.zeros(1), label)["params"]}
+        return {"field": net.init(rng, x, jnp.zeros(1), label)["params"]}
 
     def times(rng: jax.Array, num: int) -> jax.Array:
         if config.times == "uniform":
@@ -277,7 +295,7 @@ def build(config: Config, spec: DataSpec) -> Model:
     name = density if spec.support == "real" else "elbo"
     return Model(
         init=init,
-        players=(Player("flow", loss_fn, terms),),
+        players=(Player("field", loss_fn, terms),),
         log_likelihood_fns={} if config.divergence == "none" else {name: log_prob},
         sample=sample,
     )

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dgm_jax import labels
 from dgm_jax.core import DataSpec, UserError
@@ -97,6 +98,11 @@ def check(config: Config, spec: DataSpec) -> None:
         )
     if not math.isfinite(config.guidance):
         raise UserError(f"model.guidance={config.guidance}: must be finite")
+    if config.guidance != 1 and not (config.conditional and config.label_dropout):
+        raise UserError(
+            f"model.guidance={config.guidance} is between answers with and without the label: it "
+            "needs model.conditional=True and a model.label_dropout above 0"
+        )
 
 
 class Denoiser(nn.Module):
@@ -185,6 +191,17 @@ def scaled(x: jax.Array, spec: DataSpec) -> jax.Array:
       spec: of the data.
     """
     return (x - spec.mean[None]) / unit(spec)
+
+
+def with_one_mean(spec: DataSpec) -> DataSpec:
+    """Of images with one mean for all pixels, so that a grey value is the same number at each.
+
+    Less a mean of its own, the background of a pixel is a number that depends on where it is, and
+    with noise on the time as well: convolutions, which are the same everywhere, cannot tell it.
+    """
+    if len(spec.event_shape) < 3:
+        return spec
+    return spec._replace(mean=np.full_like(spec.mean, np.mean(spec.mean)))
 
 
 def unscaled(x: jax.Array, spec: DataSpec) -> jax.Array:

@@ -36,18 +36,21 @@ def _velocity(x, t, mean=MEAN, sigma=SIGMA):
 
 
 class Exact:
-    """A network that answers with the velocity, or with what the parameters make of it."""
+    """A network behind which the velocity is a given one, and what the parameters make of it."""
 
     def __init__(self, velocity=_velocity):
         self.velocity = velocity
 
-    def apply(self, variables, x, time, label):
-        params = variables["params"]
-        features = jnp.stack([jnp.ones_like(x), x, time[:, None] * x, jnp.sin(3 * x)])
-        return self.velocity(x, time) + jnp.einsum("fbd,fd->bd", features, params)
+    def apply(self, variables, seen, time, label):
+        t, variance = time[:, None], CONFIG.sigma_data**2
+        of_x = (1 - t) ** 2 * variance + t**2
+        x = seen * jnp.sqrt(of_x)
+        features = jnp.stack([jnp.ones_like(x), x, t * x, jnp.sin(3 * x)])
+        v = self.velocity(x, time) + jnp.einsum("fbd,fd->bd", features, variables["params"])
+        return (v - (t - (1 - t) * variance) / of_x * x) * jnp.sqrt(of_x / variance)
 
 
-ZERO = {"flow": jnp.zeros((4, 2))}
+ZERO = {"field": jnp.zeros((4, 2))}
 
 
 def _build(config=CONFIG, spec=PLANE, velocity=_velocity):
@@ -83,9 +86,30 @@ def test_the_velocity_minimises_the_loss():
         variance = ((1 - t) * SIGMA) ** 2 + t**2
         left = 1 + SIGMA**2 - (t - (1 - t) * SIGMA**2) ** 2 / variance
         assert value == pytest.approx(left.sum() / 2, rel=1e-9)
-        np.testing.assert_allclose(gradient["flow"], 0, atol=1e-6)
-        curved = jax.grad(loss)({"flow": jnp.full((4, 2), 0.1)})
-        assert np.abs(curved["flow"]).min() > 1e-3
+        np.testing.assert_allclose(gradient["field"], 0, atol=1e-6)
+        curved = jax.grad(loss)({"field": jnp.full((4, 2), 0.1)})
+        assert np.abs(curved["field"]).min() > 1e-3
+
+
+def test_preconditioning_is_of_unit_variance():
+    """Of a Gaussian ε - x and x_t have a covariance: what x_t tells of it, and what is left."""
+    t, variance = np.linspace(0, 1, 7), 0.7**2
+    covariance, of_v, of_x = t - (1 - t) * variance, 1 + variance, (1 - t) ** 2 * variance + t**2
+    skip, out, scale = flow_matching.precondition(jnp.asarray(t), 0.7)
+    np.testing.assert_allclose(skip, covariance / of_x, rtol=1e-12)
+    np.testing.assert_allclose(out**2, of_v - covariance**2 / of_x, rtol=1e-12)
+    np.testing.assert_allclose(scale**2 * of_x, 1, rtol=1e-12)
+
+
+def test_a_fresh_flow_is_the_gaussian_of_the_data():
+    """With their mean, and the deviation that they are said to have."""
+    model = flow_matching.build(replace(CONFIG, sigma_data=0.7), PLANE)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(7, 2)))
+    log_prob = jax.jit(model.log_likelihood_fns["log_prob"])(
+        model.init(KEY, {"x": x}), {"x": x}, KEY
+    )
+    expected = stats.norm.logpdf(x, PLANE.mean, 0.7).sum(axis=1)
+    np.testing.assert_allclose(log_prob, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("times", "law"), [("uniform", stats.uniform), ("logit_normal", None)])
@@ -236,7 +260,7 @@ def test_the_bound_of_grey_values_comes_of_a_probability():
     x = jnp.asarray(np.repeat(values, 8))[:, None]
     noise = lambda key, shape, minval, maxval: jnp.tile(grid, (len(values), 1))  # noqa: E731
     with mock.patch.object(jax.random, "uniform", noise):
-        log_prob = model.log_likelihood_fns["elbo"]({"flow": jnp.zeros((4, 1))}, {"x": x}, KEY)
+        log_prob = model.log_likelihood_fns["elbo"]({"field": jnp.zeros((4, 1))}, {"x": x}, KEY)
     prob = np.exp(np.asarray(log_prob)).reshape(-1, 8).mean(axis=1)
     assert prob.sum() == pytest.approx(1, abs=1e-3)
     law = stats.norm(centre, 127.5 * 0.02)
@@ -309,6 +333,7 @@ def test_only_what_is_exact_is_called_a_log_likelihood(divergence, of_reals, of_
             {"coupling": "optimal_transport", "conditional": True},
             ("model.coupling='optimal_transport'", "model.conditional=True", "'independent'"),
         ),
+        ({"sigma_data": 0.0}, ("model.sigma_data=0.0", "above 0")),
         ({"tolerance": 0.0}, ("model.tolerance=0.0", "above 0")),
         ({"logit_std": math.inf}, ("model.logit_std=inf", "finite")),
         ({"logit_mean": math.nan}, ("model.logit_mean=nan", "finite")),

@@ -135,6 +135,11 @@ def test_how_often_a_label_is_not_told():
         ({"network": "dit", "width": 12}, ("model.width=12", "multiple of 16")),
         ({"label_dropout": 1.0}, ("model.label_dropout=1.0", "below 1")),
         ({"guidance": math.nan}, ("model.guidance=nan", "finite")),
+        ({"guidance": 2.0}, ("model.guidance=2.0", "model.conditional=True")),
+        (
+            {"guidance": 2.0, "conditional": True, "label_dropout": 0.0},
+            ("model.guidance=2.0", "model.label_dropout above 0"),
+        ),
     ],
 )
 def test_check_refuses_a_bad_value_by_its_name(values, words):
@@ -153,6 +158,13 @@ def test_check_refuses_data_that_do_not_fit():
         denoisers.check(denoisers.Config(), DataSpec((6,), "tokens", np.zeros(6), vocabulary=5))
     with pytest.raises(UserError, match=r"model\.conditional=True.*no labels"):
         denoisers.check(denoisers.Config(conditional=True), PLANE._replace(num_classes=0))
+
+
+def test_of_images_a_grey_value_is_the_same_number_at_every_pixel():
+    spec = denoisers.with_one_mean(SPEC._replace(mean=np.arange(16.0).reshape(4, 4, 1)))
+    seen = np.asarray(denoisers.scaled(jnp.full((1, 4, 4, 1), 30.0), spec))
+    np.testing.assert_allclose(seen, (30 - 7.5) / 127.5, rtol=1e-6)
+    assert denoisers.with_one_mean(PLANE) is PLANE
 
 
 def test_vectors_are_seen_beside_waves_of_four_lengths():
