@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "model.gamma_min": -12.0,
         "model.gamma_max": 8.8,
         "model.sampler": "heun",
-        "model.sample_steps": 20,
+        "model.sample_steps": 40,  # 20 spread samples of a Gaussian by 4 % too widely
     }
     return variant(
         config,

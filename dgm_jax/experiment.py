@@ -161,7 +161,11 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh: Mesh | None = None)
     )
     for field in ("validate_every", "checkpoint_every"):
         experiment.steps(field)  # raises where the text makes no sense
-    _ = experiment.ramps  # likewise
+    for field in experiment.ramps:  # likewise
+        try:
+            models.check({**config.model, field: 0.0}, dataset.spec)
+        except UserError as error:
+            raise UserError(f"train.ramp: model.{field} would rise from 0, but {error}") from None
     if not train.checkpoint_minutes >= 0:
         raise UserError(f"train.checkpoint_minutes={train.checkpoint_minutes}: at least 0")
     if train.keep_best:

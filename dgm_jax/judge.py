@@ -105,13 +105,15 @@ def quality_mode(
     codes = {name: of["codes"] for name, of in judged.items()}
     rows = np.random.default_rng(seed).permutation(len(codes["test"]))
     reference, others = codes["test"][rows[:num]], codes["test"][rows[num : 2 * num]]
+    # Labels come in turn: a block of neighbours would have each of them equally often.
+    mixed = codes["samples"][np.random.default_rng(seed).permutation(num)]
 
     found: dict[str, Metric] = {}
     with Progress("distances", 3) as progress:
         near = quality.nearest(codes["samples"], codes["train"])
         fresh = quality.nearest(codes["test"], codes["train"])
         progress.advance(1, "to the training data")
-        for name, of in (("samples", codes["samples"]), ("test", others)):
+        for name, of in (("samples", mixed), ("test", others)):
             found |= {f"{name}/{k}": v for k, v in quality.evaluate(of, reference).items()}
             progress.advance(1, name)
     copying = quality.copying(near.distance, fresh.distance)

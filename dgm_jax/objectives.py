@@ -233,17 +233,17 @@ def check(name: str, num_samples: int, options: Options) -> None:
         raise UserError(f"model.objective={name!r}: choose one of {', '.join(OBJECTIVES)}")
     if num_samples < 1:
         raise UserError(f"model.num_samples={num_samples}: an objective needs K of at least 1")
-    if name == "vimco" and num_samples < 2:
+    if name in ("vimco", "renyi") and num_samples < 2:
         raise UserError(
-            f"model.num_samples={num_samples}: VIMCO compares draws with each other: at least 2"
+            f"model.num_samples={num_samples}: {name!r} compares draws with each other: at least 2"
         )
     if name == "tcvae" and num_samples != 1:
         raise UserError(f"model.num_samples={num_samples}: 'tcvae' uses one draw per example")
-    if not options.beta >= 0:
-        raise UserError(f"model.beta={options.beta}: the weight of the rate must be at least 0")
-    for field in ("free_nats", "mmd_weight"):
-        if not getattr(options, field) >= 0:
-            raise UserError(f"model.{field}={getattr(options, field)}: must be at least 0")
+    for field in ("beta", "free_nats", "mmd_weight"):
+        if not 0 <= getattr(options, field) < math.inf:
+            raise UserError(
+                f"model.{field}={getattr(options, field)}: must be at least 0 and finite"
+            )
     if not math.isfinite(options.alpha) or (name == "renyi" and options.alpha == 1):
         raise UserError(
             f"model.alpha={options.alpha}: give a finite order other than 1, which is the ELBO"

@@ -474,6 +474,14 @@ def test_a_value_that_makes_no_sense(tmp_path, capsys, value):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_ramp_of_what_cannot_be_zero(tmp_path):
+    ramp = {"train.ramp": "model.temperature over 3 steps", "train.batch_size": 40}
+    config = configs.override(configs.experiment("discrete_vae"), ramp)
+    words = r"train\.ramp: model\.temperature would rise from 0, but model\.temperature=0\.0"
+    with pytest.raises(UserError, match=words):
+        run.train_mode(config, Workdir(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("there", ["nothing", "an empty directory", "a claimed one"])
 def test_a_directory_that_is_not_writable(tmp_path, monkeypatch, there):
     """Permissions do not bind root, so that the answer of the system is replaced."""

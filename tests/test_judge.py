@@ -1,6 +1,7 @@
 """The quality mode end to end: its own judge, one that is named, and what it refuses."""
 
 import json
+from unittest import mock
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from dgm_jax import cache, judge, models, run
 from dgm_jax import config as configs
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
+from dgm_jax.evaluators import quality
 from dgm_jax.workdir import Workdir
 
 SHORT = {
@@ -39,7 +41,9 @@ def short(model, **values):
 
 @pytest.fixture(scope="module")
 def gan(tmp_path_factory):
-    """A conditional GAN of small digits, hardly trained, judged twice; and what was written."""
+    """A conditional GAN of small digits, hardly trained, judged twice; what was written first, and
+    the codes of the samples as they were drawn and as they were evaluated.
+    """
     path = tmp_path_factory.mktemp("judge") / "gan"
     tiny = {
         "data.binarisation": "none",
@@ -53,21 +57,30 @@ def gan(tmp_path_factory):
         patch.setattr(run, "_draw_pictures", lambda *args: [])
         patch.setattr(judge, "classifier_config", lambda: recipe)
         run.train_mode(short("gan", **tiny), Workdir(path))
-        judge.quality_mode(Workdir(path), 100, 0, None)
+        of = {name: mock.Mock(wraps=getattr(quality, name)) for name in ("nearest", "evaluate")}
+        with mock.patch.multiple(quality, **of):
+            judge.quality_mode(Workdir(path), 100, 0, None)
         first = json.loads((path / "quality.json").read_text())
         patch.setattr(run, "train_mode", lambda *args: pytest.fail("the judge was trained again"))
         judge.quality_mode(Workdir(path), 100, 0, None)
-        return Workdir(path), first
+        return Workdir(path), first, [each.call_args_list[0].args[0] for each in of.values()]
 
 
 def test_samples_stand_beside_held_out_data_under_the_same_names(gan):
-    workdir, result = gan
+    workdir, result, _ = gan
     for name in METRICS:
         assert {f"samples/{name}", f"test/{name}"} <= set(result["metrics"])
     assert {"samples/copying", "judge/accuracy", "samples/label_accuracy"} <= set(result["metrics"])
     assert result["judge"].startswith("classifier in mnist-")
     assert (workdir.path / "nearest.png").exists()
     assert result["metrics"]["samples/recall"]["num_examples"] == 100
+
+
+def test_samples_are_evaluated_in_no_order(gan):
+    """Drawn they have each label in turn, and a block of them would have all equally often."""
+    drawn, evaluated = gan[2]
+    assert (drawn != evaluated).any(axis=1).mean() > 0.9
+    np.testing.assert_array_equal(*(codes[np.lexsort(codes.T)] for codes in gan[2]))
 
 
 def test_held_out_data_are_nearer_to_the_data_than_a_hardly_trained_gan_is(gan):
@@ -89,7 +102,7 @@ def test_the_judge_is_trained_on_one_device_of_many(tmp_path, monkeypatch):
 
 
 def test_the_judge_is_trained_once_and_the_numbers_repeat(gan):
-    workdir, first = gan
+    workdir, first, _ = gan
     again = json.loads((workdir.path / "quality.json").read_text())
     assert again["metrics"] == first["metrics"]
 

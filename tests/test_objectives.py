@@ -733,9 +733,11 @@ def test_scale_gradient_is_the_identity_with_its_gradient_scaled_row_by_row(even
         ("evidence", 1, {}, r"model\.objective='evidence': choose one of elbo, "),
         ("elbo", 0, {}, r"model\.num_samples=0: "),
         ("iwae", -3, {}, r"model\.num_samples=-3: "),
-        ("vimco", 1, {}, r"model\.num_samples=1: VIMCO"),
+        ("vimco", 1, {}, r"model\.num_samples=1: 'vimco'"),
+        ("renyi", 1, {"alpha": 0.5}, r"model\.num_samples=1: 'renyi'"),
         ("elbo", 1, {"beta": -0.1}, r"model\.beta=-0\.1: "),
         ("elbo", 1, {"beta": math.nan}, r"model\.beta=nan: "),
+        ("elbo", 1, {"beta": math.inf}, r"model\.beta=inf: "),
         ("renyi", 5, {"alpha": 1.0}, r"model\.alpha=1\.0: "),
         ("renyi", 5, {"alpha": 1}, r"model\.alpha=1: "),
         ("renyi", 5, {"alpha": math.nan}, r"model\.alpha=nan: "),
@@ -754,7 +756,7 @@ def test_check_refuses_a_bad_value_by_its_name(name, num_samples, fields, messag
 
 def test_check_accepts_every_objective_and_the_edges_of_what_is_allowed():
     for name in OBJECTIVES:
-        for num_samples in {"vimco": (2,), "tcvae": (1,)}.get(name, (1, 2)):
+        for num_samples in {"vimco": (2,), "renyi": (2,), "tcvae": (1,)}.get(name, (1, 2)):
             objectives.check(name, num_samples, Options())
             edges = Options(beta=0.0, alpha=-1.0, free_nats=0.0, mmd_weight=0.0)
             objectives.check(name, num_samples, edges)

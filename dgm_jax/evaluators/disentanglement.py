@@ -1,7 +1,8 @@
 """Disentanglement scores: does each number of a code stand for one factor of the data?
 
 Codes are float `[N, F]`, factors int `[N, G]`. Every score is 1 for codes that are the factors, in
-any order and on any scales, and low for codes that have nothing to do with them.
+any order, and low for codes that have nothing to do with them. Scales do not matter but to the
+FactorVAE score, which takes a code with a hundredth of the largest variance for collapsed.
 
 References: Chen et al. 2018, "Isolating sources of disentanglement in VAEs" (MIG); Eastwood &
 Williams 2018, "A framework for the quantitative evaluation of disentangled representations" (DCI);

@@ -220,7 +220,7 @@ def compile_evaluation(
         aggregated = aggregate.compile_evaluation(model, part, *sizes, mesh, split, show)
     if model.classify is not None:
         correct = whole(correctly_classified(model), "classes")
-    if model.latents is not None and model.encode is not None:  # which then gives their means
+    if model.latents is not None and model.encode is not None:  # which gives their means
         codes = whole(features(model), "posterior means")
 
     def evaluate(params: Params, seed: int) -> dict[str, metrics.Metric]:

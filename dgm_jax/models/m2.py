@@ -29,7 +29,8 @@ class Config:
 
     Attributes:
       labelled: how many training examples the model is told the label of; the same random ones in
-        every run. The labels of the others are never looked at.
+        every run. The labels of the others are in no gradient; the metric `classification` is the
+        mean over all.
       alpha: weight of the classifier's cost on the labelled examples.
       latents: L, dimensions of z.
       network: `mlp` or `conv`.
@@ -66,8 +67,8 @@ def check(config: Config, spec: DataSpec) -> None:
         )
     if config.latents < 1:
         raise UserError(f"model.latents={config.latents}: at least one")
-    if not config.alpha >= 0:
-        raise UserError(f"model.alpha={config.alpha}: must be at least 0")
+    if not 0 <= config.alpha < math.inf:
+        raise UserError(f"model.alpha={config.alpha}: must be at least 0 and finite")
     for field in ("classifier", "encoder", "decoder"):
         networks.check_widths(field, getattr(config, field))
     networks.check(config.network, config.activation, spec)

@@ -1,8 +1,9 @@
 """Convolutions that see an image row by row: all of it at once, one row, or one pixel.
 
-Two streams run side by side, so that no pixel before is out of sight that lies within reach, the
-sum of the layers' own: the vertical one sees the rows above, the horizontal one what is to the
-left, and what the vertical one has to say. Drawing evaluates each pixel once.
+Two streams run side by side: the vertical one sees the rows above, the horizontal one what is to
+the left, and what the vertical one has to say. So no pixel before is out of sight that lies within
+reach, the sum of the layers' own, unless a dilation leaves gaps: one of more than the reach of all
+layers of smaller ones and one. Drawing evaluates each pixel once.
 
 Reference: van den Oord et al. 2016, "Conditional image generation with PixelCNN decoders".
 """

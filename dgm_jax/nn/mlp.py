@@ -103,8 +103,8 @@ class MaskedMLP(nn.Module):
 def _spread(width: int, highest: int) -> np.ndarray:
     """Degrees of `width` units, from 1 to `highest`, in ascending order: int `[width]`.
 
-    Each as often as any other; of fewer units in even steps, so that the last output still sees all
-    variables before it, and others may miss those since the last step.
+    Each as often as any other; of fewer units, but at least two, in even steps, so that the last
+    output still sees all variables before it, and others may miss those since the last step.
     """
     if width >= highest:
         return np.sort(np.arange(width) % highest + 1)
