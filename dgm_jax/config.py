@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib.util
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -184,7 +185,7 @@ def check_flags(argv: list[str]) -> None:
       UserError: names the file, variant or field, and the nearest that there are.
     """
     named = {}
-    for arg, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for arg, following in itertools.pairwise([*argv[1:], ""]):
         name, equals, value = arg.partition("=")
         if name.startswith("-"):  # --name=value, or --name value
             named[name.lstrip("-")] = value if equals else following

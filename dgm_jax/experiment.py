@@ -100,6 +100,8 @@ class Experiment(NamedTuple):
                     f"train.ramp={ramp.strip()!r}: name a field of the model that is a real "
                     "number, and how long it rises, such as 'model.beta over 20 epochs'"
                 )
+            if field.removeprefix("model.") in found:
+                raise UserError(f"train.ramp={self.config.train.ramp!r}: {field} is there twice")
             found[field.removeprefix("model.")] = configs.num_steps(
                 length, f"train.ramp={ramp.strip()!r}: length", self.steps_per_epoch, multiple=1
             )
@@ -139,11 +141,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh: Mesh | None = None)
             f"({num_train:,} examples)"
         )
     sharding.check_batch("train.batch_size", train.batch_size, mesh.size)
-    if train.num_parts < 1 or train.batch_size % (train.num_parts * mesh.size):
-        raise UserError(
-            f"train.num_parts={train.num_parts}: train.batch_size={train.batch_size} on "
-            f"{mesh.size} device(s) cannot be cut into so many equal parts"
-        )
+    sharding.check_parts(train.num_parts, train.batch_size, mesh.size)
     precision.check("train.compute_dtype", train.compute_dtype)
     if train.steps_per_dispatch < 1:
         raise UserError(f"train.steps_per_dispatch={train.steps_per_dispatch}: at least 1")

@@ -38,12 +38,8 @@ _WORKDIR = flags.DEFINE_string(
     None,
     "Where everything is. Default: runs/<config>-<variant>, -sweep or -search behind.",
 )
-_MODE = flags.DEFINE_enum(
-    "mode",
-    "train",
-    ["train", "evaluate", "sample", "features", "quality", "ais", "sweep", "plan", "replay"],
-    "What to do; see the examples above.",
-)
+_MODES = ["train", "evaluate", "sample", "features", "quality", "ais", "sweep", "plan", "replay"]
+_MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do; see the examples above.")
 _NUM = flags.DEFINE_integer(
     "num",
     None,
@@ -60,7 +56,10 @@ _DISTRIBUTED = flags.DEFINE_string(
     "distributed", None, "Of several processes of one run: auto, or address:port,how many,which."
 )
 _LOST_AFTER = flags.DEFINE_integer(
-    "lost_after", 60, "Seconds without a sign of life from a process that end all of a run."
+    "lost_after",
+    60,
+    "Seconds without a sign of life from a process that end all of a run.",
+    lower_bound=1,
 )
 _DEVICES = flags.DEFINE_list(
     "devices", ["1", "2", "4", "8"], "Of --mode=plan: numbers of devices that can share a batch."
@@ -84,6 +83,7 @@ _MODES_OF = {
     "devices": ("plan",),
     **dict.fromkeys(("distributed", "lost_after"), ("train", "evaluate")),
     **dict.fromkeys(("sweep", "launcher", "trials", "program"), ("sweep",)),
+    "workdir": tuple(mode for mode in _MODES if mode != "plan"),
 }
 
 
@@ -103,12 +103,14 @@ def main(argv: list[str]) -> None:
     config, mode, file = _CONFIG.value, _MODE.value, None
     if config is not None:
         file = config_flags.get_config_filename(flags.FLAGS["config"])
+    if _WORKDIR.value == "":
+        raise UserError("--workdir=: name a directory, or leave it out for the default")
     if _WORKDIR.value is None and file is None:
         raise UserError(f"--mode={mode} needs --workdir or --config")
     if mode in ("train", "plan") and config is None:
         raise UserError(f"--mode={mode} needs --config, e.g. --config=configs/vae_mnist.py")
     about = mode if _TRIALS.value is None else "search"
-    path = Path(_WORKDIR.value) if _WORKDIR.value else default_path(file, about)
+    path = default_path(file, about) if _WORKDIR.value is None else Path(_WORKDIR.value)
     workdir, late = Workdir(path), importlib.import_module  # what one mode alone imports
     num = 100 if _NUM.value is None else _NUM.value
     how = (_SWEEP.value, _LAUNCHER.value, _PROGRAM.value, _TRIALS.value)

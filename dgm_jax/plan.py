@@ -59,7 +59,8 @@ class Cost(NamedTuple):
       state_bytes: of parameters, optimizer and average, its part of those that are divided.
       data_bytes: of the training split, which is whole on each.
       temporary_bytes: most that is held at once beside these.
-      exchanged_bytes: sent by the collectives, which pass around a ring.
+      exchanged_bytes: sent by the collectives, which pass around a ring; those of a loop, such as
+        that over `train.num_parts`, once.
     """
 
     devices: int
@@ -94,6 +95,7 @@ def plan_mode(config: ConfigDict, devices: Sequence[str]) -> None:
     numbers = sorted({int(text) for text in devices})
     for num in numbers:  # before any takes minutes to compile
         sharding.check_batch("train.batch_size", config.train.batch_size, num)
+        sharding.check_parts(config.train.num_parts, config.train.batch_size, num)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", numbers[-1])
     dataset, costs = load_data(config), []

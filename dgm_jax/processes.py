@@ -6,6 +6,7 @@ same numbers; the first alone writes, but for checkpoints, and speaks.
 
 import ctypes
 import functools
+import hashlib
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ from dgm_jax.interruption import TRY_AGAIN
 
 _MEET_WITHIN = 300  # seconds that processes may start apart
 _LEAVE_WITHIN = 10  # seconds that one which fails waits for the others to do so
+_FAILED = 78  # EX_CONFIG: above `TRY_AGAIN`, since of several statuses SLURM tells the highest
 
 
 def join(how: str, lost_after: int) -> None:
@@ -119,7 +121,7 @@ def ending(lost_after: Callable[[], int]) -> Iterator[None]:
             status = "".join(traceback.format_exception(error))
         if isinstance(status, str):
             print(status, file=sys.stderr, flush=True)
-            status = 1
+            status = _FAILED
         alone = threading.Timer(_LEAVE_WITHIN, os._exit, [status])
         alone.daemon = True
         alone.start()
@@ -150,6 +152,25 @@ def wait_for_all(what: str) -> None:
 def any_of(own: bool) -> bool:
     """Whether it is so for any process; all must ask."""
     return bool(_largest(own)) if several() else own
+
+
+def refuse_unlike(what: str) -> None:
+    """Refuse processes of one run that were not told the same; all must ask.
+
+    Args:
+      what: this process was told: its config and data.
+
+    Raises:
+      UserError: in all of them.
+    """
+    if not several():
+        return
+    own = np.frombuffer(hashlib.sha256(what.encode()).digest(), np.uint8)
+    if any_of(bool((multihost_utils.broadcast_one_to_all(own) != own).any())):
+        raise UserError(
+            "the processes of this run have other configs or other data: give all the same "
+            "flags, and the same files where they look for data"
+        )
 
 
 def heard() -> Callable[[int], int]:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
 from dgm_jax import metrics, models, processes, results, sharding, writers
-from dgm_jax.core import UserError
+from dgm_jax.core import Params, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.data import text
 from dgm_jax.evaluators import ais, likelihood
@@ -58,7 +58,7 @@ def _train(experiment: Experiment, workdir: Workdir, started: float) -> None:
     config, dataset = experiment.config, experiment.dataset
     _say_header(experiment, workdir)
     origin = config.train.init_from
-    start = (lambda: restore(origin).params) if origin else None
+    start = (lambda: _params_of(origin)) if origin else None
     state, seconds = train(experiment, workdir, start)
     began = time.monotonic()
     trained = Trained(config, experiment.model, state.eval_params, dataset.spec, int(state.step))
@@ -75,6 +75,13 @@ def _train(experiment: Experiment, workdir: Workdir, started: float) -> None:
     written = [*workdir.files(), workdir.results.name]
     result = write_result(workdir.results, trained, dataset, found, seconds, written, speed, texts)
     _say_table(found, result, workdir)
+
+
+def _params_of(origin: str) -> Params:
+    try:
+        return restore(origin).params
+    except UserError as error:
+        raise UserError(f"train.init_from: {error}") from error
 
 
 def evaluate_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
@@ -190,9 +197,16 @@ def features_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
 
 
 def load_data(config: ConfigDict) -> data.Dataset:
-    """The data that the config names; says that it may take a moment."""
+    """The data that the config names; says that it may take a moment.
+
+    Raises:
+      UserError: also where the processes of one run have other data, or another config.
+    """
     say("reading the data (some seconds the first time)")
-    return data.load(configs.section(config, "data"), announce=say)
+    dataset = data.load(configs.section(config, "data"), announce=say)
+    card = {name: value for name, value in dataset.card.items() if name != "source"}
+    processes.refuse_unlike(f"{configs.to_json(config)} {card}")
+    return dataset
 
 
 def _likelihoods(trained: Trained, dataset: data.Dataset, mesh: Mesh) -> dict[str, metrics.Metric]:

@@ -75,6 +75,19 @@ def of_state(state: Any, mesh: Mesh, config: Config) -> Any:
     return jax.tree.map(of, state)
 
 
+def check_parts(num_parts: int, batch_size: int, num_devices: int) -> None:
+    """Refuse `train.num_parts` into which the devices' shares of a batch cannot be cut.
+
+    Raises:
+      UserError: names the two fields.
+    """
+    if num_parts < 1 or batch_size % (num_parts * num_devices):
+        raise UserError(
+            f"train.num_parts={num_parts}: train.batch_size={batch_size} on {num_devices} "
+            "device(s) cannot be cut into so many equal parts"
+        )
+
+
 def check_batch(field: str, batch_size: int, num_devices: int) -> None:
     """Refuse a batch that so many devices cannot share equally.
 

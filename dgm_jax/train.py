@@ -158,7 +158,8 @@ def train(
             checkpoints.close()
             best.close()
             log.close()
-        if (signum := heard(asked_to_stop() or 0)) > _SAVE:
+        # Of several processes the first answer is to what was asked before, the second to this.
+        if (signum := max(heard(asked_to_stop() or 0), heard(0))) > _SAVE:
             raise Interrupted(signum, interruption.saved_at(done))
     if config.train.keep_best:
         state = best_or_newest(workdir, abstract(state, state_shardings(experiment)))

@@ -1,6 +1,7 @@
 """A work directory: everything about one run, under fixed names."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,6 +73,7 @@ class Workdir(NamedTuple):
         Raises:
           UserError: there is none, or it cannot be read.
         """
+        self._expect(self.config)
         if not self.replay.exists():
             raise UserError(f"{self.path} has no {self.replay.name}: nothing was not finite there")
         with files.reading(self.replay, "train again"):
@@ -85,16 +87,20 @@ class Workdir(NamedTuple):
         """Why a sweep's member was stopped."""
         return self.path / "failure.json"
 
-    def load_failure(self) -> str:
-        """Why a sweep's member was stopped.
+    def load_failure(self, until: float = math.inf) -> str | None:
+        """Why a sweep's member was stopped; None if it was not by update number `until`.
 
         Raises:
           UserError: it cannot be read.
         """
+        if not self.failure.exists():
+            return None
         with files.reading(self.failure, "choose another --workdir"):
-            if not isinstance(why := files.read_json(self.failure)["failure"], str):
-                raise ValueError("it says nothing")
-            return why
+            about = files.read_json(self.failure)
+            why, step = about["failure"], about.get("step", 0)
+            if not (isinstance(why, str) and type(step) is int):
+                raise ValueError("it does not say what failed, and when")
+            return why if step <= until else None
 
     @property
     def started(self) -> bool:
@@ -181,7 +187,7 @@ class Workdir(NamedTuple):
             there = self.load_config()
             if self.started:
                 self._refuse_another(config, there, "choose another --workdir")
-        elif self.path.exists() and not is_new(self.path):
+        elif self.path.is_dir() and not is_new(self.path):
             raise UserError(
                 f"{self.path} is not empty and is no work directory: choose another --workdir"
             )

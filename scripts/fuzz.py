@@ -608,7 +608,7 @@ KINDS = {
     ),
     "failure.json": Kind(
         "why a member was stopped",
-        _write_json({"failure": "vae/loss is not finite at step 3"}),
+        _write_json({"failure": "vae/loss is not finite at step 3", "step": 3}),
         _as("failure.json", lambda workdir: workdir.load_failure()),
         500,
     ),

@@ -25,6 +25,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import pytest
 import tiny
+from jax.experimental.compilation_cache import compilation_cache
 
 from dgm_jax import sharding
 
@@ -49,6 +50,24 @@ def _bounded_memory():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="module")
+def programs_kept(tmp_path_factory):
+    """For a module that makes many runs of one config: a program is compiled once, then read."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    compilation_cache.reset_cache()
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """Runs of a tiny VAE by several processes, for tests/test_processes.py.
 
-python joined.py ADDRESS,HOW_MANY,WHICH '[{"path": ..., ...}, ...]'
+python joined.py ADDRESS,HOW_MANY,WHICH '[{"path": ..., ...}, ...]' [start]
 """
 
 import json
@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import tiny
 
+from dgm_jax import cache, metrics, processes, sharding, train
 from dgm_jax import config as configs
-from dgm_jax import metrics, processes, sharding, train
+from dgm_jax.core import UserError
 from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.experiment import Experiment, initial_state, prepare
 from dgm_jax.interruption import Interrupted
@@ -84,7 +85,19 @@ def start(fsdp: bool) -> list[Any]:
     ]
 
 
+def unlike() -> str:
+    """What is said where each was told something else; nothing, where all were told the same."""
+    processes.refuse_unlike("the same")
+    try:
+        processes.refuse_unlike(str(jax.process_index()))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 if __name__ == "__main__":
+    cache.keep_compiled_programs()  # the second run of a kind need not compile
     processes.join(sys.argv[1], lost_after=60)
     found = [run(sharding.make_mesh(), **task) for task in json.loads(sys.argv[2])]
-    print(json.dumps({"runs": found, "start": start(fsdp=True)}))
+    started = start(fsdp=True) if "start" in sys.argv[3:] else None
+    print(json.dumps({"runs": found, "start": started, "unlike": unlike()}))

@@ -44,11 +44,11 @@ REPO = Path(__file__).resolve().parent.parent
 SMOKE = "configs/vae_mnist.py:smoke"
 
 _DRIVER = """
-import gc, json, os, runpy, signal, sys
+import atexit, gc, json, os, runpy, signal, sys
 from ml_collections import config_flags
 from dgm_jax import models, pictures, run
 models.get("vae")
-gc.freeze()  # a child that ends need not tidy up what it shares
+gc.freeze()  # what children share they do not copy
 codes = []
 for case in json.load(sys.stdin):
     child = os.fork()
@@ -58,8 +58,18 @@ for case in json.load(sys.stdin):
             os.dup2(os.open(case[name], os.O_WRONLY | os.O_CREAT), fd)
         signal.alarm(60)  # what is not refused would train
         sys.argv = ["dgm_jax/main.py", *case["argv"]]
-        runpy.run_module("dgm_jax.main", run_name="__main__", alter_sys=True)
-        sys.exit(0)
+        try:
+            runpy.run_module("dgm_jax.main", run_name="__main__", alter_sys=True)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        atexit._run_exitfuncs()
+        os._exit(code or 0)  # to tidy up would take longer than the case
     codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 print(json.dumps(codes))
 """
@@ -193,6 +203,12 @@ CASES = {
     "mode": Case(smoke("--mode=trian"), ("--mode=trian", "train", "evaluate", "sample")),
     "flag": Case(smoke("--workdri=x"), ("workdri", "workdir")),
     "stray argument": Case(smoke("latents=4"), ("'latents=4'", "--flag=value")),
+    "nothing": Case((), ("--mode=train", "--workdir", "--config")),
+    "a work directory of no name": Case(("--mode=sample", "--workdir="), ("--workdir=", "name")),
+    "a flag of other modes": Case(
+        ("--mode=plan", f"--config={SMOKE}", "--workdir={dir}/run"), ("--workdir is for", "plan")
+    ),
+    "no time to be lost": Case(smoke("--lost_after=0"), ("lost_after", "0")),
     "no config": Case(("--workdir={dir}/run",), ("--config=configs/vae_mnist.py",)),
     "no config but a field": Case(
         ("--workdir={dir}/run", "--config.model.latents=3"), ("config.model.latents", "--config")
@@ -421,6 +437,7 @@ VALUES = {
     "train.ramp='seed over 3 steps'": ("train.ramp", "real number"),
     "train.ramp='model.beta over 3 weeks'": ("train.ramp", "100 epochs"),
     "train.ramp='model.beta'": ("train.ramp", "100 epochs"),
+    "train.ramp='model.beta over 3 steps,model.beta over 4 steps'": ("twice",),
     "train.duration='100'": ("train.duration", "100 epochs"),
     "train.duration=''": ("train.duration", "100 epochs"),
     "train.duration='-3 epochs'": ("train.duration", "100 epochs"),
@@ -452,6 +469,7 @@ VALUES = {
     "data.validation=4500": ("4499",),
     "data.validation=-1": ("between 0",),
     "data.seed=-1": (),
+    "data.path='book.txt'": ("data.dataset='mnist'", "'text'"),
     "data.dataset='mnits'": ("mnist", "shapes", "cifar10"),
     "data.dataset='shapes'": ("embedded", "'auto'"),
     "data.source='tdfs'": ("auto", "tfds", "download", "embedded"),
@@ -551,6 +569,8 @@ TINY = {
     "model.encoder": (8,),
     "model.decoder": (8,),
     "model.latents": 2,
+    "model.prior": "standard",
+    "model.objective": "elbo",
     "train.batch_size": 40,
     "train.duration": "8 steps",
     "train.steps_per_dispatch": 2,
@@ -560,28 +580,17 @@ TINY = {
     "eval.num_samples": 2,
     "eval.elbo_samples": 1,
     "eval.chunk": 2,
+    "eval.aggregate_examples": 0,
 }
 TIMING = {"seconds", "cpu_seconds", "examples_per_second"}
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    """One device and no pictures; programs compiled once, and quickly."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
+def quick(programs_kept):
+    """One device and no pictures."""
     with on_one_device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_draw_pictures", lambda *args: None)
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    jax.experimental.compilation_cache.compilation_cache.reset_cache()
 
 
 def _tiny(**values) -> configs.ConfigDict:

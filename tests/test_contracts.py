@@ -22,13 +22,16 @@ from dgm_jax.workdir import Workdir
 
 CONFIGS = sorted(REPO.glob("configs/*.py"))
 BATCH = 8
+# What is said here holds of any number of layers, and each takes its time to compile.
+FEWER = {"depth": 1, "prior_depth": 1, "dilations": (1, 2), "steps": (2,)}
 
 
 # By model, so that the tests of one follow one another and share what it compiles.
 @pytest.fixture(params=models.names(), scope="module")
 def fields(request):
-    """The default fields of a model."""
-    return models.defaults(request.param)
+    """The default fields of a model, with fewer layers."""
+    fields = models.defaults(request.param)
+    return fields | {n: few for n, few in FEWER.items() if isinstance(fields.get(n), type(few))}
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from dgm_jax.experiment import prepare
 from dgm_jax.interruption import Interrupted
 from dgm_jax.workdir import Workdir
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
 TINY = {
     "model.encoder": (8,),
     "model.decoder": (8,),

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from conftest import COMPILING
 from PIL import Image
 
 from dgm_jax import config as configs
@@ -80,7 +81,7 @@ def env(tmp_path_factory) -> dict[str, str]:
     """What a user's process sees: one device. And the compiler's settings."""
     return {
         **os.environ,
-        "XLA_FLAGS": "--xla_backend_optimization_level=1",
+        "XLA_FLAGS": COMPILING,
         "PYTHONPATH": str(REPO),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("xla")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -278,6 +279,19 @@ def test_training_again_says_finished_and_changes_nothing(finished, env):
     assert "finished" in again.stdout and "results.json" in again.stdout
     assert again.stderr == ""
     assert _contents(finished.path) == before
+
+
+def test_the_python_example_of_the_readme_runs(finished, tmp_path, monkeypatch):
+    """After the command that leaves the work directory it restores."""
+    (example,) = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/vae_mnist-smoke").symlink_to(finished.path)
+    (tmp_path / "configs").symlink_to(REPO / "configs")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example, names)
+    assert names["losses"].shape == (jax.device_count(),) and np.isfinite(names["losses"]).all()
+    assert names["images"].shape == (16, 28, 28, 1)
 
 
 def test_evaluate_prints_the_very_numbers_that_training_printed(finished, env):

@@ -43,13 +43,15 @@ def _address():
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def _in_processes(num, tasks, tmp_path):
+def _in_processes(num, tasks, tmp_path, *further):
     """What each of them says of its runs."""
     address, env = _address(), {**ENV, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
     command = [sys.executable, str(REPO / "tests/joined.py")]
     outputs = [(tmp_path / f"{num}-{i}.json").open("w+") for i in range(num)]
     each = [
-        subprocess.Popen([*command, f"{address},{num},{i}", json.dumps(tasks)], stdout=out, env=env)
+        subprocess.Popen(
+            [*command, f"{address},{num},{i}", json.dumps(tasks), *further], stdout=out, env=env
+        )
         for i, out in enumerate(outputs)
     ]
     assert [process.wait(timeout=600) for process in each] == [0] * num
@@ -82,7 +84,7 @@ def alone(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Runs of two processes: undisturbed; divided and stopped; of a stopped run of four devices,
-    whose newest checkpoint is damaged."""
+    whose newest checkpoint is damaged; told to stop at the very end."""
     path = tmp_path_factory.mktemp("pair")
     assert "step 16" in joined.run(sharding.make_mesh(4), path / "moved", told_at=12)["stopped"]
     for file in (path / "moved/checkpoints/16/state").rglob("*"):
@@ -92,12 +94,13 @@ def pair(tmp_path_factory):
         {"path": str(path / "fresh")},
         {"path": str(path / "divided"), "fsdp": True, "told_at": 8},
         {"path": str(path / "moved")},
+        {"path": str(path / "late"), "told_at": 24},
     ]
-    said = _in_processes(2, tasks, path)
+    said = _in_processes(2, tasks, path, "start")
     assert said[0] == said[1]
-    fresh, divided, moved = said[0]["runs"]
-    start = said[0]["start"]
-    return {"path": path, "fresh": fresh, "divided": divided, "moved": moved, "start": start}
+    fresh, divided, moved, late = said[0].pop("runs")
+    runs = {"fresh": fresh, "divided": divided, "moved": moved, "late": late}
+    return {"path": path, **runs, **said[0]}
 
 
 def test_two_processes_make_the_run_of_two_devices_bit_for_bit(alone, pair):
@@ -110,6 +113,14 @@ def test_two_processes_make_the_run_of_two_devices_bit_for_bit(alone, pair):
 def test_all_stop_after_the_same_step_when_one_is_told(pair):
     """They hear of it a dispatch later."""
     assert "SIGTERM: stopped after step 16" in pair["divided"]["stopped"]
+
+
+def test_told_to_stop_after_the_last_step_they_do_not_begin_to_evaluate(pair):
+    assert "SIGTERM: stopped after step 24" in pair["late"]["stopped"]
+
+
+def test_processes_that_were_told_different_things_are_refused(pair):
+    assert "other configs or other data" in pair["unlike"]
 
 
 def test_one_process_continues_what_two_saved(alone, pair, tmp_path):

@@ -19,6 +19,7 @@ from dgm_jax.interruption import Interrupted
 from dgm_jax.models import made
 from dgm_jax.workdir import Workdir
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
 SHORT = {
     "train.batch_size": 16,
     "train.duration": "20 steps",

@@ -15,6 +15,7 @@ from dgm_jax.experiment import initial_state, prepare
 from dgm_jax.rng import stream
 from dgm_jax.train_step import compile_train_steps, init_state, train_step
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
 BATCH = 16
 FIELDS = {"name": "vae", "latents": 3, "encoder": (8,), "decoder": (8,)}
 
@@ -43,6 +44,12 @@ def run(dataset, num_steps, per_dispatch, num_devices=1, seed=0, state=None, ema
     return state, {k: np.concatenate([row[k] for row in rows]) for k in rows[0]}
 
 
+@pytest.fixture(scope="module")
+def hundred_steps(tiny_dataset):
+    """By one device."""
+    return run(tiny_dataset, 100, per_dispatch=20)
+
+
 def assert_equal(left, right):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), left, right)
 
@@ -56,9 +63,9 @@ def test_k_steps_in_one_dispatch_are_k_single_steps(tiny_dataset):
 
 
 @pytest.mark.parametrize("num_devices", [2, 4, 8])
-def test_devices_do_not_change_the_answer(tiny_dataset, num_devices):
+def test_devices_do_not_change_the_answer(tiny_dataset, hundred_steps, num_devices):
     """Adam hides a wrong gradient scale, so the gradient norm is compared beside the result."""
-    one, one_rows = run(tiny_dataset, 100, per_dispatch=20)
+    one, one_rows = hundred_steps
     many, many_rows = run(tiny_dataset, 100, per_dispatch=20, num_devices=num_devices)
     np.testing.assert_allclose(
         one_rows["vae/grad_norm"][0], many_rows["vae/grad_norm"][0], rtol=1e-6
@@ -91,16 +98,18 @@ def test_first_update_is_the_gradient_of_the_loss_on_the_first_batch(tiny_datase
     model = models.build(FIELDS, tiny_dataset.spec)
     optimizer = optax.sgd(1.0)
     batch = data.some(tiny_dataset, "train", BATCH)
-    state = init_state(model, optimizer, 0, batch, ema=False)
+    state = jax.jit(lambda: init_state(model, optimizer, 0, batch, ema=False))()
     split = tiny_dataset.splits["train"]
-    ids = batch_ids(state.seed, state.step, BATCH, len(split))
-    rng = stream(0, "data/binarise", 0)
-    first = data.train_batch(
-        tiny_dataset, jnp.asarray(split.x), jnp.asarray(split.labels), ids, rng
-    )
-    grads, _ = jax.grad(model.loss_fn, has_aux=True)(state.params, first, stream(0, "train/vae", 0))
-
     arrays = {"x": jnp.asarray(split.x), "labels": jnp.asarray(split.labels)}
+
+    @jax.jit
+    def gradient(params):
+        ids = batch_ids(state.seed, state.step, BATCH, len(split))
+        rng = stream(0, "data/binarise", 0)
+        first = data.train_batch(tiny_dataset, arrays["x"], arrays["labels"], ids, rng)
+        return jax.grad(model.loss_fn, has_aux=True)(params, first, stream(0, "train/vae", 0))[0]
+
+    grads = gradient(state.params)
     steps = compile_train_steps(
         lambda step: model, optimizer, 0.0, tiny_dataset, BATCH, 1, sharding.make_mesh(1)
     )

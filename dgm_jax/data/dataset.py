@@ -208,6 +208,11 @@ def _check(config: Config) -> None:
             f"data.binarisation={config.binarisation!r}: {config.dataset} has no grey values; "
             "set it to 'none'"
         )
+    if config.path and config.dataset != "text":
+        raise UserError(
+            f"data.path={config.path!r} is not read with data.dataset={config.dataset!r}: set that "
+            "to 'text', or leave out the path"
+        )
     if config.source != "auto" and config.dataset in GENERATED:
         raise UserError(
             f"data.source={config.source!r}: data.dataset={config.dataset!r} is generated; "

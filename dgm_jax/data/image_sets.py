@@ -21,7 +21,6 @@ from typing import NamedTuple
 import numpy as np
 
 from dgm_jax import cache, files
-from dgm_jax.core import UserError
 from dgm_jax.data import tfds
 from dgm_jax.data.sources import (
     Arrays,
@@ -217,17 +216,9 @@ def _locate_tfds(name: str) -> tuple[str, Reader]:
     try:  # sizes and times, so that a data set which changed is read, and checked, again
         stats = [(file.name, file.stat()) for file in sorted(directory.iterdir())]
     except OSError as error:
-        raise _damage(directory, named, error) from error
+        raise tfds.damage(directory, named, error) from error
     key = " ".join(f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in stats)
     return f"{directory} {key}", lambda: _read_tfds(name, directory, named)
-
-
-def _damage(directory: Path, named: bool, error: Exception) -> UserError:
-    """What to raise: only a data set that the user did not name may be passed over."""
-    fault = f"the TFDS data set in {directory} is damaged ({reason(error)})"
-    if named:
-        return UserError(f"{fault}; prepare it again, or unset TFDS_DATA_DIR")
-    return Unavailable(fault)
 
 
 def _read_tfds(name: str, directory: Path, named: bool) -> Arrays:
@@ -242,7 +233,7 @@ def _read_tfds(name: str, directory: Path, named: bool) -> Arrays:
     except NotImplementedError as error:  # prepared as TFRecord, which takes TensorFlow
         raise Unavailable(f"the TFDS data set in {directory} is not array_record") from error
     except Exception as error:
-        raise _damage(directory, named, error) from error
+        raise tfds.damage(directory, named, error) from error
 
 
 def _decode_tfds(directory: Path, split: str, expected: int, shape: tuple[int, ...]) -> Split:

@@ -129,7 +129,7 @@ def _read_file(path: str, source: str) -> str:
 
 
 def _read_tfds() -> str:
-    root, _ = tfds.root()
+    root, named = tfds.root()
     directory = tfds.prepared(root, "tiny_shakespeare")
     if directory is None:
         raise Unavailable(f"no prepared TFDS data set tiny_shakespeare in {root}")
@@ -139,9 +139,7 @@ def _read_tfds() -> str:
             parts = [builder.as_data_source(s)[0]["text"] for s in ("train", "validation", "test")]
         content = b"".join(parts)
     except Exception as error:
-        raise Unavailable(
-            f"the TFDS data set in {directory} cannot be read ({reason(error)})"
-        ) from error
+        raise tfds.damage(directory, named, error) from error
     return _checked(content)
 
 

@@ -42,6 +42,14 @@ def prepared(root: Path, name: str) -> Path | None:
     return max(found, key=lambda d: [int(part) for part in d.name.split(".")], default=None)
 
 
+def damage(directory: Path, named: bool, error: Exception) -> UserError:
+    """What to raise: only a prepared data set that the user did not name may be passed over."""
+    fault = f"the TFDS data set in {directory} is damaged ({files.reason(error)})"
+    if named:
+        return UserError(f"{fault}; prepare it again, or unset TFDS_DATA_DIR")
+    return Unavailable(fault)
+
+
 def builder(directory: Path) -> Any:
     """TFDS's builder of a prepared data set.
 

@@ -61,5 +61,6 @@ def _config(module: ModuleType, config: Mapping[str, Any]) -> Any:
         raise UserError(
             f"model.{unknown[0]} is not a field of {config['name']!r}, which has: "
             + ", ".join(sorted(fields))
+            + "; another model has a config of its own, given by --config and not by model.name"
         )
     return module.Config(**given)

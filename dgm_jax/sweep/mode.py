@@ -35,6 +35,8 @@ def sweep_mode(
       UserError: a value that makes no sense, or the folder is of another sweep.
     """
     if trials is not None:
+        if only is not None:
+            raise UserError(f"--program={only}: a search is not run in parts; leave it out")
         if config is None or grid is None:
             raise UserError("--trials needs --config, and ranges in --sweep='field=uniform(0,1)'")
         search.search(folder, config, axes.parse_search(grid, config), trials, launcher)

@@ -21,7 +21,7 @@ from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.experiment import Experiment, prepare, training_arrays
 from dgm_jax.interruption import Interrupted
 from dgm_jax.progress import Progress, say
-from dgm_jax.sharding import replicated
+from dgm_jax.sharding import make_mesh, replicated
 from dgm_jax.train import NonFiniteError, refuse_non_finite
 from dgm_jax.train_state import TrainState
 from dgm_jax.train_step import Metrics, init_state, train_steps
@@ -75,7 +75,7 @@ def numbers_of(members: Sequence[ConfigDict]) -> Numbers:
 
 
 def check(config: ConfigDict, dataset: data.Dataset) -> Experiment:
-    """What one member is, every value checked.
+    """What one member is, every value checked; its mesh is of all devices.
 
     Raises:
       UserError: names a value that makes no sense, or none in a sweep.
@@ -84,7 +84,10 @@ def check(config: ConfigDict, dataset: data.Dataset) -> Experiment:
     for field in absent:
         if value := configs.value_of(config, field):
             raise UserError(f"{field}={value!r}: there is no such thing in a sweep; leave it out")
-    return prepare(config, dataset)
+    experiment = prepare(config, dataset, make_mesh(1))
+    mesh = make_mesh()  # whose devices share the members, and the batches of an evaluation
+    likelihood.check(configs.section(config, "eval"), mesh)
+    return experiment._replace(mesh=mesh)
 
 
 def train(
@@ -110,7 +113,7 @@ def train(
     Raises:
       Interrupted: SIGTERM or Ctrl-C came; what was reached is saved.
     """
-    experiment, num = prepare(members[0], dataset), len(members)
+    experiment, num = check(members[0], dataset), len(members)
     state, run_steps, arrays = compile_members(experiment, members)
     checkpoints = Checkpoints(folder)
     # Checkpoints are without the padding, and fit any number of devices.
@@ -140,7 +143,7 @@ def train(
                 # Only now: while metrics were waited for it may have come.
                 signum = asked_to_stop()
                 if done % every["checkpoint_every"] == 0 or last or signum or overdue():
-                    log.keep_failures()
+                    log.keep_failures(done)
                     checkpoints.save(own(state))
                 if signum:
                     break
@@ -239,7 +242,7 @@ class _Log:
     ) -> None:
         self._experiment, self._workdirs = experiment, workdirs
         self._writers = [writers.Writer(w.metrics, w.tensorboard, step) for w in workdirs]
-        self.failures = [w.load_failure() if w.failure.exists() else None for w in workdirs]
+        self.failures = [w.load_failure(until=step) for w in workdirs]
         # Of all: those of a member that failed end early.
         rows = [row for w in workdirs for row in writers.read(w.metrics) if "seconds" in row]
         none = {"seconds": 0.0, "cpu_seconds": 0.0}
@@ -301,11 +304,14 @@ class _Log:
         there = [failure is None for failure in self.failures]
         return np.pad(there, (0, num - len(there)), mode="edge")
 
-    def keep_failures(self) -> None:
-        """Write to the work directories who has failed, and why."""
+    def keep_failures(self, step: int) -> None:
+        """Write to the work directories who has failed by the checkpoint of `step`, and why.
+
+        Which may never come to be there: who goes on from an earlier one has not failed yet.
+        """
         for workdir, failure in zip(self._workdirs, self.failures, strict=True):
             if failure is not None:
-                write_json(workdir.failure, {"failure": failure})
+                write_json(workdir.failure, {"failure": failure, "step": step})
 
     def close(self) -> None:
         """Close the files and the bar."""

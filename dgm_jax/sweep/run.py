@@ -216,7 +216,7 @@ def _finish(
             failure = f"test split: {error}"
     if failure is not None:
         say(f"{workdir.path.name}: {failure}")
-        write_json(workdir.failure, {"failure": failure})
+        write_json(workdir.failure, {"failure": failure, "step": int(outcome.state.step)})
         return
     seconds = {**outcome.seconds, "evaluation": time.monotonic() - began}
     model = models.build(config.model, dataset.spec)

@@ -16,12 +16,13 @@ from dgm_jax.experiment import prepare
 from dgm_jax.interruption import Interrupted
 from dgm_jax.sweep import program
 from dgm_jax.train import train
-from dgm_jax.workdir import Workdir
+from dgm_jax.workdir import Workdir, write_json
 from dgm_jax.writers import read
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
 FIELDS = {
     "train.duration": "200 steps",
-    "train.batch_size": 16,
+    "train.batch_size": 12,  # no device of eight has a share of it
     "train.steps_per_dispatch": 50,
     "train.validate_every": "100 steps",
     "train.checkpoint_every": "100 steps",
@@ -73,7 +74,8 @@ def test_each_member_is_its_solo_run(tiny_dataset, tmp_path):
     outcomes = program.train(members, tiny_dataset, dirs, tmp_path / "programs", None)
     for i, (config, outcome) in enumerate(zip(members, outcomes, strict=True)):
         (alone,) = _workdirs(tmp_path / f"solo{i}", 1)
-        state, _ = train(prepare(config, tiny_dataset), alone)
+        with on_one_device():
+            state, _ = train(prepare(config, tiny_dataset), alone)
         assert outcome.failure is None and outcome.state.step == state.step == 200
         _assert_close(outcome.state.params, state.params, 1e-5)
         _assert_close(outcome.state.ema, state.ema, 1e-5)
@@ -87,6 +89,14 @@ def test_each_member_is_its_solo_run(tiny_dataset, tmp_path):
     # And they are not all the same.
     first = [jax.tree.leaves(outcome.state.params)[1] for outcome in outcomes]
     assert min(np.abs(a - b).max() for i, a in enumerate(first) for b in first[:i]) > 1e-3
+
+
+def test_a_failure_after_the_checkpoint_has_not_happened_yet(tmp_path):
+    workdir = Workdir(tmp_path)
+    assert workdir.load_failure() is None
+    write_json(workdir.failure, {"failure": "it broke", "step": 8})
+    assert workdir.load_failure(until=4) is None
+    assert workdir.load_failure(until=8) == workdir.load_failure() == "it broke"
 
 
 def test_a_member_that_diverges_is_left_as_it_was_and_the_others_go_on(tiny_dataset, tmp_path):
@@ -201,7 +211,7 @@ def test_time_goes_on_from_the_member_that_was_trained_longest(tiny_dataset, tmp
         row = {"step": seconds, "examples_per_second": 1.0}
         row |= {"seconds": seconds, "cpu_seconds": 2 * seconds}
         workdir.metrics.write_text(json.dumps(row) + "\n")
-    log = program._Log(prepare(_configs({})[0], tiny_dataset), dirs, 100, None)
+    log = program._Log(program.check(_configs({})[0], tiny_dataset), dirs, 100, None)
     log.close()
     assert log.seconds == {"training": 70, "training_cpu": 140}
 

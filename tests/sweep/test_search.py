@@ -12,6 +12,7 @@ from dgm_jax.sweep import run as sweep
 from dgm_jax.workdir import write_json
 
 pytest.importorskip("optuna", reason="Optuna is not installed")
+pytestmark = pytest.mark.usefixtures("programs_kept")
 TINY = {
     "train.duration": "10 steps",
     "train.steps_per_dispatch": 10,

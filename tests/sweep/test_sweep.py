@@ -19,6 +19,7 @@ from dgm_jax.sweep import axes, mode, program, report
 from dgm_jax.sweep import run as sweep
 from dgm_jax.workdir import Workdir
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
 TINY = {
     "train.duration": "20 steps",
     "train.steps_per_dispatch": 10,
@@ -72,11 +73,12 @@ def test_each_member_is_a_work_directory_like_any_other(finished):
     assert (config.model.beta, config.model.latents, config.seed) == (0.5, 3, 1)
     result = json.loads((path / "results.json").read_text())
     assert result["step"] == 20 and result["config"]["seed"] == 1
-    run.evaluate_mode(Workdir(path))
+    with on_one_device():
+        run.evaluate_mode(Workdir(path))
+        run.sample_mode(Workdir(path), 3, 0)
     again = json.loads((path / "evaluation.json").read_text())
     for name, metric in result["metrics"].items():
         assert again["metrics"][name]["value"] == pytest.approx(metric["value"], rel=1e-5)
-    run.sample_mode(Workdir(path), 3, 0)
     assert (path / "samples.png").exists()
     assert not (finished / "programs").exists()
 
