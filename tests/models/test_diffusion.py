@@ -4,6 +4,7 @@ A network that answers 0, as a fresh one does, makes a model the exact denoiser 
 data: zero-mean Gaussians of deviation `sigma_data`, and independent bits of the data's mean.
 """
 
+import functools
 import math
 from dataclasses import replace
 from unittest import mock
@@ -102,11 +103,12 @@ def test_signal_to_noise_falls_from_end_to_end(kind):
     """Whatever has been learned."""
     schedule = Schedule(kind, (-6.0, 7.0))
     t = jnp.linspace(0.0, 1.0, 501)
-    params = schedule.init(KEY, t)
+    params = jax.jit(schedule.init)(KEY, t)
     rng = np.random.default_rng(0)
     moved = jax.tree.map(lambda p: p + rng.normal(size=p.shape), params)
-    np.testing.assert_allclose(schedule.apply(moved, t)[jnp.array([0, -1])], [-6, 7], rtol=1e-6)
-    gamma, slope = jax.jvp(lambda t: schedule.apply(moved, t), (t,), (jnp.ones_like(t),))
+    at = lambda t: schedule.apply(moved, t)  # noqa: E731
+    gamma, slope = jax.jit(lambda t: jax.jvp(at, (t,), (jnp.ones_like(t),)))(t)
+    np.testing.assert_allclose(np.asarray(gamma)[[0, -1]], [-6, 7], rtol=1e-6)
     assert (np.diff(gamma) > 0).all() and (slope > 0).all()
     if kind == "monotone":  # whose slope jumps between the intervals
         np.testing.assert_allclose(np.mean(slope[:-1]), gamma[-1] - gamma[0], rtol=0.05)
@@ -121,10 +123,11 @@ def test_far_ends_are_where_they_should_be_in_float32(kind):
     for x64 in (True, False):
         with jax.enable_x64(x64):
             t = jnp.linspace(0.0, 1.0, 65)  # as exact in either
-            found.append(schedule.apply(schedule.init(KEY, t), t))
-    assert found[1].dtype == jnp.float32
+            fresh = jax.jit(lambda t: schedule.apply(schedule.init(KEY, t), t))
+            found.append(np.asarray(fresh(t)))
+    assert found[1].dtype == np.float32
     np.testing.assert_allclose(found[1], found[0], rtol=1e-6, atol=1e-5)
-    np.testing.assert_allclose(found[1][jnp.array([0, -1])], [-40, 40], rtol=1e-6)
+    np.testing.assert_allclose(found[1][[0, -1]], [-40, 40], rtol=1e-6)
 
 
 def test_schedules_are_those_of_their_papers():
@@ -152,21 +155,24 @@ def test_what_the_network_is_given_and_asked_for_has_unit_variance():
 # The bound.
 
 
+@functools.cache
+def _gaussian_bound(config):
+    times, prob = _legendre(600)
+    if config.schedule == "cosine":  # all that happens does so near its ends
+        times = special.expit(60 * times - 30)
+        prob = prob * 60 * times * (1 - times)
+    return _bound(config, LINE, _gaussian_grid((times, prob)))
+
+
 @pytest.mark.parametrize("kind", ["linear", "cosine", "karras"])
 def test_the_bound_of_a_gaussian_is_its_likelihood(kind):
     exact = -0.5 * math.log(2 * math.pi * math.e * SIGMA**2)
-    times, prob = _legendre(600)
-    if kind == "cosine":  # all that happens does so near its ends
-        times = special.expit(60 * times - 30)
-        prob = prob * 60 * times * (1 - times)
-    found = _bound(replace(EXACT, schedule=kind), LINE, _gaussian_grid((times, prob)))
-    assert found == pytest.approx(exact, abs=1e-5)
+    assert _gaussian_bound(replace(EXACT, schedule=kind)) == pytest.approx(exact, abs=1e-5)
 
 
 def test_a_bound_with_a_wrong_denoiser_is_below():
     exact = -0.5 * math.log(2 * math.pi * math.e * SIGMA**2)
-    wrong = replace(EXACT, sigma_data=1.3 * SIGMA)
-    assert _bound(wrong, LINE, _gaussian_grid(_legendre(600))) < exact - 0.01
+    assert _gaussian_bound(replace(EXACT, sigma_data=1.3 * SIGMA)) < exact - 0.01
 
 
 def test_the_bound_of_bits_is_their_entropy():
@@ -180,7 +186,7 @@ def test_the_bound_of_bits_is_their_entropy():
 
 
 def test_more_steps_tighten_the_bound_to_that_of_infinitely_many():
-    continuous = _bound(EXACT, LINE, _gaussian_grid(_legendre(600)))
+    continuous = _gaussian_bound(EXACT)
     gaps = []
     for steps in (50, 100, 200):
         middles = (np.arange(steps) + 0.5) / steps, np.full(steps, 1 / steps)
@@ -199,15 +205,21 @@ def test_the_prior_term_is_a_divergence_that_noise_removes():
     assert 0 < diffusion.prior_cost(x, 25.0)[0] < 1e-9
 
 
+DECODER_LOG_PROB = {
+    spec.support: jax.jit(functools.partial(diffusion.decoder_log_prob, spec))
+    for spec in (BIT, GREY, LINE)
+}
+
+
 @pytest.mark.parametrize("gamma", [-12.0, -4.0, 0.0, 3.0])
 def test_the_last_step_is_a_distribution_over_the_datas_values(gamma):
     for spec, values in ((BIT, [0.0, 1.0]), (GREY, np.arange(256.0))):
         for y in np.asarray([-0.2, 0.31, 0.8]) * spec.scale:
-            x = jnp.asarray(values)[:, None]
-            log_prob = diffusion.decoder_log_prob(spec, x, jnp.full_like(x, y), gamma)
+            x = np.asarray(values)[:, None]
+            log_prob = DECODER_LOG_PROB[spec.support](x, np.full_like(x, y), gamma)
             np.testing.assert_allclose(np.exp(log_prob).sum(), 1, rtol=1e-9)
-    x = jnp.array([[0.4], [1.0]])
-    found = diffusion.decoder_log_prob(LINE, x, jnp.full_like(x, 0.5), gamma)
+    x = np.array([[0.4], [1.0]])
+    found = DECODER_LOG_PROB["real"](x, np.full_like(x, 0.5), gamma)
     expected = stats.norm.logpdf(x[:, 0], 0.5, math.exp(gamma / 2))
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 
@@ -230,10 +242,8 @@ def test_the_last_draw_has_the_probabilities_that_the_bound_says(spec):
     if spec.support == "real":
         assert stats.kstest(x, stats.norm(0.3, math.exp(-1)).cdf).pvalue > 1e-4
         return
-    values = np.arange(spec.num_values)
-    log_prob = diffusion.decoder_log_prob(
-        spec, jnp.asarray(values, float)[:, None], y[: len(values)], gamma
-    )
+    values = np.arange(float(spec.num_values))
+    log_prob = DECODER_LOG_PROB[spec.support](values[:, None], y[: len(values)], gamma)
     expected = len(x) * np.exp(log_prob)
     often = expected > 10
     observed = np.bincount(x.astype(int), minlength=len(values))
@@ -272,11 +282,11 @@ def test_a_schedule_changes_the_bounds_variance_and_learns_to_lower_it():
     flat, _ = _diffusion_terms(np.zeros(32))
     np.testing.assert_allclose(terms.mean(), flat.mean(), rtol=1e-3)
     assert terms.var() > 1.2 * flat.var()
-    for i in (3, 12, 20):
+    for i in np.argsort(-np.abs(gradient))[:3]:
         h = 0.05 * np.eye(32)[i]
         ends = [np.log(np.mean(_diffusion_terms(logits + e)[0] ** 2)) for e in (h, -h)]
         difference = float(ends[0] - ends[1])
-        assert float(gradient[i]) == pytest.approx(difference / 0.1, rel=0.05, abs=1e-3)
+        assert float(gradient[i]) == pytest.approx(difference / 0.1, rel=0.05)
     better, _ = _diffusion_terms(logits - 2.0 * np.asarray(gradient))
     assert better.var() < 0.95 * terms.var()
 
@@ -364,9 +374,13 @@ def test_noise_levels_are_log_normal():
         seen.append(gamma)
         return jnp.zeros(len(x))
 
-    with mock.patch.object(diffusion, "squared_error", spy):
-        model.loss_fn(params, {"x": jnp.zeros((5000, 1))}, KEY)
-    assert stats.kstest(np.asarray(seen[0]) / 2, stats.norm(-1.2, 1.2).cdf).pvalue > 0.1
+    @jax.jit
+    def levels(x):
+        with mock.patch.object(diffusion, "squared_error", spy):
+            model.loss_fn(params, {"x": x}, KEY)
+        return seen[0]
+
+    assert stats.kstest(levels(jnp.zeros((5000, 1))) / 2, stats.norm(-1.2, 1.2).cdf).pvalue > 0.1
 
 
 # Samplers, on the probability flow of a Gaussian: y / sqrt(s² + SIGMA²) is constant along it.
@@ -411,7 +425,7 @@ def test_an_ancestral_step_is_the_posterior_of_less_noise():
     with mock.patch.object(jax.random, "normal", lambda key, shape: jnp.full(shape, noise)):
         levels = jnp.array([t, s])
         known = lambda z, gamma: jnp.full_like(z, x)  # noqa: E731
-        y = diffusion.draw(known, levels, "ancestral", KEY, (1, 1))[0, 0]
+        y = jax.jit(lambda: diffusion.draw(known, levels, "ancestral", KEY, (1, 1)))()[0, 0]
     (a_t, v_t), (a_s, v_s) = ((float(a), float(b) ** 2) for a, b in map(alpha_sigma, (t, s)))
     # z_s ~ N(a_s x, v_s), and z_t given it ~ N(r z_s, v) with the r and v that lead to level t.
     ratio = a_t / a_s
@@ -455,9 +469,8 @@ def test_a_dropped_label_is_not_seen():
     model = diffusion.build(config, LINE)
     batch = {"x": jnp.array([[0.3], [-0.2]]), "label": jnp.array([0, 1])}
     params = _moved(jax.eval_shape(model.init, KEY, batch))
-    losses = [
-        model.loss_fn(params, {**batch, "label": jnp.array(c)}, KEY)[0] for c in ([0, 1], [2, 2])
-    ]
+    loss = jax.jit(model.loss_fn)
+    losses = [loss(params, {**batch, "label": jnp.array(c)}, KEY)[0] for c in ([0, 1], [2, 2])]
     assert losses[0] == losses[1]
 
 

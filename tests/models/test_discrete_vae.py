@@ -66,6 +66,12 @@ def _enumerate(params, x=X, **fields):
     return enumerated(params)
 
 
+@functools.cache
+def _enumerated(**fields):
+    """Of all images, at the parameters of these tests."""
+    return jax.device_get(_enumerate(_params(_build(**fields)), **fields))
+
+
 def _bound(parts, k):
     """E[log 1/K Σ_k w_k] `[B]` by enumeration of all sets of K codes, in their order."""
     log_lik, log_prior, log_q = parts
@@ -78,8 +84,7 @@ def _bound(parts, k):
 @pytest.mark.parametrize("fields", CASES)
 def test_bounds_rise_to_log_p_of_x(fields):
     """The 16 images' probabilities sum to 1; more draws come nearer; q weighs each w to p(x)."""
-    parts = _enumerate(_params(_build(**fields)), **fields)
-    log_lik, log_prior, log_q = map(np.asarray, parts)
+    log_lik, log_prior, log_q = parts = _enumerated(**fields)
     log_p_x = special.logsumexp(log_lik + log_prior, axis=0)
     for log_probs in (log_p_x, log_prior, log_q):
         np.testing.assert_allclose(special.logsumexp(log_probs, axis=0), 0, atol=1e-10)
@@ -106,7 +111,7 @@ def _log_weights(**fields):
 @pytest.mark.parametrize("fields", CASES)
 def test_weights_are_those_of_codes_drawn_from_q(fields):
     """Each is one of the enumerated ones, and comes as often as q says: chi-square."""
-    log_lik, log_prior, log_q = map(np.asarray, _enumerate(_params(_build(**fields)), **fields))
+    log_lik, log_prior, log_q = _enumerated(**fields)
     found, _ = _log_weights(**fields)
     gaps = np.abs(found[:, None] - (log_lik + log_prior - log_q))  # [draws, codes, B]
     assert gaps.min(axis=1).max() < 1e-9
@@ -121,29 +126,40 @@ def test_weights_are_those_of_codes_drawn_from_q(fields):
 @pytest.mark.parametrize("fields", CASES)
 def test_the_elbo_is_that_of_the_discrete_model(fields):
     """Its mean is the enumerated one, by a rate in closed form or by draws."""
-    expected = _bound(_enumerate(_params(_build(**fields)), **fields), 1)
+    expected = jax.jit(_bound, static_argnums=1)(_enumerated(**fields), 1)
     for draws in _log_weights(**fields):
         error = draws.std(axis=0, ddof=1) / math.sqrt(len(draws))
         assert np.all(np.abs(draws.mean(axis=0) - expected) < 4.5 * error)
 
 
+@functools.cache
+def _losses(prior):
+    """What the loss of each objective gives for the same key."""
+    models = {
+        objective: _build(prior=prior, objective=objective, num_samples=2)
+        for objective in discrete_vae.OBJECTIVES
+    }
+
+    @jax.jit
+    def losses(params):
+        return {name: model.loss_fn(params, BATCH, RNG) for name, model in models.items()}
+
+    return jax.device_get(losses(_params(_build(prior=prior))))
+
+
 def test_the_rate_to_a_uniform_prior_is_the_enumerated_divergence():
-    params = _params(_build(prior="uniform"))
-    _, log_prior, log_q = _enumerate(params, prior="uniform")
-    expected = jnp.sum(jnp.exp(log_q) * (log_q - log_prior), axis=0)
-    for objective in discrete_vae.OBJECTIVES:
-        model = _build(prior="uniform", objective=objective, num_samples=2)
-        _, aux = jax.jit(model.loss_fn)(params, BATCH, RNG)
+    _, log_prior, log_q = _enumerated(prior="uniform")
+    expected = np.sum(np.exp(log_q) * (log_q - log_prior), axis=0)
+    for _, aux in _losses("uniform").values():
         np.testing.assert_allclose(aux.terms["rate"], expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("prior", discrete_vae.PRIORS)
 def test_terms_are_of_discrete_draws_whatever_the_objective(prior):
     """The same key, the same draws; straight-through has their cost, Gumbel-softmax another."""
-    params, costs, terms = _params(_build(prior=prior)), {}, {}
-    for objective in discrete_vae.OBJECTIVES:
-        model = _build(prior=prior, objective=objective, num_samples=2)
-        costs[objective], aux = jax.jit(model.loss_fn)(params, BATCH, RNG)
+    costs, terms = {}, {}
+    for objective, (cost, aux) in _losses(prior).items():
+        costs[objective] = cost
         terms[objective] = np.stack([aux.terms["distortion"], aux.terms["rate"]])
     for found in terms.values():
         np.testing.assert_allclose(found, terms["vimco"], rtol=1e-12)
@@ -156,9 +172,9 @@ def _mean_gradients(model, params, batch, num):
     """Mean over `num` keys of the loss's gradient, and its standard error, by player's part."""
     keys = jax.random.split(jax.random.key(2), num)
     grad = jax.grad(lambda p, key: model.loss_fn(p, batch, key)[0])
-    found = jax.jit(jax.vmap(grad, (None, 0)))(params, keys)["discrete_vae"]
-    mean = jax.tree.map(lambda g: np.mean(g, axis=0), found)
-    error = jax.tree.map(lambda g: np.std(g, axis=0, ddof=1) / math.sqrt(num), found)
+    found = jax.vmap(grad, (None, 0))(params, keys)["discrete_vae"]
+    mean = jax.tree.map(lambda g: jnp.mean(g, axis=0), found)
+    error = jax.tree.map(lambda g: jnp.std(g, axis=0, ddof=1) / math.sqrt(num), found)
     return mean, error
 
 
@@ -175,7 +191,8 @@ FEW = X[[1, 6, 13]]
 def test_the_mean_of_vimco_is_the_gradient_of_the_enumerated_bound(fields):
     model = _build(objective="vimco", num_samples=2, **fields)
     params = _params(model)
-    mean, error = _mean_gradients(model, params, {"x": jnp.asarray(FEW)}, 10_000)
+    batch = {"x": jnp.asarray(FEW)}
+    mean, error = jax.jit(lambda p: _mean_gradients(model, p, batch, 10_000))(params)
     exact = _exact_gradients(params, FEW, 2, **fields)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(exact)) > 0.05
 
@@ -190,7 +207,8 @@ def test_straight_through_has_the_elbos_gradient_in_decoder_and_prior(fields):
     """Their part sees the discrete draws: unbiased. The encoder's is not, and differs."""
     model = _build(objective="straight_through", **fields)
     params = _params(model)
-    mean, error = _mean_gradients(model, params, {"x": jnp.asarray(FEW)}, 10_000)
+    batch = {"x": jnp.asarray(FEW)}
+    mean, error = jax.jit(lambda p: _mean_gradients(model, p, batch, 10_000))(params)
     exact = _exact_gradients(params, FEW, 1, **fields)
     distance = jax.tree.map(lambda m, e, g: np.max(np.abs(m - g) / (e + 1e-9)), mean, error, exact)
     for name in set(distance) & {"decoder", "prior"}:
@@ -205,9 +223,13 @@ def test_the_gradient_of_gumbel_softmax_tends_to_the_elbos(fields):
     params = _params(model)
     exact = _exact_gradients(params, FEW, 1, **fields)["head"]["kernel"]
 
-    def miss(temperature):
+    @jax.jit
+    def gradients(temperature):
         model = _build(temperature=temperature, **fields)
-        mean, error = _mean_gradients(model, params, {"x": jnp.asarray(FEW)}, 20_000)
+        return _mean_gradients(model, params, {"x": jnp.asarray(FEW)}, 20_000)
+
+    def miss(temperature):
+        mean, error = gradients(temperature)
         gap = np.linalg.norm(mean["head"]["kernel"] - exact) / np.linalg.norm(exact)
         return gap, np.linalg.norm(error["head"]["kernel"]) / np.linalg.norm(exact)
 
@@ -220,7 +242,7 @@ def test_the_gradient_of_gumbel_softmax_tends_to_the_elbos(fields):
 def test_draws_have_the_classes_probabilities_and_relax_to_themselves():
     """Frequencies by chi-square; relaxed draws lie on the simplex, and at low τ at the corners."""
     log_probs = jnp.log(jnp.array([[[0.5, 0.3, 0.15, 0.05]]]))
-    draw = lambda temperature: discrete_vae.gumbel_draw(RNG, log_probs, 40_000, temperature)  # noqa: E731
+    draw = jax.jit(lambda tau: discrete_vae.gumbel_draw(RNG, log_probs, 40_000, tau))
     z, relaxed = map(np.asarray, draw(0.5))
     assert z.shape == relaxed.shape == (40_000, 1, 1, 4)
     expected = 40_000 * np.exp(log_probs)[0, 0]
@@ -249,7 +271,7 @@ def test_relaxed_bernoulli_draws_have_the_gradient_of_their_integral(temperature
         log_probs = jax.nn.log_softmax(jnp.stack([0.0 * logit, logit]))[None, None]
         return discrete_vae.gumbel_draw(RNG, log_probs, 100_000, temperature)[1][:, 0, 0, 1]
 
-    slopes = np.asarray(jax.jvp(total, (logit,), (1.0,))[1])
+    slopes = np.asarray(jax.jit(lambda logit: jax.jvp(total, (logit,), (1.0,))[1])(logit))
     error = slopes.std(ddof=1) / math.sqrt(len(slopes))
     assert abs(slopes.mean() - slope(temperature)) < 4 * error
     exact = special.expit(logit) * special.expit(-logit)
@@ -264,7 +286,7 @@ def test_samples_have_the_models_distribution(prior):
     pairs = jax.jit(jax.vmap(lambda p, key: model.sample(p, key, 2)["x"], (None, 0)))
     x = np.asarray(pairs(params, jax.random.split(jax.random.key(3), 10_000)))
     index = x.reshape(-1, PIXELS).astype(int) @ 2 ** np.arange(PIXELS)[::-1]
-    log_lik, log_prior, _ = _enumerate(params, prior=prior)
+    log_lik, log_prior, _ = _enumerated(prior=prior)
     expected = 20_000 * np.exp(special.logsumexp(log_lik + log_prior, axis=0))
     assert stats.chisquare(np.bincount(index, minlength=ROWS), expected).pvalue > 1e-4
 
@@ -297,5 +319,5 @@ def test_check_refuses_a_bad_field_by_its_name(field, value):
 
 
 def test_check_refuses_vimco_with_one_draw():
-    with pytest.raises(UserError, match=r"model\.num_samples=1: VIMCO"):
+    with pytest.raises(UserError, match=r"model\.num_samples=1: 'vimco'"):
         discrete_vae.check(discrete_vae.Config(**FIELDS, objective="vimco"), SPEC)

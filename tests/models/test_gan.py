@@ -1,5 +1,6 @@
 """Objectives and penalties against closed forms, and a game that is fair: each player its own."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -187,36 +188,49 @@ def test_a_flat_discriminator_has_a_gradient_penalty_with_a_gradient():
 # The game.
 
 
+def _updated(model, player, params, batch):
+    """The gradient of a player's loss, and the parameters after an update of it alone."""
+    alone, optimizer, rng = model._replace(players=(player,)), optax.adam(0.1), jax.random.key(1)
+
+    @jax.jit
+    def update(params):
+        grads, _ = jax.grad(player.loss_fn, has_aux=True)(params, batch, rng)
+        state = init_state(alone, optimizer, 0, batch, False).replace(params=params)
+        state, _ = train_step(alone, optimizer, 0.0, state, batch, {player.name: rng})
+        return grads, state.params
+
+    return jax.device_get(update(params))
+
+
 @pytest.mark.parametrize("conditional", [False, True])
 def test_no_player_moves_the_other(conditional):
     model = gan.build(replace(CONFIG, conditional=conditional), SPEC)
     params, batch = _params(model), _batch()
     for player, other in zip(model.players, reversed(model.players), strict=True):
-        slope = jax.jit(jax.grad(player.loss_fn, has_aux=True))
-        grads, _ = jax.device_get(slope(params, batch, jax.random.key(1)))
+        grads, after = _updated(model, player, params, batch)
         assert all((leaf == 0).all() for leaf in jax.tree.leaves(grads[other.name]))
         assert all((leaf != 0).any() for leaf in jax.tree.leaves(grads[player.name]))
-        alone, optimizer = model._replace(players=(player,)), optax.adam(0.1)
-        start = jax.jit(lambda b, m=alone, o=optimizer: init_state(m, o, 0, b, False))
-        state = start(batch).replace(params=params)
-        rngs = {player.name: jax.random.key(1)}
-        step = jax.jit(lambda s, m=alone, o=optimizer, k=rngs: train_step(m, o, 0.0, s, batch, k))
-        after = jax.device_get(step(state)[0].params)
         jax.tree.map(np.testing.assert_array_equal, after[other.name], params[other.name])
         moved = jax.tree.map(lambda a, b: (a != b).any(), after[player.name], params[player.name])
         assert all(jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize("objective", gan.OBJECTIVES)
-@pytest.mark.parametrize("penalty", gan.PENALTIES)
+# Each objective with some penalty, and each penalty with some objective: they are independent.
+PAIRS = list(zip(gan.OBJECTIVES, itertools.cycle(gan.PENALTIES), strict=False))
+
+
+@pytest.mark.parametrize(("objective", "penalty"), PAIRS)
 def test_the_discriminators_loss_is_its_cost_and_its_penalty(objective, penalty):
     """The cost by hand, from what the networks say of the same draws."""
-    config = replace(CONFIG, objective=objective, penalty=penalty, penalty_weight=0.3)
-    model = gan.build(config, SPEC)
-    params, batch, rng = _params(model), _batch(), jax.random.key(3)
-    loss, aux = jax.jit(model.players[0].loss_fn)(params, batch, rng)
-    unpenalised = gan.build(replace(config, penalty_weight=0.0), SPEC).players[0].loss_fn
-    cost, _ = jax.jit(unpenalised)(params, batch, rng)
+    config = replace(CONFIG, objective=objective, penalty=penalty)
+    params, batch = _params(gan.build(config, SPEC)), _batch()
+
+    @jax.jit
+    def weighted(weight):
+        model = gan.build(replace(config, penalty_weight=weight), SPEC)
+        return model.players[0].loss_fn(params, batch, jax.random.key(3))
+
+    (loss, aux), (cost, _) = weighted(0.3), weighted(0.0)
     np.testing.assert_allclose(loss, cost + 0.3 * aux.scalars["penalty"], rtol=1e-5)
     gap = np.log(np.expm1(np.asarray(aux.terms["discrimination"], np.float64)))  # fake - real
     if objective == "wasserstein":

@@ -71,7 +71,7 @@ def test_the_target_has_no_gradient_and_is_the_velocity_where_the_times_are_equa
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_any_number_of_steps_is_the_exact_map(x64, steps):
     noise = jnp.asarray(np.random.default_rng(0).normal(size=(20, 2)))
-    found = mean_flow.draw(_average, noise, steps)
+    found = jax.jit(lambda noise: mean_flow.draw(_average, noise, steps))(noise)
     np.testing.assert_allclose(found, MEAN + SIGMA * np.asarray(noise), rtol=1e-10, atol=1e-12)
 
 
@@ -97,9 +97,8 @@ def test_the_loss_is_the_error_and_its_gradient_the_weighted_ones(x64):
     config = replace(CONFIG, interval=0.0, power=0.5)
     model = _build(config, lambda params, z, times, label: 0 * z + params)
     with mock.patch.object(jax.random, "normal", noise):
-        (loss, aux), gradient = jax.value_and_grad(model.loss_fn, has_aux=True)(
-            {"flow": jnp.array(0.3)}, {"x": x}, KEY
-        )
+        both = jax.jit(jax.value_and_grad(model.loss_fn, has_aux=True))
+        (loss, aux), gradient = both({"flow": jnp.array(0.3)}, {"x": x}, KEY)
     gap = 0.3 + np.asarray(x)
     error = np.sum(gap**2, axis=1)
     np.testing.assert_allclose(loss, error.mean() / 2, rtol=1e-9)
@@ -124,7 +123,7 @@ def test_guidance_is_trained_in(x64):
     ):
         model = _build(replace(config, label_dropout=dropout), answer)
         with mock.patch.object(jax.random, "normal", noise):
-            terms = model.loss_fn({"flow": jnp.zeros(())}, batch, KEY)[1].terms
+            terms = jax.jit(model.loss_fn)({"flow": jnp.zeros(())}, batch, KEY)[1].terms
         np.testing.assert_allclose(terms["identity"], 0.5 * np.sum(expected**2, axis=1), rtol=1e-6)
 
 
@@ -136,11 +135,14 @@ def test_of_held_out_data_the_network_is_told_every_label(x64):
     always, seldom = (
         _build(replace(config, label_dropout=rate), answer) for rate in (0.0, 1 - 1e-9)
     )
-    cost = always.loss_fn({"flow": None}, batch, KEY)[1].terms["identity"]
-    held_out = seldom.players[0].terms({"flow": None}, batch, KEY)
+    cost, training = (
+        jax.jit(model.loss_fn)({"flow": None}, batch, KEY)[1].terms["identity"]
+        for model in (always, seldom)
+    )
+    held_out = jax.jit(seldom.players[0].terms)({"flow": None}, batch, KEY)
     assert held_out.keys() == {"identity"}
     np.testing.assert_array_equal(held_out["identity"], cost)
-    assert (seldom.loss_fn({"flow": None}, batch, KEY)[1].terms["identity"] != cost).all()
+    assert (training != cost).all()
 
 
 def test_times_are_two_draws_in_order_and_often_equal():
@@ -172,19 +174,20 @@ def test_the_average_velocity_is_where_training_comes_to_rest(x64, r, t):
     weight = np.outer(prob, prob).ravel() / prob.sum() ** 2
     x, noise = MEAN + SIGMA * a[:, None], np.stack([e, e], axis=1)
     z, v = jnp.asarray((1 - t) * x + t * noise), jnp.asarray(noise - x)
-    ends = jnp.full(len(z), r), jnp.full(len(z), t)
+    ends, same = (jnp.full(len(z), r), jnp.full(len(z), t)), r == t
 
     def loss(params):
         def u(z, r, t):
-            average = _velocity(z, t) if ends[0][0] == ends[1][0] else _average(z, r, t)
+            average = _velocity(z, t) if same else _average(z, r, t)
             features = jnp.stack([jnp.ones_like(z), z, jnp.sin(3 * z), t[:, None] * z])
             return average + jnp.einsum("fbd,fd->bd", features, params)
 
         found, target = mean_flow.average_and_target(u, z, *ends, v)
         return jnp.sum(weight[:, None] * (found - target) ** 2)
 
-    np.testing.assert_allclose(jax.grad(loss)(jnp.zeros((4, 2))), 0, atol=1e-6)
-    assert np.abs(jax.grad(loss)(jnp.full((4, 2), 0.1))).min() > 1e-3
+    slope = jax.jit(jax.grad(loss))
+    np.testing.assert_allclose(slope(jnp.zeros((4, 2))), 0, atol=1e-6)
+    assert np.abs(slope(jnp.full((4, 2), 0.1))).min() > 1e-3
 
 
 @pytest.mark.parametrize(

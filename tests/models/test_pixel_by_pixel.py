@@ -1,5 +1,6 @@
 """MADE and PixelCNN: normalised, blind to what comes later, and drawn as they are scored."""
 
+import functools
 import itertools
 
 import jax
@@ -25,15 +26,19 @@ def family(request):
 
 
 def _model(family, spec=SPEC, **fields):
-    """With weights far from where they start."""
+    """With random weights."""
     config = family.Config(**{**SMALL[family], **fields})
     family.check(config, spec)
     model = family.build(config, spec)
-    params = model.init(jax.random.key(0), {"x": jnp.zeros((1, *spec.event_shape))})
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [p + 0.5 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
-    return model, jax.tree.unflatten(structure, moved)
+    batch = {"x": jnp.zeros((1, *spec.event_shape))}
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
+    rng = np.random.default_rng(1)
+    return model, jax.tree.map(lambda p: np.float32(0.6 * rng.normal(size=p.shape)), shapes)
+
+
+@functools.cache
+def _usual(family, conditional):
+    return _model(family, conditional=conditional)
 
 
 def _log_prob(model):
@@ -43,7 +48,7 @@ def _log_prob(model):
 @pytest.mark.parametrize("conditional", [False, True])
 def test_probabilities_of_all_images_sum_to_one(family, conditional):
     """Of each class by itself, and the classes differ."""
-    model, params = _model(family, conditional=conditional)
+    model, params = _usual(family, conditional)
     log_prob, found = _log_prob(model), []
     for label in range(3):
         batch = {"x": ALL, "label": jnp.full(len(ALL), label)}
@@ -102,7 +107,7 @@ def test_each_order_is_trained_by_itself_and_their_mixture_is_scored():
 
 def test_a_single_draw_may_be_of_any_order():
     """The mean of a thousand is that of the mixture, within four standard errors."""
-    model, params = _model(made)
+    model, params = _usual(made, False)
     keys = jax.random.split(jax.random.key(5), 1000)
     draws = jax.jit(jax.vmap(lambda key: model.sample(params, key, 1)["x"][0]))(keys)
     probs = np.exp(np.asarray(_log_prob(model)(params, {"x": ALL}), np.float64))
@@ -113,7 +118,7 @@ def test_a_single_draw_may_be_of_any_order():
 @pytest.mark.parametrize("conditional", [False, True])
 def test_samples_have_the_probabilities_that_are_scored(family, conditional):
     """A chi-square over all images, those that are expected less than five times as one."""
-    model, params = _model(family, conditional=conditional)
+    model, params = _usual(family, conditional)
     samples = jax.jit(model.sample, static_argnums=2)(params, jax.random.key(3), 30_000)
     index = (np.asarray(samples["x"]).reshape(-1, 9) @ 2.0 ** np.arange(9)[::-1]).astype(int)
     log_prob = _log_prob(model)
@@ -133,9 +138,14 @@ def test_the_best_of_independent_pixels_is_their_entropy(family):
     p = np.linspace(0.1, 0.9, 9)
     spec = SPEC._replace(mean=p.reshape(3, 3, 1).astype(np.float32))
     model = family.build(family.Config(**SMALL[family]), spec)
-    params = model.init(jax.random.key(0), {"x": jnp.zeros((1, 3, 3, 1))})
-    # All weights at zero, and biases as they start: from the mean of the data.
-    params = jax.tree.map(lambda a: a if a.shape == (9,) else jnp.zeros_like(a), params)
+
+    @jax.jit
+    def start(rng):
+        """All weights at zero, and biases as they start: from the mean of the data."""
+        params = model.init(rng, {"x": jnp.zeros((1, 3, 3, 1))})
+        return jax.tree.map(lambda a: a if a.shape == (9,) else jnp.zeros_like(a), params)
+
+    params = start(jax.random.key(0))
     weights = np.prod(np.where(ALL.reshape(-1, 9) == 1, p, 1 - p), axis=1)
     entropy = -np.sum(p * np.log(p) + (1 - p) * np.log(1 - p))
 

@@ -1,5 +1,7 @@
 """Two layers of one latent each and four binary pixels, where everything can be integrated."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,11 +31,14 @@ def _build(**fields):
     return topdown.build(topdown.Config(**(FIELDS | fields)), SPEC)
 
 
-def _params(scale=0.5):
-    shapes = jax.eval_shape(_build().init, jax.random.key(0), BATCH)
-    leaves, structure = jax.tree.flatten(shapes)
+def _random(model, batch=BATCH):
+    shapes = jax.eval_shape(model.init, jax.random.key(0), batch)
     rng = np.random.default_rng(1)
-    return jax.tree.unflatten(structure, [scale * rng.normal(size=p.shape) for p in leaves])
+    return jax.tree.map(lambda p: 0.5 * rng.normal(size=p.shape), shapes)
+
+
+def _params():
+    return _random(_build())
 
 
 def _pairs():
@@ -41,14 +46,16 @@ def _pairs():
     return [a.reshape(-1, 1) for a in np.meshgrid(AXIS, AXIS, indexing="ij")]
 
 
-def _exact(model, params):
+@functools.cache
+def _exact():
     """log p(x) of all 16 images, by the joint density on a grid of (z_1, z_2)."""
+    params, log_joint = _params(), jax.jit(_build().latents.log_joint)
     z = tuple(jnp.asarray(a.reshape(-1, 1, 1, 1, 1)) for a in _pairs())
     cell = 2 * np.log(AXIS[1] - AXIS[0])
     log_p = []
     for i in range(ROWS):
         batch = {"x": BATCH["x"][i : i + 1]}
-        log_lik, log_prior = jax.jit(model.latents.log_joint)(params, batch, z)
+        log_lik, log_prior = log_joint(params, batch, z)
         log_p.append(special.logsumexp(np.asarray(log_lik + log_prior)[:, 0]) + cell)
     np.testing.assert_allclose(special.logsumexp(log_prior) + cell, 0, atol=1e-5)
     return np.array(log_p)
@@ -64,7 +71,7 @@ def _error(draws):
 
 def test_weights_are_unbiased_and_the_elbo_is_a_bound():
     params, model = _params(), _build()
-    exact = _exact(model, params)
+    exact = _exact()
     np.testing.assert_allclose(special.logsumexp(exact), 0, atol=1e-5)  # Σ_x p(x) = 1
     log_w = _draws(lambda key: model.log_weight(params, BATCH, key), 20_000)
     w = np.exp(log_w)
@@ -110,7 +117,7 @@ def test_at_the_start_every_layer_is_the_standard_gaussian():
     terms = jax.jit(model.loss_fn)(params, BATCH, jax.random.key(1))[1].terms
     np.testing.assert_allclose(terms["rate"], 0, atol=1e-7)
     z = jnp.zeros((1, ROWS, 1, 1, 1)), jnp.ones((1, ROWS, 1, 1, 1))
-    _, log_prior = model.latents.log_joint(params, BATCH, z)
+    _, log_prior = jax.jit(model.latents.log_joint)(params, BATCH, z)
     np.testing.assert_allclose(log_prior, stats.norm.logpdf([0, 1]).sum(), atol=1e-6)
 
 
@@ -119,7 +126,7 @@ def test_every_objective_is_a_bound(objective):
     """Free bits charge more than the rate; the others have the mean of a bound."""
     params, model = _params(), _build(objective=objective, num_samples=2)
     losses = _draws(lambda key: model.loss_fn(params, BATCH, key)[0], 2000)
-    assert losses.mean() > -_exact(model, params).mean() + 4 * _error(losses)
+    assert losses.mean() > -_exact().mean() + 4 * _error(losses)
 
 
 def test_samples_have_the_models_distribution():
@@ -127,7 +134,7 @@ def test_samples_have_the_models_distribution():
     samples = jax.jit(model.sample, static_argnums=2)(params, jax.random.key(4), 40_000)
     index = np.asarray(samples["x"]).reshape(-1, PIXELS) @ (1 << np.arange(PIXELS))
     found = np.bincount(index.astype(int), minlength=ROWS) / 40_000
-    p = np.exp(_exact(model, params))
+    p = np.exp(_exact())
     assert (np.abs(found - p) < 4.5 * np.sqrt(p * (1 - p) / 40_000)).all()
 
 
@@ -136,15 +143,17 @@ def test_codes_are_decoded_in_the_order_in_which_they_lie():
     config = topdown.Config(layers=(1, 1), latents=2, channels=3, width=2)
     model = topdown.build(config, SPEC)
     assert model.layer_sizes == (2 * 2 * 2, 2)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), BATCH)
-    rng = np.random.default_rng(2)
-    params = jax.tree.map(lambda p: 0.5 * rng.normal(size=p.shape), shapes)
-    codes = model.encode(params, BATCH, jax.random.key(0))
+    params = _random(model)
+    codes = jax.jit(model.encode)(params, BATCH, jax.random.key(0))
     assert codes.shape == (ROWS, 10)
     net = topdown.Net(config, SPEC).bind({"params": params["topdown"]})
-    _, outputs = net.down(net.features(BATCH["x"]), (1, ROWS), lambda layer, q, p: q()[0])
-    expected = special.expit(np.asarray(outputs)[0, ..., 0])
-    found = np.asarray(model.decode(params, codes)).reshape(ROWS, PIXELS)
+
+    @jax.jit
+    def at_the_means(x):
+        return net.down(net.features(x), (1, ROWS), lambda layer, q, p: q()[0])[1]
+
+    expected = special.expit(np.asarray(at_the_means(BATCH["x"]))[0, ..., 0])
+    found = np.asarray(jax.jit(model.decode)(params, codes)).reshape(ROWS, PIXELS)
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
@@ -155,7 +164,7 @@ def test_every_likelihood_and_odd_sides(likelihood):
     spec = DataSpec(event, support, np.full(event, 0.4, np.float32), 100)
     model = topdown.build(topdown.Config(layers=(0, 1, 1), channels=2, width=2), spec)
     batch = {"x": jnp.ones((2, *event))}
-    params = jax.jit(model.init)(jax.random.key(0), batch)
+    params = _random(model, batch)
     assert np.isfinite(jax.jit(model.log_weight)(params, batch, jax.random.key(1))).all()
     samples = jax.jit(model.sample, static_argnums=2)(params, jax.random.key(1), 3)
     assert samples["x"].shape == (3, *event)

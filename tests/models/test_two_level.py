@@ -1,5 +1,7 @@
 """Two levels of one latent each and four binary pixels, where everything can be integrated."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,17 +47,18 @@ def _net(params, **fields):
     return two_level.Net(config, SPEC).bind({"params": params["two_level"]})
 
 
-def _exact(params, **fields):
+@functools.cache
+def _exact(**fields):
     """log p(x) of all 16 images: the sum over a grid of (z_1, z_2)."""
-    net, axis = _net(params, **fields), jnp.asarray(AXIS)[:, None]
-    log_p_2 = np.asarray(net.log_prior_2(axis))
+    net, axis = _net(_params(**fields), **fields), AXIS[:, None]
+    log_p_2 = np.asarray(jax.jit(net.log_prior_2)(axis))
     np.testing.assert_allclose(np.exp(log_p_2).sum() * (AXIS[1] - AXIS[0]), 1, atol=1e-6)
-    mu, log_sigma = (np.asarray(a)[:, 0] for a in net.generate_1(axis))
+    mu, log_sigma = (np.asarray(a)[:, 0] for a in jax.jit(net.generate_1.__call__)(axis))
     # [z_2, z_1]
     log_joint = stats.norm.logpdf(AXIS[None], mu[:, None], np.exp(log_sigma)[:, None])
     log_joint = log_joint + log_p_2[:, None] + 2 * np.log(AXIS[1] - AXIS[0])
     pairs = np.broadcast_arrays(AXIS[None, :, None], AXIS[:, None, None])
-    logits = np.asarray(net.outputs(tuple(jnp.asarray(a) for a in pairs)))[..., 0]
+    logits = np.asarray(jax.jit(net.outputs)(tuple(pairs)))[..., 0]
     log_lik = special.log_expit(logits) @ X.T + special.log_expit(-logits) @ (1 - X).T
     return special.logsumexp(log_lik + log_joint[..., None], axis=(0, 1))
 
@@ -71,7 +74,7 @@ def _error(draws):
 @pytest.mark.parametrize("prior", ["standard", "mixture", "vamp"])
 def test_weights_are_unbiased_and_the_elbo_is_a_bound(prior):
     params, model = _params(prior=prior), _build(prior=prior)
-    exact = _exact(params, prior=prior)
+    exact = _exact(prior=prior)
     log_w = _draws(lambda key: model.log_weight(params, BATCH, key), 20_000)
     w = np.exp(log_w)
     assert (np.abs(w.mean(axis=0) - np.exp(exact)) < 4.5 * _error(w)).all()
@@ -82,7 +85,7 @@ def test_weights_are_unbiased_and_the_elbo_is_a_bound(prior):
 def test_the_losses_are_bounds_and_the_layers_rates_sum_to_the_rate(objective):
     params = _params()
     model = _build(objective=objective, num_samples=3)
-    exact = _exact(params)
+    exact = _exact()
     terms = jax.jit(model.loss_fn)(params, BATCH, jax.random.key(3))[1].terms
     np.testing.assert_allclose(terms["rate_1"] + terms["rate_2"], terms["rate"], rtol=1e-10)
     losses = _draws(lambda key: model.loss_fn(params, BATCH, key)[0], 2000)
@@ -94,11 +97,15 @@ def test_the_posteriors_density_is_the_product_of_both_levels():
     params, model = _params(), _build()
     net, rng = _net(params), np.random.default_rng(5)
     z = tuple(jnp.asarray(rng.normal(size=(2, ROWS, 1))) for _ in range(2))
-    pixels = jnp.broadcast_to(net.pixels(BATCH["x"]), (2, ROWS, PIXELS))
-    lower, upper = net.infer_1(pixels, z[1]), net.infer_2(pixels)
+
+    @jax.jit
+    def posteriors(x):
+        pixels = jnp.broadcast_to(net.pixels(x), (2, ROWS, PIXELS))
+        return net.infer_1(pixels, z[1]), net.infer_2(pixels)
+
     expected = sum(
         stats.norm.logpdf(np.asarray(value), np.asarray(mu), np.exp(log_sigma))[..., 0]
-        for value, (mu, log_sigma) in zip(z, (lower, upper), strict=True)
+        for value, (mu, log_sigma) in zip(z, posteriors(BATCH["x"]), strict=True)
     )
     found = jax.jit(model.latents.log_posterior)(params, BATCH, z)
     np.testing.assert_allclose(found, expected, rtol=1e-10)
@@ -109,22 +116,23 @@ def test_both_levels_feed_the_pixels_and_the_lower_posterior():
     net = _net(_params())
     z = jnp.array([[0.3]]), jnp.array([[-0.4]])
     moved = jnp.array([[1.3]])
+    outputs, infer_1 = jax.jit(net.outputs), jax.jit(net.infer_1)
     for pair in ((moved, z[1]), (z[0], moved)):
-        assert not np.allclose(net.outputs(z), net.outputs(pair))
+        assert not np.allclose(outputs(z), outputs(pair))
     pixels = net.pixels(BATCH["x"][:1])
     for inputs in ((-pixels, z[1]), (pixels, moved)):
-        assert not np.allclose(net.infer_1(pixels, z[1])[0], net.infer_1(*inputs)[0])
+        assert not np.allclose(infer_1(pixels, z[1])[0], infer_1(*inputs)[0])
 
 
 def test_a_vampprior_of_one_component_is_the_posterior_there():
     """p(z_2) = q(z_2 | u) with u the one pseudo-input."""
     params = _params(components=1)
     net = _net(params, components=1)
-    u = jax.nn.sigmoid(params["two_level"]["prior"]["pseudo_inputs"])
-    mu, log_sigma = (np.asarray(a) for a in net.infer_2(net.pixels(u)))
+    u = special.expit(params["two_level"]["prior"]["pseudo_inputs"])
+    mu, log_sigma = (np.asarray(a) for a in jax.jit(lambda u: net.infer_2(net.pixels(u)))(u))
     z = np.linspace(-3, 3, 7)[:, None]
     expected = stats.norm.logpdf(z, mu, np.exp(log_sigma))[:, 0]
-    np.testing.assert_allclose(net.log_prior_2(jnp.asarray(z)), expected, rtol=1e-9)
+    np.testing.assert_allclose(jax.jit(net.log_prior_2)(z), expected, rtol=1e-9)
 
 
 def test_samples_have_the_models_distribution():
@@ -132,23 +140,27 @@ def test_samples_have_the_models_distribution():
     samples = jax.jit(model.sample, static_argnums=2)(params, jax.random.key(4), 40_000)
     index = np.asarray(samples["x"]).reshape(-1, PIXELS) @ (1 << np.arange(PIXELS))
     found = np.bincount(index.astype(int), minlength=ROWS) / 40_000
-    p = np.exp(_exact(params))
+    p = np.exp(_exact())
     assert (np.abs(found - p) < 4.5 * np.sqrt(p * (1 - p) / 40_000)).all()
 
 
 def test_codes_are_decoded_where_they_lie():
     """Features of both levels, in the order of the levels; their picture is E[x | z] there."""
     params, model = _params(), _build()
-    codes = model.encode(params, BATCH, jax.random.key(0))
+    codes = jax.jit(model.encode)(params, BATCH, jax.random.key(0))
     net = _net(params)
-    pixels = net.pixels(BATCH["x"])
-    z_2 = net.infer_2(pixels)[0]
-    z_1 = net.infer_1(pixels, z_2)[0]
-    np.testing.assert_allclose(codes, jnp.concatenate([z_1, z_2], axis=1), rtol=1e-9)
-    expected = special.expit(np.asarray(net.outputs((z_1, z_2)))[..., 0])
-    np.testing.assert_allclose(
-        np.asarray(model.decode(params, codes)).reshape(ROWS, PIXELS), expected, rtol=1e-9
-    )
+
+    @jax.jit
+    def means_and_picture(x):
+        pixels = net.pixels(x)
+        z_2 = net.infer_2(pixels)[0]
+        z_1 = net.infer_1(pixels, z_2)[0]
+        return jnp.concatenate([z_1, z_2], axis=1), net.outputs((z_1, z_2))[..., 0]
+
+    means, logits = means_and_picture(BATCH["x"])
+    np.testing.assert_allclose(codes, means, rtol=1e-9)
+    picture = np.asarray(jax.jit(model.decode)(params, codes)).reshape(ROWS, PIXELS)
+    np.testing.assert_allclose(picture, special.expit(np.asarray(logits)), rtol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -67,10 +67,10 @@ def _log_joint(params, **fields):
     """log p(x | c) + log p(c) of all codes (rows, `[C, N]` indices beside) and all 16 images."""
     net, prior, codebook = _parts(params, **fields)
     codes = np.array(list(itertools.product(range(len(codebook)), repeat=prior.num)))
-    logits = np.asarray(net.outputs(jnp.asarray(codebook[codes])))[..., 0]
+    logits = np.asarray(jax.jit(net.outputs)(codebook[codes]))[..., 0]
     x = X.reshape(ROWS, PIXELS)
     log_lik = special.log_expit(logits) @ x.T + special.log_expit(-logits) @ (1 - x).T
-    log_prior = np.asarray(prior.log_prob(jnp.asarray(np.eye(len(codebook))[codes])))
+    log_prior = np.asarray(jax.jit(prior.log_prob)(np.eye(len(codebook))[codes]))
     np.testing.assert_allclose(special.logsumexp(log_prior), 0, atol=1e-12)
     return codes, log_lik + log_prior[:, None]
 
@@ -90,22 +90,26 @@ def test_the_elbo_is_the_encoders_term_of_the_sum_over_codes_that_is_p_of_x(fiel
     log_p_x = special.logsumexp(log_joint, axis=0)
     np.testing.assert_allclose(special.logsumexp(log_p_x), 0, atol=1e-10)
     net, _, codebook = _parts(params, **fields)
-    v = np.asarray(net.vectors(BATCH["x"]))
+    v = np.asarray(jax.jit(net.vectors)(BATCH["x"]))
     nearest = np.linalg.norm(v[:, :, None] - codebook, axis=-1).argmin(axis=-1)
     assert len(np.unique(nearest)) > 1
     row = (codes[:, None] == nearest[None]).all(axis=-1).argmax(axis=0)
-    elbo = model.log_likelihood_fns["elbo"](params, BATCH, RNG)
+
+    @jax.jit
+    def measure(*at):
+        elbo, terms = model.log_likelihood_fns["elbo"](*at), {}
+        for player in model.players:
+            terms |= player.loss_fn(*at)[1].terms
+        return elbo, terms, model.log_weight(*at), model.encode(*at), model.reconstruct(*at)
+
+    elbo, terms, log_weight, encoded, means = measure(params, BATCH, RNG)
     np.testing.assert_allclose(elbo, log_joint[row, np.arange(ROWS)], rtol=1e-10)
     assert np.all(elbo < log_p_x)
-    terms = {}
-    for player in model.players:
-        terms |= player.loss_fn(params, BATCH, RNG)[1].terms
     np.testing.assert_allclose(terms["distortion"] + terms["rate"], -elbo, rtol=1e-10)
-    np.testing.assert_array_equal(model.log_weight(params, BATCH, RNG), elbo)
-    encoded = model.encode(params, BATCH, RNG)
+    np.testing.assert_array_equal(log_weight, elbo)
     np.testing.assert_allclose(encoded, codebook[nearest].reshape(ROWS, -1), rtol=1e-10)
-    means = special.expit(np.asarray(net.outputs(encoded))[..., 0]).reshape(X.shape)
-    np.testing.assert_allclose(model.reconstruct(params, BATCH, RNG), means, rtol=1e-10)
+    expected = special.expit(np.asarray(jax.jit(net.outputs)(encoded))[..., 0])
+    np.testing.assert_allclose(means, expected.reshape(X.shape), rtol=1e-10)
 
 
 @pytest.mark.parametrize("fields", [{}, TRANSFORMER])
@@ -121,7 +125,7 @@ def test_samples_have_the_models_distribution(fields):
 
 def _gradient(model, params, which=0):
     player = model.players[which]
-    return jax.grad(lambda p: player.loss_fn(p, BATCH, RNG)[0])(params)
+    return jax.jit(jax.grad(lambda p: player.loss_fn(p, BATCH, RNG)[0]))(params)
 
 
 @pytest.mark.parametrize("quantiser", vqvae.QUANTISERS)
@@ -130,20 +134,22 @@ def test_the_encoder_gets_the_gradient_at_its_codes_as_if_they_were_its_vectors(
     model = _build(quantiser=quantiser, commitment=0.3)
     params = _params(model)
     net, _, _ = _parts(params, quantiser=quantiser)
-    z = jnp.asarray(model.encode(params, BATCH, RNG)).reshape(ROWS, 2, 2)
+    z = jax.jit(model.encode)(params, BATCH, RNG).reshape(ROWS, 2, 2)
 
     def distortion(z):
         logits, x = net.outputs(z)[..., 0], X.reshape(ROWS, PIXELS)
         return jnp.mean(jnp.sum(jnp.logaddexp(0, logits) - x * logits, axis=-1))
 
-    at_v = jax.grad(distortion)(z)
-    v, pull_back = jax.vjp(
-        lambda p: vqvae.Net(net.config, SPEC).apply({"params": p}, BATCH["x"], method="vectors"),
-        params["vqvae"]["net"],
-    )
-    if quantiser != "fsq":
-        at_v += 0.3 * 2 * (v - z) / ROWS
-    (expected,) = pull_back(at_v)
+    def vectors(p):
+        return vqvae.Net(net.config, SPEC).apply({"params": p}, BATCH["x"], method="vectors")
+
+    @jax.jit
+    def pulled(p):
+        v, pull_back = jax.vjp(vectors, p)
+        commitment = 0.3 * 2 * (v - z) / ROWS if quantiser != "fsq" else 0
+        return pull_back(jax.grad(distortion)(z) + commitment)[0]
+
+    expected = pulled(params["vqvae"]["net"])
     found = _gradient(model, params)["vqvae"]["net"]
     for name in ("encoder", "head"):
         jax.tree.map(
@@ -158,7 +164,7 @@ def test_the_codebook_is_pulled_to_the_vectors_nearest_to_it():
     model = _build(quantiser="gradient")
     params = _params(model)
     net, _, codebook = _parts(params, quantiser="gradient")
-    v = np.asarray(net.vectors(BATCH["x"])).reshape(-1, 2)
+    v = np.asarray(jax.jit(net.vectors)(BATCH["x"])).reshape(-1, 2)
     nearest = np.linalg.norm(v[:, None] - codebook, axis=-1).argmin(axis=-1)
     expected = [2 * (codebook[k] - v[nearest == k]).sum(axis=0) / ROWS for k in range(3)]
     found = _gradient(model, params)["vqvae"]["codebook"]
@@ -178,9 +184,9 @@ def test_only_a_moving_average_has_a_state_and_padded_rows_do_not_enter_it():
         model = _build(quantiser=quantiser)
         params = _params(model)
         assert "state" not in params
-        assert model.players[0].loss_fn(params, BATCH, RNG)[1].state is None
+        assert jax.eval_shape(model.players[0].loss_fn, params, BATCH, RNG)[1].state is None
     model = _build(ema_decay=0.8)
-    params, loss_fn = _params(model), model.players[0].loss_fn
+    params, loss_fn = _params(model), jax.jit(model.players[0].loss_fn)
     mask = jnp.arange(ROWS) < 11
     _, padded = loss_fn(params, {**BATCH, "mask": mask}, RNG)
     _, alone = loss_fn(params, {"x": BATCH["x"][:11]}, RNG)
@@ -198,7 +204,7 @@ def test_only_a_moving_average_has_a_state_and_padded_rows_do_not_enter_it():
 
 def _nearest(params):
     net, _, codebook = _parts(params)
-    return quantise.nearest(net.vectors(BATCH["x"]), jnp.asarray(codebook))
+    return jax.jit(lambda x: quantise.nearest(net.vectors(x), jnp.asarray(codebook)))(BATCH["x"])
 
 
 def test_loss_gradient_and_codebook_are_the_same_on_one_device_and_on_eight():
@@ -217,11 +223,12 @@ def test_loss_gradient_and_codebook_are_the_same_on_one_device_and_on_eight():
 
 
 def test_a_codebook_starts_as_vectors_of_the_batch():
-    for quantiser, where in (("gradient", "vqvae"), ("ema", "state")):
+    for quantiser in ("gradient", "ema"):
         model = _build(quantiser=quantiser)
         params = model.init(RNG, BATCH)
-        v = np.asarray(_parts(params, quantiser=quantiser)[0].vectors(BATCH["x"])).reshape(-1, 2)
-        gaps = np.linalg.norm(v[:, None] - np.asarray(params[where]["codebook"]), axis=-1)
+        net, _, codebook = _parts(params, quantiser=quantiser)
+        v = np.asarray(jax.jit(net.vectors)(BATCH["x"])).reshape(-1, 2)
+        gaps = np.linalg.norm(v[:, None] - codebook, axis=-1)
         np.testing.assert_allclose(gaps.min(axis=0), 0, atol=1e-7)
 
 

@@ -102,7 +102,7 @@ def test_attention_is_its_formula(causal):
         score = (heads["key"][b, keys, n].conj() @ heads["query"][b, t, n]).real / np.sqrt(C)
         mixed[b, t, n] = special.softmax(score) @ heads["value"][b, keys, n]
     expected = mixed.reshape(B, T, F) @ kernels["out"]
-    np.testing.assert_allclose(module(h, angles), expected, rtol=1e-9)
+    np.testing.assert_allclose(jit(module.__call__)(h, angles), expected, rtol=1e-9)
 
 
 def test_a_feed_forward_layer_is_its_formula():
@@ -113,7 +113,7 @@ def test_a_feed_forward_layer_is_its_formula():
     )
     gated = np.asarray(h) @ gate
     expected = (gated * special.expit(gated) * (np.asarray(h) @ value)) @ out
-    np.testing.assert_allclose(module(h), expected, rtol=1e-10)
+    np.testing.assert_allclose(jit(module.__call__)(h), expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -135,7 +135,8 @@ def test_a_sequence_step_by_step_is_the_sequence_at_once():
         return cache, out[:, 0]
 
     _, outs = jit(lambda: jax.lax.scan(add, block.empty_cache(B, T), jnp.arange(T)))()
-    np.testing.assert_allclose(jnp.swapaxes(outs, 0, 1), block(h, angles), rtol=1e-9)
+    at_once = jit(block.__call__)(h, angles)
+    np.testing.assert_allclose(np.swapaxes(outs, 0, 1), at_once, rtol=1e-9)
 
 
 @pytest.mark.parametrize("conditional", [False, True])
@@ -143,8 +144,8 @@ def test_a_fresh_block_is_the_identity_and_does_not_stay_so(conditional):
     h, angles = _normal(B, T, F), _angles(T)
     condition = _normal(B, 3, seed=1) if conditional else None
     module = attention.Block(F, H, 6, conditional=conditional)
-    params = module.init(jax.random.key(0), h, angles, condition)
-    np.testing.assert_array_equal(module.apply(params, h, angles, condition), h)
+    params = jit(module.init)(jax.random.key(0), h, angles, condition)
+    np.testing.assert_array_equal(jit(module.apply)(params, h, angles, condition), h)
     target = _normal(B, T, F, seed=2)
 
     def cost(params):
@@ -159,6 +160,7 @@ def test_a_condition_shifts_scales_and_gates_each_half():
     h, angles, condition = _normal(B, T, F), _angles(T), jnp.ones((B, 1))
     block = _bound(attention.Block(F, H, 6, conditional=True), h, angles, condition)
 
+    @jit
     def given(*said):
         """The block where the condition says these six numbers, each of all features."""
         params = dict(block.variables["params"])
@@ -168,17 +170,18 @@ def test_a_condition_shifts_scales_and_gates_each_half():
 
     flat = jnp.full((B, T, F), 0.3)
     np.testing.assert_array_equal(given(2.0, 2.0, 0.0, 2.0, 2.0, 0.0), h)
-    expected = h + 0.7 * block.attention(flat, angles)
+    expected = h + 0.7 * jit(block.attention.__call__)(flat, angles)
     np.testing.assert_allclose(given(0.3, -1.0, 0.7, 1.0, 1.0, 0.0), expected, rtol=1e-10)
-    expected = h + 0.7 * block.feed_forward(flat)
+    feed_forward = jit(block.feed_forward.__call__)
+    expected = h + 0.7 * feed_forward(flat)
     np.testing.assert_allclose(given(1.0, 1.0, 0.0, 0.3, -1.0, 0.7), expected, rtol=1e-10)
-    expected = h + block.feed_forward(2 * attention.rms_norm(h))
+    expected = h + feed_forward(2 * attention.rms_norm(h))
     np.testing.assert_allclose(given(1.0, 1.0, 0.0, 0.0, 1.0, 1.0), expected, rtol=1e-10)
 
 
 def test_rows_of_a_batch_have_each_their_own_condition():
     h, angles, condition = _normal(B, T, F), _angles(T), _normal(B, 3, seed=1)
-    block = _bound(attention.Block(F, H, 6, conditional=True), h, angles, condition)
+    block = jit(_bound(attention.Block(F, H, 6, conditional=True), h, angles, condition).__call__)
     both = block(h, angles, condition)
     for b in range(B):
         alone = block(h[b : b + 1], angles, condition[b : b + 1])

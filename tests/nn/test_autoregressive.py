@@ -64,10 +64,16 @@ def _all_codes(num, classes):
     return np.array(list(itertools.product(range(classes), repeat=num)))
 
 
+@functools.cache
+def _log_probs(num, classes, embedding):
+    """Of every code."""
+    codes = np.eye(classes)[_all_codes(num, classes)]
+    return np.asarray(jit(_prior(num, classes, embedding).log_prob)(codes))
+
+
 @pytest.mark.parametrize(("num", "classes", "embedding"), CASES)
 def test_the_probabilities_of_all_codes_sum_to_one(num, classes, embedding):
-    prior, codes = _prior(num, classes, embedding), _all_codes(num, classes)
-    log_probs = jit(prior.log_prob)(np.eye(classes)[codes])
+    log_probs = _log_probs(num, classes, embedding)
     assert log_probs.shape == (classes**num,)
     np.testing.assert_allclose(special.logsumexp(log_probs), 0, atol=1e-12)
     assert np.std(log_probs) > 0.2  # far from uniform
@@ -76,14 +82,14 @@ def test_the_probabilities_of_all_codes_sum_to_one(num, classes, embedding):
 @pytest.mark.parametrize(("num", "classes", "embedding"), CASES)
 def test_draws_have_the_probabilities(num, classes, embedding):
     """Many keys and two draws of each, so that noise in common would show: chi-square."""
-    prior, codes = _prior(num, classes, embedding), _all_codes(num, classes)
+    prior = _prior(num, classes, embedding)
     keys = jax.random.split(jax.random.key(2), 20_000)
     drawn = np.asarray(jit(jax.vmap(lambda key: prior.draw(key, 2)))(keys))
     assert drawn.shape == (20_000, 2, num, classes)
     assert np.isin(drawn, (0, 1)).all() and (drawn.sum(axis=-1) == 1).all()
     index = drawn.argmax(axis=-1).reshape(-1, num) @ classes ** np.arange(num)[::-1]
-    expected = 40_000 * np.exp(jit(prior.log_prob)(np.eye(classes)[codes]))
-    counts = np.bincount(index, minlength=len(codes))
+    expected = 40_000 * np.exp(_log_probs(num, classes, embedding))
+    counts = np.bincount(index, minlength=len(expected))
     often = expected > 5
     pooled = [np.append(c[often], c[~often].sum() + 1e-9) for c in (counts, expected)]
     assert stats.chisquare(*pooled, sum_check=False).pvalue > 1e-4
@@ -103,8 +109,9 @@ def test_the_extension_to_relaxed_codes_is_linear_in_the_last():
     """Σ_c y_c log p(c): of the code that no other sees."""
     prior, rng = _prior(3, 4, 2), np.random.default_rng(3)
     before, last = np.eye(4)[[1, 3]], rng.dirichlet(np.ones(4))
-    each = [prior.log_prob(jnp.asarray(np.concatenate([before, [c]]))) for c in np.eye(4)]
-    relaxed = prior.log_prob(jnp.asarray(np.concatenate([before, [last]])))
+    log_prob = jit(prior.log_prob)
+    each = [log_prob(np.concatenate([before, [c]])) for c in np.eye(4)]
+    relaxed = log_prob(np.concatenate([before, [last]]))
     np.testing.assert_allclose(relaxed, last @ np.array(each), rtol=1e-12)
 
 
@@ -117,10 +124,16 @@ def _case(num, classes, fields):
     return net, codes, jnp.ones(len(codes), jnp.int32) if net.labels else None
 
 
+@functools.cache
+def _transformers_log_probs(num, classes, fields):
+    """Of every code."""
+    net, codes, label = _case(num, classes, dict(fields))
+    return np.asarray(jit(net.log_prob)(np.eye(classes)[codes], label))
+
+
 @pytest.mark.parametrize(("num", "classes", "fields"), TRANSFORMERS)
 def test_a_transformers_probabilities_sum_to_one(num, classes, fields):
-    net, codes, label = _case(num, classes, fields)
-    log_probs = jit(net.log_prob)(np.eye(classes)[codes], label)
+    log_probs = _transformers_log_probs(num, classes, tuple(fields.items()))
     assert log_probs.shape == (classes**num,)
     np.testing.assert_allclose(special.logsumexp(log_probs), 0, atol=1e-12)
     assert np.std(log_probs) > 0.2
@@ -129,14 +142,14 @@ def test_a_transformers_probabilities_sum_to_one(num, classes, fields):
 @pytest.mark.parametrize(("num", "classes", "fields"), TRANSFORMERS)
 def test_a_transformers_draws_have_the_probabilities(num, classes, fields):
     """One row for each key's pair of draws: chi-square."""
-    net, codes, label = _case(num, classes, fields)
+    net, _, label = _case(num, classes, fields)
     keys, pair = jax.random.split(jax.random.key(2), 10_000), None if label is None else label[:2]
     drawn = np.asarray(jit(jax.vmap(lambda key: net.draw(key, 2, pair)))(keys))
     assert drawn.shape == (10_000, 2, num, classes)
     assert np.isin(drawn, (0, 1)).all() and (drawn.sum(axis=-1) == 1).all()
     index = drawn.argmax(axis=-1).reshape(-1, num) @ classes ** np.arange(num)[::-1]
-    expected = 20_000 * np.exp(jit(net.log_prob)(np.eye(classes)[codes], label))
-    counts = np.bincount(index, minlength=len(codes))
+    expected = 20_000 * np.exp(_transformers_log_probs(num, classes, tuple(fields.items())))
+    counts = np.bincount(index, minlength=len(expected))
     often = expected > 5
     pooled = [np.append(c[often], c[~often].sum() + 1e-9) for c in (counts, expected)]
     assert stats.chisquare(*pooled, sum_check=False).pvalue > 1e-4
@@ -177,7 +190,8 @@ def test_the_sampler_draws_from_the_logits_of_the_scorer(num, classes, fields):
 def test_a_label_has_a_start_of_its_own_and_changes_every_code():
     net, codes, _ = _case(*TRANSFORMERS[2])
     one_hot = jnp.asarray(np.eye(2)[codes[:1]])
-    each = [net.logits(one_hot, jnp.array([label])) for label in range(3)]
+    logits = jit(net.logits)
+    each = [logits(one_hot, jnp.array([label])) for label in range(3)]
     for other in each[:2]:
         assert np.all(np.abs(each[2] - other).max(axis=(0, 2)) > 1e-4)
 
@@ -194,10 +208,11 @@ def test_temperature_and_nucleus_by_hand():
 
 def test_a_cold_transformer_draws_the_likeliest_code_each_time():
     net, _, _ = _case(*TRANSFORMERS[0])
+    logits = jit(net.logits)
     for how in ({"temperature": 1e-6}, {"top_p": 1e-6}):
         codes = np.asarray(jit(lambda key, how=how: net.draw(key, 3, **how))(jax.random.key(5)))
-        logits = np.asarray(jit(net.logits)(jnp.asarray(codes)))
-        np.testing.assert_array_equal(codes.argmax(axis=-1), logits.argmax(axis=-1))
+        likeliest = np.asarray(logits(codes)).argmax(axis=-1)
+        np.testing.assert_array_equal(codes.argmax(axis=-1), likeliest)
     warm = jit(lambda key: net.draw(key, 3000, temperature=1e6))(jax.random.key(6))
     share = np.asarray(warm).mean(axis=(0, 1))
     np.testing.assert_allclose(share, 1 / 3, atol=5 * np.sqrt(2 / 9 / 12_000))

@@ -42,7 +42,7 @@ def test_a_decoder_without_features_says_the_mean_of_the_data(kind, likelihood):
     params = decoder.init(jax.random.key(0), z)
     params["params"]["Head_0"]["Dense_0"]["kernel"] *= 0
     initial = LIKELIHOODS[likelihood]().initial(spec.mean.ravel())
-    outputs = decoder.apply(params, z)
+    outputs = jax.jit(decoder.apply)(params, z)
     assert outputs.shape == (2, 3, *initial.shape)
     np.testing.assert_allclose(outputs, np.broadcast_to(initial, outputs.shape), rtol=1e-5)
 
@@ -54,13 +54,12 @@ def test_draws_and_examples_are_decoded_alike(kind):
     z = jax.random.normal(jax.random.key(1), (2, 3, 4))
     side = jnp.eye(3)
     params = _random(decoder, z, side)
-    whole = decoder.apply(params, z, side)
+    decode = jax.jit(decoder.apply)
+    whole = decode(params, z, side)
     assert whole.shape == (2, 3, 70, 1)
     for k in range(2):
-        np.testing.assert_allclose(decoder.apply(params, z[k], side), whole[k], rtol=1e-10)
-    joined = networks.Decoder(kind, (4, 3), "silu", "bernoulli", _spec("bernoulli")).apply(
-        params, jnp.concatenate([z[0], side], axis=-1)
-    )
+        np.testing.assert_allclose(decode(params, z[k], side), whole[k], rtol=1e-10)
+    joined = decode(params, np.concatenate([z[0], side], axis=-1))
     np.testing.assert_allclose(joined, whole[0], rtol=1e-10)
 
 
@@ -74,7 +73,7 @@ def test_every_pixel_and_the_side_reach_the_features(kind):
     def total(x, side):
         return jnp.sum(encoder.apply(params, x, side) ** 2)
 
-    for gradient in jax.grad(total, argnums=(0, 1))(x, side):
+    for gradient in jax.jit(jax.grad(total, argnums=(0, 1)))(x, side):
         assert (gradient != 0).all()
 
 
@@ -95,7 +94,7 @@ def test_a_pixel_sees_those_before_it_in_its_window_and_no_other(kind):
     decoder = networks.WindowDecoder(kind, (4, 3), "silu", "bernoulli", _spec("bernoulli"), 3)
     z, x = jax.random.normal(jax.random.key(1), (1, 4)), jnp.full((1, *EVENT), 0.3)
     params = _random(decoder, z, None, x)
-    slope = jax.jacobian(lambda x: decoder.apply(params, z, None, x))(x)
+    slope = jax.jit(jax.jacobian(lambda x: decoder.apply(params, z, None, x)))(x)
     slope = np.abs(np.asarray(slope)).reshape(*EVENT, *EVENT).max(axis=(2, 5))
     for row, column in np.ndindex(EVENT[:2]):
         for other in np.ndindex(EVENT[:2]):
@@ -112,19 +111,19 @@ def test_one_pixel_alone_is_what_it_is_among_all(kind):
     z, side = jax.random.normal(jax.random.key(1), (3, 4)), jnp.eye(3)
     x = jax.random.uniform(jax.random.key(2), (3, *EVENT))
     params = _random(decoder, z, side, x)
-    whole = decoder.apply(params, z, side, x).reshape(3, 35, 2, 15)
-    features = decoder.apply(params, z, side, method="features")
+    net = decoder.bind(params)
+    whole = np.asarray(jax.jit(net.__call__)(z, side, x)).reshape(3, 35, 2, 15)
+    features, at = jax.jit(net.features)(z, side), jax.jit(net.at)
     for pixel in (0, 6, 17, 28, 34):
-        alone = decoder.apply(params, features, x, jnp.int32(pixel), method="at")
-        np.testing.assert_allclose(alone, whole[:, pixel], rtol=1e-10)
+        np.testing.assert_allclose(at(features, x, pixel), whole[:, pixel], rtol=1e-10)
 
 
 def test_a_residual_block_starts_as_the_identity():
     block = conv.ResidualBlock(3)
     h = jax.random.normal(jax.random.key(4), (2, *EVENT))
-    params = block.init(jax.random.key(5), h)
-    np.testing.assert_array_equal(block.apply(params, h), h)
-    changed = block.apply(_random(block, h), h)
+    params, apply = block.init(jax.random.key(5), h), jax.jit(block.apply)
+    np.testing.assert_array_equal(apply(params, h), h)
+    changed = apply(_random(block, h), h)
     assert changed.shape == h.shape and not np.allclose(changed, h)
 
 

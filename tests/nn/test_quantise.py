@@ -15,6 +15,7 @@ B, N, D, K = 8, 3, 2, 5
 RNG = np.random.default_rng(0)
 V, CODEBOOK = RNG.normal(size=(B, N, D)), RNG.normal(size=(K, D))
 ONES = np.ones(B)
+UPDATE = jax.jit(quantise.ema_update)
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +37,8 @@ def test_straight_through_has_the_codes_value_and_the_vectors_gradient():
         v, code = jnp.array([1e8, -3.0, 0.1]), jnp.array([0.3, 0.7, -0.2])
         np.testing.assert_array_equal(quantise.straight_through(v, code), code)
         weight = jnp.array([2.0, -1.0, 5.0])
-        to_v, to_code = jax.grad(
-            lambda v, code: weight @ quantise.straight_through(v, code) ** 2, argnums=(0, 1)
-        )(v, code)
+        cost = lambda v, code: weight @ quantise.straight_through(v, code) ** 2  # noqa: E731
+        to_v, to_code = jax.jit(jax.grad(cost, argnums=(0, 1)))(v, code)
         np.testing.assert_allclose(to_v, 2 * weight * code, rtol=1e-6)
         np.testing.assert_array_equal(to_code, 0)
 
@@ -46,7 +46,7 @@ def test_straight_through_has_the_codes_value_and_the_vectors_gradient():
 def _updates(batches, decay, weight=ONES):
     state = quantise.ema_state(jnp.asarray(CODEBOOK))
     for v, index in batches:
-        state = quantise.ema_update(state, v, index, jnp.asarray(weight), decay)
+        state = UPDATE(state, v, index, weight, decay)
     return state
 
 
@@ -89,7 +89,7 @@ def test_an_entry_long_unused_stays_and_comes_back():
     with jax.enable_x64(False):
         state = quantise.ema_state(jnp.array([[1.0], [5.0]]))
         weight, v = jnp.ones(1), jnp.array([[[5.0]]])
-        update = jax.jit(lambda state, v, k: quantise.ema_update(state, v, k, weight, 0.9))
+        update = lambda state, v, k: UPDATE(state, v, k, weight, 0.9)  # noqa: E731
         state = update(state, jnp.array([[[1.25]]]), jnp.array([[0]]))
         for _ in range(2000):
             state = update(state, v, jnp.array([[1]]))
@@ -117,7 +117,7 @@ def test_the_update_is_the_same_on_one_device_and_on_eight():
     mesh = sharding.make_mesh()
     assert mesh.size == 8
     state, weight = quantise.ema_state(jnp.asarray(CODEBOOK)), jnp.asarray(ONES)
-    update = jax.jit(lambda *args: quantise.ema_update(state, *args, 0.9))
+    update = lambda *args: UPDATE(state, *args, 0.9)  # noqa: E731
     split = jax.device_put((v, index, weight), sharding.split_batch(mesh))
     one, eight = update(v, index, weight), update(*split)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), one, eight)
@@ -168,5 +168,5 @@ def test_the_gradient_of_fsq_is_that_of_its_bound():
         index = quantise.fsq_index(u, levels)
         return quantise.straight_through(u, quantise.fsq_codebook(levels)[index])
 
-    grad = jax.grad(lambda raw: jnp.sum(3 * code(raw)))(raw)
+    grad = jax.jit(jax.grad(lambda raw: jnp.sum(3 * code(raw))))(raw)
     np.testing.assert_allclose(grad, 3 / np.cosh(raw) ** 2, rtol=1e-10)
