@@ -92,8 +92,7 @@ def quality_mode(
     restored.model.require("sample")
     if restored.spec.support == "tokens":
         raise UserError("--mode=quality judges images and points, and these samples are tokens")
-    dataset = run.load_data(restored.config)
-    workdir.check_card(dataset.card)
+    dataset = run.data_of(workdir, restored.config)
     num = _number(num, dataset)
     began = time.monotonic()
     judge = _judge(dataset, chosen)

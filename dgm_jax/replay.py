@@ -27,7 +27,7 @@ from dgm_jax.experiment import (
     training_arrays,
 )
 from dgm_jax.progress import Progress, say
-from dgm_jax.run import load_data
+from dgm_jax.run import data_of
 from dgm_jax.train import start_from
 from dgm_jax.train_state import TrainState
 from dgm_jax.train_step import Metrics, inputs_of, train_step
@@ -43,8 +43,7 @@ def replay_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
     """
     about = workdir.load_replay()
     config = workdir.load_config(given)
-    dataset = load_data(config)
-    workdir.check_card(dataset.card)
+    dataset = data_of(workdir, config)
     experiment = prepare(config, dataset)
     if not 1 <= about["step"] <= (last := experiment.num_steps):
         raise UserError(f"{workdir.replay}: step {about['step']} of {last}: train again")

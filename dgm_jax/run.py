@@ -92,8 +92,7 @@ def evaluate_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
       given: as in `trained_model.restore`.
     """
     restored, mesh = reopen(workdir, given), sharding.make_mesh()
-    dataset = load_data(restored.config)
-    workdir.check_card(dataset.card)
+    dataset = data_of(workdir, restored.config)
     likelihood.check(configs.section(restored.config, "eval"), mesh)
     began = time.monotonic()
     found = _likelihoods(restored, dataset, mesh)
@@ -123,8 +122,7 @@ def ais_mode(workdir: Workdir, num: int, given: ConfigDict | None = None) -> Non
         raise UserError(f"--num={num}: measure at least one image")
     restored = reopen(workdir, given)
     config = restored.config
-    dataset = load_data(config)
-    workdir.check_card(dataset.card)
+    dataset = data_of(workdir, config)
     began = time.monotonic()
     batch = data.some(dataset, "test", num)
     section = configs.section(config, "eval")
@@ -154,8 +152,7 @@ def features_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
     restored = reopen(workdir, given)
     config, model = restored.config, restored.model
     encoder(restored)  # raises where there is none
-    dataset = load_data(config)
-    workdir.check_card(dataset.card)
+    dataset = data_of(workdir, config)
     began = time.monotonic()
     where = (dataset, config.eval.batch_size, sharding.make_mesh(), config.seed)
     codes = features.encode(model, restored.params, *where)
@@ -206,6 +203,17 @@ def load_data(config: ConfigDict) -> data.Dataset:
     dataset = data.load(configs.section(config, "data"), announce=say)
     card = {name: value for name, value in dataset.card.items() if name != "source"}
     processes.refuse_unlike(f"{configs.to_json(config)} {card}")
+    return dataset
+
+
+def data_of(workdir: Workdir, config: ConfigDict) -> data.Dataset:
+    """The data that the run in a work directory was trained on, as its config names them.
+
+    Raises:
+      UserError: also where what there is by that name is other data.
+    """
+    dataset = load_data(config)
+    workdir.check_card(dataset.card)
     return dataset
 
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import on_one_device
 
 from dgm_jax import config as configs
-from dgm_jax import replay, train, trained_model
+from dgm_jax import replay, run, train, trained_model
 from dgm_jax.core import UserError
 from dgm_jax.experiment import initial_state, prepare
 from dgm_jax.models import vae
@@ -47,7 +47,7 @@ def failed(tmp_path, tiny_dataset, monkeypatch):
 
     ids = [np.asarray(batch_ids(0, step, 16, 128)) for step in range(12)]
     monkeypatch.setattr(vae, "build", build_failing)
-    monkeypatch.setattr(replay, "load_data", lambda config: tiny_dataset)
+    monkeypatch.setattr(run, "load_data", lambda config: tiny_dataset)
     workdir = Workdir(tmp_path / "run")
     config = configs.override(configs.experiment("vae"), TINY)
     about = tiny_dataset.card, tiny_dataset.spec.mean
