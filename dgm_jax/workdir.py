@@ -73,8 +73,8 @@ class Workdir(NamedTuple):
         Raises:
           UserError: there is none, or it cannot be read.
         """
-        self._expect(self.config)
         if not self.replay.exists():
+            self._expect(self.config)
             raise UserError(f"{self.path} has no {self.replay.name}: nothing was not finite there")
         with files.reading(self.replay, "train again"):
             about = files.read_json(self.replay)

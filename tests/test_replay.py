@@ -96,5 +96,8 @@ def test_a_step_without_a_fault_has_none(tiny_dataset):
 
 
 def test_where_nothing_failed(tmp_path):
+    with pytest.raises(UserError, match=r"is not a work directory"):
+        replay.replay_mode(Workdir(tmp_path))
+    Workdir(tmp_path).config.touch()
     with pytest.raises(UserError, match=r"has no replay\.json"):
         replay.replay_mode(Workdir(tmp_path))
