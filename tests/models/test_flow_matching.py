@@ -116,6 +116,16 @@ def test_a_fresh_flow_is_the_gaussian_of_the_data():
     np.testing.assert_allclose(log_prob({"x": x}), expected, atol=1e-5)
 
 
+def test_all_pixels_of_images_have_one_mean():
+    """Data without spread are drawn as it, whatever each pixel's own mean is."""
+    spec = DataSpec((2, 2, 1), "uint8", np.float32([10, 20, 30, 100]).reshape(2, 2, 1), 100)
+    config = replace(CONFIG, sigma_data=1e-4, divergence="none", sample_steps=10)
+    model = flow_matching.build(config, spec)
+    params = model.init(KEY, {"x": jnp.zeros((1, 2, 2, 1))})
+    x = jax.jit(model.sample, static_argnums=2)(params, KEY, 5)["x"]
+    np.testing.assert_array_equal(x, 40)
+
+
 @pytest.mark.parametrize(("times", "law"), [("uniform", stats.uniform), ("logit_normal", None)])
 def test_times_have_their_distribution(times, law):
     seen = []
