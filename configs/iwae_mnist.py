@@ -16,8 +16,8 @@ _LAYERS = {
     "l2": {"model.latents": (100, 50), "model.width": (200, 100)},
 }
 _OBJECTIVES = {"vae": "stl", "iwae": "iwae", "dreg": "dreg"}
-# K -> epochs, batch size and learning rate. K = 5 and 50 go on from the end of K = 1: with it an
-# hour of two cores, and 410 epochs.
+# K -> epochs, batch size and learning rate. K = 5 and 50 go on from the end of K = 1: 410
+# epochs in all, meant for an hour of two cores.
 _SCHEDULES = {
     1: ("360 epochs", 500, 6e-3),
     5: ("50 epochs", 500, 3e-3),

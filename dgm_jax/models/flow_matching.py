@@ -103,7 +103,8 @@ def precondition(t: jax.Array, sigma_data: float | jax.Array) -> Preconditioning
     """v = skip · x + out · F(scale · x): the network F is given and asked for unit variance.
 
     Of Gaussian data with this deviation skip · x is the velocity, and out the deviation of what is
-    left (Karras et al. 2022, appendix B.6, of x_t and ε - x in place of z and x).
+    left (Karras et al. 2022, appendix B.6, of x_t and ε - x in place of z and x). Each factor is of
+    the shape of the times `t`.
     """
     scale = jax.lax.rsqrt((1 - t) ** 2 * sigma_data**2 + t**2)
     return Preconditioning((t - (1 - t) * sigma_data**2) * scale**2, sigma_data * scale, scale)

@@ -8,6 +8,7 @@ import pytest
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.data import text
+from dgm_jax.data.sources import Unavailable
 
 # The number of each line is in it: a window tells where it stood.
 TEXT = "".join(f"{i:04d} grüße\n" for i in range(300))
@@ -97,3 +98,15 @@ def test_a_file_that_is_no_text(tmp_path):
 def test_letters_have_no_grey_values():
     with pytest.raises(UserError, match=r"data\.binarisation='dynamic'.*'none'"):
         data.load(data.Config(dataset="shakespeare", source="embedded"))
+
+
+def test_a_damaged_data_set_is_passed_over_only_where_nobody_named_it(tmp_path, monkeypatch):
+    version = tmp_path / "tensorflow_datasets/tiny_shakespeare/1.0.0"
+    version.mkdir(parents=True)
+    (version / "features.json").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(Unavailable, match="is damaged"):
+        text._read_tfds()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(version.parent.parent))
+    with pytest.raises(UserError, match=r"is damaged.*unset TFDS_DATA_DIR"):
+        text._read_tfds()
