@@ -30,7 +30,7 @@ from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError,
 from dgm_jax.distributions import standard_gaussian_log_prob
 from dgm_jax.nn import denoisers
 from dgm_jax.nn.denoisers import Denoiser
-from dgm_jax.nn.noise import Preconditioning
+from dgm_jax.nn.noise import precondition_straight
 from dgm_jax.rows import beside
 
 COUPLINGS = ("independent", "optimal_transport")
@@ -97,17 +97,6 @@ def check(config: Config, spec: DataSpec) -> None:
         raise UserError(f"model.logit_mean={config.logit_mean}: must be finite")
     if config.sample_steps < 1:
         raise UserError(f"model.sample_steps={config.sample_steps}: must be at least 1")
-
-
-def precondition(t: jax.Array, sigma_data: float | jax.Array) -> Preconditioning:
-    """v = skip · x + out · F(scale · x): the network F is given and asked for unit variance.
-
-    Of Gaussian data with this deviation skip · x is the velocity, and out the deviation of what is
-    left (Karras et al. 2022, appendix B.6, of x_t and ε - x in place of z and x). Each factor is of
-    the shape of the times `t`.
-    """
-    scale = jax.lax.rsqrt((1 - t) ** 2 * sigma_data**2 + t**2)
-    return Preconditioning((t - (1 - t) * sigma_data**2) * scale**2, sigma_data * scale, scale)
 
 
 # (x [B, *event], t []) -> dx/dt, like x
@@ -223,7 +212,8 @@ def build(config: Config, spec: DataSpec) -> Model:
 
     def answer(params: Params) -> denoisers.Answer:
         def velocity(x: jax.Array, time: jax.Array, label: jax.Array | None) -> jax.Array:
-            skip, out, scale = precondition(beside(time, x), config.sigma_data)
+            along = beside(time, x)
+            skip, out, scale = precondition_straight(along, along, config.sigma_data)
             return skip * x + out * net.apply({"params": params["field"]}, scale * x, time, label)
 
         return velocity

@@ -21,6 +21,7 @@ from dgm_jax import labels, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.nn import denoisers
 from dgm_jax.nn.denoisers import Denoiser
+from dgm_jax.nn.noise import precondition_straight
 from dgm_jax.rows import beside
 
 
@@ -31,6 +32,8 @@ class Config(denoisers.Config):
     The guidance of a conditional model is trained in: sampling costs no more for it.
 
     Attributes:
+      sigma_data: standard deviation of the data as the network sees it, images from -1 to 1 less
+        their mean.
       interval: how often in training r < t; else r = t, which is flow matching.
       logit_mean: r and t are two draws in order; of log t / (1 - t) these are normal.
       logit_std: of the same: its standard deviation.
@@ -38,6 +41,7 @@ class Config(denoisers.Config):
       sample_steps: of the sampler, each asking the network once.
     """
 
+    sigma_data: float = 0.5
     interval: float = 0.5
     logit_mean: float = -0.4
     logit_std: float = 1.0
@@ -56,8 +60,9 @@ def check(config: Config, spec: DataSpec) -> None:
         raise UserError(f"model.interval={config.interval}: is a fraction, from 0 to 1")
     if not math.isfinite(config.logit_mean):
         raise UserError(f"model.logit_mean={config.logit_mean}: must be finite")
-    if not 0 < config.logit_std < math.inf:
-        raise UserError(f"model.logit_std={config.logit_std}: must be above 0 and finite")
+    for field in ("sigma_data", "logit_std"):
+        if not 0 < getattr(config, field) < math.inf:
+            raise UserError(f"model.{field}={getattr(config, field)}: must be above 0 and finite")
     if not 0 <= config.power < math.inf:
         raise UserError(f"model.power={config.power}: must be at least 0 and finite")
     if config.sample_steps < 1:
@@ -94,12 +99,14 @@ def draw(u: Average, noise: jax.Array, steps: int) -> jax.Array:
 
 def build(config: Config, spec: DataSpec) -> Model:
     """A mean flow as pure functions; see `core.Model` for their contracts."""
-    net = Denoiser(config)
+    net, spec = Denoiser(config), denoisers.with_one_mean(spec)
 
     def average(params: Params, label: jax.Array | None) -> Average:
         def u(z: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
-            times = jnp.stack([t, t - r], axis=1)
-            return net.apply({"params": params["flow"]}, z, times, label)
+            factors = precondition_straight(beside(r, z), beside(t, z), config.sigma_data)
+            seen, times = factors.scale * z, jnp.stack([t, t - r], axis=1)
+            found = net.apply({"params": params["average"]}, seen, times, label)
+            return factors.skip * z + factors.out * found
 
         return u
 
@@ -107,7 +114,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         likelihoods.refuse_outside_support(batch["x"], spec)
         label = labels.one_hot(jnp.zeros(1, jnp.int32), config.conditional, spec)
         x = jnp.zeros((1, *spec.event_shape))
-        return {"flow": net.init(rng, x, jnp.zeros((1, 2)), label)["params"]}
+        return {"average": net.init(rng, x, jnp.zeros((1, 2)), label)["params"]}
 
     def times(rng: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
         """r ≤ t, each `[num]`."""
@@ -160,7 +167,7 @@ def build(config: Config, spec: DataSpec) -> Model:
 
     return Model(
         init=init,
-        players=(Player("flow", loss_fn, terms),),
+        players=(Player("average", loss_fn, terms),),
         log_likelihood_fns={},
         sample=sample,
     )

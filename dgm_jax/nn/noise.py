@@ -112,6 +112,22 @@ def precondition(gamma: jax.Array, sigma_data: float | jax.Array) -> Preconditio
     return Preconditioning(alpha * (sigma_data * scale) ** 2, sigma * sigma_data * scale, scale)
 
 
+def precondition_straight(
+    r: jax.Array, t: jax.Array, sigma_data: float | jax.Array
+) -> Preconditioning:
+    """The same of z_t = (1 - t) x + t ε and its average velocity from time t to r ≤ t.
+
+    Of Gaussian data with this deviation z_t has the deviation s(t), s² = (1 - t)² sigma_data² + t²,
+    and its flow multiplies it by s(r) / s(t): skip · z is the average velocity. Where r = t this is
+    the velocity E[ε - x | z_t], and out the deviation that ε - x then has left. Each factor is of
+    the shape of the times.
+    """
+    s_r, s_t = (jnp.sqrt((1 - u) ** 2 * sigma_data**2 + u**2) for u in (r, t))
+    # (s(t) - s(r)) / (t - r) / s(t), without the quotient that r = t makes 0 / 0.
+    skip = ((t + r) * (1 + sigma_data**2) - 2 * sigma_data**2) / (s_t * (s_t + s_r))
+    return Preconditioning(skip, sigma_data / s_t, 1 / s_t)
+
+
 def noisy(x: jax.Array, gamma: jax.Array, noise: jax.Array) -> jax.Array:
     """z = α x + σ ε, for `gamma` `[B]`."""
     alpha, sigma = alpha_sigma(beside(gamma, x))

@@ -12,6 +12,7 @@ from scipy import stats
 
 from dgm_jax.core import DataSpec, UserError
 from dgm_jax.models import mean_flow
+from dgm_jax.nn.noise import precondition_straight
 
 MEAN, SIGMA = np.array([0.8, -0.3]), np.array([0.5, 1.6])
 PLANE = DataSpec((2,), "real", np.zeros(2, np.float32), 100, 3)
@@ -75,14 +76,27 @@ def test_any_number_of_steps_is_the_exact_map(x64, steps):
     np.testing.assert_allclose(found, MEAN + SIGMA * np.asarray(noise), rtol=1e-10, atol=1e-12)
 
 
+def test_a_fresh_flow_is_that_of_a_gaussian_in_any_number_of_steps(x64):
+    """With the mean of the data, and the deviation that they are said to have."""
+    spec, noise = PLANE._replace(mean=MEAN), np.asarray(jax.random.normal(KEY, (20, 2)))
+    for steps in (1, 3):
+        model = mean_flow.build(replace(CONFIG, sigma_data=0.7, sample_steps=steps), spec)
+        params = model.init(KEY, {"x": jnp.zeros((1, 2))})
+        drawn = jax.jit(model.sample, static_argnums=2)(params, KEY, 20)["x"]
+        np.testing.assert_allclose(drawn, MEAN + 0.7 * noise, rtol=1e-6, atol=1e-7)
+
+
 class Stub:
-    """A network whose answer is given: `answer(params, z, times, label)`."""
+    """A network behind which the average velocity is given: `answer(params, z, times, label)`."""
 
     def __init__(self, answer):
         self.answer = answer
 
-    def apply(self, variables, z, times, label):
-        return self.answer(variables["params"], z, times, label)
+    def apply(self, variables, seen, times, label):
+        t, length = times[:, :1], times[:, 1:]
+        skip, out, scale = precondition_straight(t - length, t, CONFIG.sigma_data)
+        z = seen / scale
+        return (self.answer(variables["params"], z, times, label) - skip * z) / out
 
 
 def _build(config, answer):
@@ -98,13 +112,14 @@ def test_the_loss_is_the_error_and_its_gradient_the_weighted_ones(x64):
     model = _build(config, lambda params, z, times, label: 0 * z + params)
     with mock.patch.object(jax.random, "normal", noise):
         both = jax.jit(jax.value_and_grad(model.loss_fn, has_aux=True))
-        (loss, aux), gradient = both({"flow": jnp.array(0.3)}, {"x": x}, KEY)
+        (loss, aux), gradient = both({"average": jnp.array(0.3)}, {"x": x}, KEY)
     gap = 0.3 + np.asarray(x)
     error = np.sum(gap**2, axis=1)
     np.testing.assert_allclose(loss, error.mean() / 2, rtol=1e-9)
     np.testing.assert_allclose(aux.terms["identity"], error / 2, rtol=1e-9)
     weight = (error + 1e-2) ** -0.5
-    np.testing.assert_allclose(gradient["flow"], np.mean(weight * 2 * gap.sum(axis=1)), rtol=1e-9)
+    expected = np.mean(weight * 2 * gap.sum(axis=1))
+    np.testing.assert_allclose(gradient["average"], expected, rtol=1e-9)
 
 
 def test_guidance_is_trained_in(x64):
@@ -123,7 +138,7 @@ def test_guidance_is_trained_in(x64):
     ):
         model = _build(replace(config, label_dropout=dropout), answer)
         with mock.patch.object(jax.random, "normal", noise):
-            terms = jax.jit(model.loss_fn)({"flow": jnp.zeros(())}, batch, KEY)[1].terms
+            terms = jax.jit(model.loss_fn)({"average": jnp.zeros(())}, batch, KEY)[1].terms
         np.testing.assert_allclose(terms["identity"], 0.5 * np.sum(expected**2, axis=1), rtol=1e-6)
 
 
@@ -136,10 +151,10 @@ def test_of_held_out_data_the_network_is_told_every_label(x64):
         _build(replace(config, label_dropout=rate), answer) for rate in (0.0, 1 - 1e-9)
     )
     cost, training = (
-        jax.jit(model.loss_fn)({"flow": None}, batch, KEY)[1].terms["identity"]
+        jax.jit(model.loss_fn)({"average": None}, batch, KEY)[1].terms["identity"]
         for model in (always, seldom)
     )
-    held_out = jax.jit(seldom.players[0].terms)({"flow": None}, batch, KEY)
+    held_out = jax.jit(seldom.players[0].terms)({"average": None}, batch, KEY)
     assert held_out.keys() == {"identity"}
     np.testing.assert_array_equal(held_out["identity"], cost)
     assert (training != cost).all()
@@ -157,7 +172,7 @@ def test_times_are_two_draws_in_order_and_often_equal():
         with mock.patch.object(
             mean_flow, "average_and_target", lambda u, z, r, t, v: (u(z, r, t), v)
         ):
-            model.loss_fn({"flow": jnp.zeros(())}, {"x": jnp.zeros((20_000, 2))}, KEY)
+            model.loss_fn({"average": jnp.zeros(())}, {"x": jnp.zeros((20_000, 2))}, KEY)
     t, length = np.asarray(seen[0]).T
     apart = length > 0
     assert (length >= 0).all() and (t - length > 0).all()
@@ -195,6 +210,7 @@ def test_the_average_velocity_is_where_training_comes_to_rest(x64, r, t):
     [
         ({"interval": 1.5}, ("model.interval=1.5", "from 0 to 1")),
         ({"logit_mean": math.inf}, ("model.logit_mean=inf", "finite")),
+        ({"sigma_data": 0.0}, ("model.sigma_data=0.0", "above 0")),
         ({"logit_std": 0.0}, ("model.logit_std=0.0", "above 0")),
         ({"power": -1.0}, ("model.power=-1.0", "at least 0")),
         ({"sample_steps": 0}, ("model.sample_steps=0", "at least 1")),
