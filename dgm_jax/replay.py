@@ -15,23 +15,21 @@ import optax
 from jax.experimental import checkify
 from ml_collections import ConfigDict
 
-from dgm_jax.checkpoint import Checkpoints, abstract
+from dgm_jax.checkpoint import Checkpoints
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.experiment import (
     Experiment,
     compile_steps,
-    initial_state,
     prepare,
-    state_shardings,
     training_arrays,
 )
 from dgm_jax.progress import Progress, say
 from dgm_jax.run import data_of
-from dgm_jax.train import start_from
+from dgm_jax.train import first_state
 from dgm_jax.train_state import TrainState
 from dgm_jax.train_step import Metrics, inputs_of, train_step
-from dgm_jax.trained_model import restore
+from dgm_jax.trained_model import start_of
 from dgm_jax.workdir import Workdir
 
 
@@ -100,14 +98,9 @@ def _not_finite(kind: str, tree: object) -> list[str]:
 
 def _state_before(number: int, experiment: Experiment, workdir: Workdir) -> TrainState:
     """The state before update `number`, from the newest checkpoint, or from the start."""
-    state = initial_state(experiment)
     checkpoints = Checkpoints(workdir.checkpoints)
-    restored = checkpoints.restore(abstract(state, state_shardings(experiment)), say)
+    state = first_state(experiment, checkpoints, start_of(experiment.config))
     checkpoints.close()
-    if restored is not None:
-        state = restored
-    elif origin := experiment.config.train.init_from:
-        state = start_from(state, restore(origin).params)
     first = int(state.step)
     if first >= number:
         raise UserError(

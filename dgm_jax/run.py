@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
 from dgm_jax import metrics, models, processes, results, sharding, writers
-from dgm_jax.core import Params, UserError
+from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.data import text
 from dgm_jax.evaluators import ais, likelihood
@@ -21,7 +21,7 @@ from dgm_jax.progress import Progress, say
 from dgm_jax.rng import stream
 from dgm_jax.train import train
 from dgm_jax.train_state import num_parameters
-from dgm_jax.trained_model import Trained, density, draw, encoder, reopen, restore
+from dgm_jax.trained_model import Trained, density, draw, encoder, reopen, start_of
 from dgm_jax.workdir import Workdir, write_json, write_text
 
 # Seconds of training beside which those that `measure_speed` takes are little.
@@ -57,9 +57,7 @@ def _train(experiment: Experiment, workdir: Workdir, started: float) -> None:
     """As `train_mode`, in a work directory that is this process's own."""
     config, dataset = experiment.config, experiment.dataset
     _say_header(experiment, workdir)
-    origin = config.train.init_from
-    start = (lambda: _params_of(origin)) if origin else None
-    state, seconds = train(experiment, workdir, start)
+    state, seconds = train(experiment, workdir, start_of(config))
     began = time.monotonic()
     trained = Trained(config, experiment.model, state.eval_params, dataset.spec, int(state.step))
     found = _likelihoods(trained, dataset, experiment.mesh)
@@ -75,13 +73,6 @@ def _train(experiment: Experiment, workdir: Workdir, started: float) -> None:
     written = [*workdir.files(), workdir.results.name]
     result = write_result(workdir.results, trained, dataset, found, seconds, written, speed, texts)
     _say_table(found, result, workdir)
-
-
-def _params_of(origin: str) -> Params:
-    try:
-        return restore(origin).params
-    except UserError as error:
-        raise UserError(f"train.init_from: {error}") from error
 
 
 def evaluate_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:

@@ -68,6 +68,23 @@ def start_from(state: TrainState, params: Params) -> TrainState:
     return start if state.ema is None else start.replace(ema=jax.tree.map(jnp.copy, start.params))
 
 
+def first_state(
+    experiment: Experiment, checkpoints: Checkpoints, start: Callable[[], Params] | None
+) -> TrainState:
+    """What training goes on from: the newest whole checkpoint, or else the start, of step 0.
+
+    Args:
+      experiment: what is trained.
+      checkpoints: of its work directory.
+      start: as in `train`.
+    """
+    state = initial_state(experiment)
+    restored = checkpoints.restore(abstract(state, state_shardings(experiment)), say)
+    if restored is not None:
+        return restored
+    return state if start is None else start_from(state, start())
+
+
 def train(
     experiment: Experiment, workdir: Workdir, start: Callable[[], Params] | None = None
 ) -> tuple[TrainState, dict[str, float]]:
@@ -94,15 +111,11 @@ def train(
       Interrupted: SIGTERM or Ctrl-C came; what was reached is saved.
     """
     config, model, mesh = experiment.config, experiment.model, experiment.mesh
-    state = initial_state(experiment)
     checkpoints = Checkpoints(workdir.checkpoints)
-    restored = checkpoints.restore(abstract(state, state_shardings(experiment)), say)
-    if restored is not None:
-        state = restored
-        say(f"resumed     from the checkpoint of step {int(state.step):,}")
-    elif start is not None:
-        state = start_from(state, start())
+    state = first_state(experiment, checkpoints, start)
     done = first = int(state.step)
+    if first:
+        say(f"resumed     from the checkpoint of step {first:,}")
     checkpoints.tidy(first)
     best = _Best(experiment, workdir, first)
     processes.wait_for_all("earlier rows are read")

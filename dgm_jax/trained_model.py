@@ -56,6 +56,23 @@ def restore(path: str | Path, given: ConfigDict | None = None) -> Trained:
     return Trained(config, model, state.eval_params, spec, int(state.step))
 
 
+def start_of(config: ConfigDict) -> Callable[[], Params] | None:
+    """What gives the parameters of `train.init_from`; None where training starts from random ones.
+
+    Raises:
+      UserError: when it is asked, as `restore`.
+    """
+    origin = config.train.init_from
+
+    def params() -> Params:
+        try:
+            return restore(origin).params
+        except UserError as error:
+            raise UserError(f"train.init_from: {error}") from error
+
+    return params if origin else None
+
+
 def reopen(workdir: Workdir, given: ConfigDict | None = None) -> Trained:
     """`restore`, for something to be written beside it: refuses now what would fail at the end.
 

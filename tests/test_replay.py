@@ -79,7 +79,7 @@ def test_it_starts_where_training_started(tiny_dataset, tmp_path, monkeypatch):
         experiment = prepare(config, tiny_dataset)
         params = jax.tree.map(lambda p: p + 1.0, initial_state(experiment).params)
         restored = trained_model.Trained(config, None, params, tiny_dataset.spec, 0)
-        monkeypatch.setattr(replay, "restore", {"there": restored}.get)
+        monkeypatch.setattr(trained_model, "restore", {"there": restored}.get)
         state = replay._state_before(1, experiment, Workdir(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, state.params, params)
 
