@@ -41,7 +41,7 @@ def save_samples(
 ) -> None:
     """A square grid of samples; of the decoder's means where the model gives them.
 
-    Of points in the plane, all of them.
+    Of vectors, all of them, by their first two entries.
 
     Args:
       path: the .png.
@@ -51,8 +51,9 @@ def save_samples(
       most: images of the grid.
     """
     if samples["x"].ndim == 2:
-        figure, axes = _panels(1)
-        _scatter(axes[0], samples["x"], f"{title}: {len(samples['x']):,} samples x")
+        (num, dims), (figure, axes) = samples["x"].shape, _panels(1)
+        which = f", 2 of {dims} entries" if dims > 2 else ""
+        _scatter(axes[0], samples["x"], f"{title}: {num:,} samples x{which}")
         figure.savefig(path)
         return
     images = np.asarray(samples.get("mean", samples["x"] / scale))[:most]
@@ -120,8 +121,11 @@ def _panels(num: int) -> tuple[Figure, np.ndarray]:
 
 
 def _scatter(axes: Axes, points: np.ndarray, title: str) -> None:
-    axes.plot(*points.T, ".", markersize=1.5, alpha=0.5)
-    axes.set(aspect="equal")
+    if points.shape[1] == 1:
+        axes.hist(points[:, 0], bins=100)
+    else:
+        axes.plot(points[:, 0], points[:, 1], ".", markersize=1.5, alpha=0.5)
+        axes.set(aspect="equal")
     axes.set_title(title, fontsize=10)
 
 

@@ -135,7 +135,8 @@ def features_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
 
     Beside the features, and those of each layer of a hierarchy, stand raw pixels, as many
     principal components, and the features of the untrained model. Where the factors that made the
-    images are known, all but pixels are scored for disentanglement.
+    images are known, all but pixels are scored for disentanglement. Without labels features are
+    kept, and nothing is judged.
     """
     # scikit-learn: only where features are judged
     from dgm_jax.evaluators import disentanglement, features
@@ -157,6 +158,9 @@ def features_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
         workdir.path / "features.npz",
         **{f"{split}_{name}": of[split] for name, of in arrays.items() for split in of},
     )
+    if dataset.spec.num_classes < 2:
+        say(f"{workdir.path / 'features.npz'} is written; without labels there is nothing to judge")
+        return
     raw = features.pixels(dataset)
     judged = {
         config.model.name: codes,
@@ -270,10 +274,11 @@ def _draw_pictures(trained: Trained, dataset: data.Dataset, workdir: Workdir) ->
     batch, rng = data.some(dataset, "test", 20), stream(seed, "pictures")
     texts = []
     if model.sample is not None:
-        num = 100 if dataset.toy is None else 2000
+        num = 2000 if dataset.spec.support == "real" else 100
         samples = draw(model, params, num, seed)
         texts = _show_samples(workdir, "prior_samples", samples, "prior samples")
-    if dataset.toy is not None and model.sample is not None:
+    plane = dataset.spec.support == "real" and dataset.spec.event_shape == (2,)
+    if plane and model.sample is not None:
         _draw_plane(trained, dataset, workdir)
     images = batch["x"].ndim == 4
     if model.reconstruct is not None and images:

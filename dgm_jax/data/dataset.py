@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgm_jax.core import Batch, DataSpec, UserError
-from dgm_jax.data import image_sets, shapes, text, toys
+from dgm_jax.data import image_sets, own, shapes, text, toys
 from dgm_jax.rng import per_example, stream
 
-IMAGES = (*image_sets.NAMES, "shapes")
 GENERATED = ("shapes", *toys.NAMES)
-DATASETS = (*IMAGES, *toys.NAMES, *text.NAMES)
+FILES = ("text", "arrays")
+DATASETS = (*image_sets.NAMES, "shapes", *toys.NAMES, *text.NAMES, "arrays")
 BINARISATIONS = ("dynamic", "fixed", "none")
 SUPPORTS = ("binary", "uint8", "tokens", "real")
 _MOST_DIMS = 2**22  # of one example
@@ -28,9 +28,10 @@ class Config:
     Attributes:
       dataset: images: `mnist`, `fashion_mnist`, `cifar10`, or `shapes`, generated from `seed`;
         points in the plane, generated likewise: `two_moons`, `eight_gaussians`, `checkerboard` or
-        `grid`; windows of characters: `shakespeare`, or `text`, the file at `path`.
+        `grid`; windows of characters: `shakespeare`, or `text`, the file at `path`; `arrays`,
+        images or vectors in the file at `path`.
       source: `auto`, `tfds`, `download` or `embedded`; see `image_sets.load` and `text.load`.
-      path: of the file that `dataset="text"` reads.
+      path: of the file that `dataset="text"` reads, or `dataset="arrays"`; see `own.load`.
       context: characters of a window of text.
       validation: number of training examples held out, drawn with `seed`; of a text, its last
         windows before the test split.
@@ -56,7 +57,7 @@ class Split(NamedTuple):
     Attributes:
       name: `train`, `validation` or `test`.
       x: `[N, *event]`: uint8 images and tokens, float32 vectors.
-      labels: int32 `[N]`.
+      labels: int32 `[N]`, from 0; -1 where there are none.
       factors: int32 `[N, G]`, what the images were generated from; G = 0 where nobody knows.
     """
 
@@ -128,13 +129,18 @@ def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
         found = _find_labelled(config, announce)
     train = found.splits["train"]
     binary = config.binarisation != "none"
+    if binary and found.support != "uint8":
+        raise UserError(
+            f"data.binarisation={config.binarisation!r}: {config.dataset} has no grey values; "
+            "set it to 'none'"
+        )
     mean = train.x.mean(axis=0, dtype=np.float64).astype(np.float32)
     spec = DataSpec(
         event_shape=train.x.shape[1:],
         support="binary" if binary else found.support,
         mean=mean / 255 if binary else mean,
         num_examples=len(train),
-        num_classes=0 if config.dataset in text.NAMES else int(train.labels.max()) + 1,
+        num_classes=int(train.labels.max()) + 1,
         vocabulary=len(found.known.get("alphabet", "")),
     )
     card = {
@@ -203,19 +209,15 @@ def _check(config: Config) -> None:
         raise UserError(
             f"data.binarisation={config.binarisation!r}: choose one of {', '.join(BINARISATIONS)}"
         )
-    if config.binarisation != "none" and config.dataset not in IMAGES:
-        raise UserError(
-            f"data.binarisation={config.binarisation!r}: {config.dataset} has no grey values; "
-            "set it to 'none'"
-        )
-    if config.path and config.dataset != "text":
+    if config.path and config.dataset not in FILES:
         raise UserError(
             f"data.path={config.path!r} is not read with data.dataset={config.dataset!r}: set that "
-            "to 'text', or leave out the path"
+            f"to {' or '.join(map(repr, FILES))}, or leave out the path"
         )
-    if config.source != "auto" and config.dataset in GENERATED:
+    if config.source != "auto" and config.dataset in (*GENERATED, *FILES):
+        origin = "generated" if config.dataset in GENERATED else "a file"
         raise UserError(
-            f"data.source={config.source!r}: data.dataset={config.dataset!r} is generated; "
+            f"data.source={config.source!r}: data.dataset={config.dataset!r} is {origin}; "
             "choose 'auto'"
         )
     if not 0 <= config.seed < 2**31:
@@ -226,18 +228,20 @@ def _find_text(config: Config, announce: Callable[[str], None]) -> _Found:
     where = (config.dataset, config.source, config.path, config.context, config.validation)
     found = text.load(*where, announce)
     splits = {
-        name: Split(name, x, np.zeros(len(x), np.int32), np.zeros((len(x), 0), np.int32))
+        name: Split(name, x, np.full(len(x), -1, np.int32), np.zeros((len(x), 0), np.int32))
         for name, x in found.splits.items()
     }
     return _Found(splits, "tokens", found.source, found.sha256, {"alphabet": found.alphabet})
 
 
 def _find_labelled(config: Config, announce: Callable[[str], None]) -> _Found:
-    """Images or points, a part of the training split drawn for validation."""
+    """Images or vectors, a part of the training split drawn for validation."""
     factors, known = None, {}
     if config.dataset == "shapes":
         arrays, *factors = shapes.generate(config.seed)
         known = {"factors": list(shapes.FACTORS)}
+    elif config.dataset == "arrays":
+        arrays = own.load(config.path)
     elif config.dataset in toys.NAMES:
         arrays = toys.generate(config.dataset, config.seed)
     else:
@@ -258,7 +262,7 @@ def _find_labelled(config: Config, announce: Callable[[str], None]) -> _Found:
         "validation": train.part("validation", held_out),
         "test": Split("test", arrays.test_x, arrays.test_labels, factors[1]),
     }
-    support = "real" if config.dataset in toys.NAMES else "uint8"
+    support = "uint8" if train.x.dtype == np.uint8 else "real"
     return _Found(splits, support, arrays.source, arrays.sha256, known)
 
 

@@ -68,7 +68,7 @@ def load(
     if context < 2:
         raise UserError(f"data.context={context}: a window has at least 2 characters")
     if name == "text":
-        where, text = "file", _read_file(path, source)
+        where, text = "file", _read_file(path)
     else:
         where, text = sources.first_of(
             name,
@@ -115,9 +115,7 @@ def _windows(tokens: np.ndarray, context: int, stride: int) -> np.ndarray:
     return np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(tokens, context)[::stride])
 
 
-def _read_file(path: str, source: str) -> str:
-    if source != "auto":
-        raise UserError(f"data.source={source!r}: data.dataset='text' is a file; choose 'auto'")
+def _read_file(path: str) -> str:
     if not path:
         raise UserError("data.path='': name the file that data.dataset='text' is to read")
     try:

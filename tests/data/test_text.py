@@ -76,7 +76,6 @@ def test_tiny_shakespeare_is_the_known_one(prepared_tfds, monkeypatch):
     [
         (("text", "auto", "", 8, 5), r"data\.path=''.*name the file"),
         (("text", "auto", "nowhere.txt", 8, 5), r"data\.path='nowhere\.txt' cannot be read"),
-        (("text", "tfds", "", 8, 5), r"data\.source='tfds'.*'auto'"),
         (("shakespeare", "paper", "", 8, 5), r"data\.source='paper'.*tfds, download, embedded"),
         (("shakespeare", "embedded", "", 1, 5), r"data\.context=1"),
         (("shakespeare", "embedded", "", 400_000, 5), r"data\.context=400000.*too few"),

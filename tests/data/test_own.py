@@ -1,0 +1,109 @@
+"""Arrays of one's own: what is in the file is what is trained on, and errors that help."""
+
+import numpy as np
+import pytest
+
+from dgm_jax.core import UserError
+from dgm_jax.data import dataset as data
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (30, 6, 4), dtype=np.uint8)
+VECTORS = RNG.normal(size=(30, 3))
+LABELS = np.arange(30) % 3
+
+
+def _load(tmp_path, validation=5, binarisation="none", **arrays):
+    path = tmp_path / "own.npz"
+    np.savez(path, **arrays)
+    config = data.Config("arrays", path=str(path), validation=validation, binarisation=binarisation)
+    return data.load(config)
+
+
+def _rows(dataset):
+    both = [dataset.splits[name].x for name in ("train", "validation")]
+    return np.concatenate(both).reshape(sum(map(len, both)), -1)
+
+
+@pytest.mark.parametrize("x", [IMAGES, np.stack(3 * [IMAGES], axis=-1)])
+def test_images_are_kept_as_they_are(tmp_path, x):
+    found = _load(tmp_path, train_x=x, test_x=x[:7], train_labels=LABELS, test_labels=LABELS[:7])
+    spec = found.spec
+    assert spec.event_shape == (6, 4, x.size // IMAGES.size) and spec.support == "uint8"
+    assert spec.num_classes == 3 and spec.num_examples == 25
+    order = lambda rows: sorted(map(bytes, rows))  # noqa: E731
+    assert order(_rows(found)) == order(x.reshape(30, -1))
+    np.testing.assert_array_equal(found.splits["test"].x.ravel(), x[:7].ravel())
+    np.testing.assert_array_equal(found.splits["test"].labels, LABELS[:7])
+    for image, label in zip(found.splits["train"].x, found.splits["train"].labels, strict=True):
+        assert (x.reshape(30, -1)[label == LABELS] == image.ravel()).all(axis=1).any()
+    np.testing.assert_allclose(spec.mean, found.splits["train"].x.mean(axis=0), rtol=1e-6)
+    assert data.spec_of_card(found.card, spec.mean) == spec
+
+
+def test_bits_are_drawn_of_them_like_of_any_images(tmp_path):
+    black_and_white = 255 * (IMAGES > 127).astype(np.uint8)
+    found = _load(tmp_path, binarisation="dynamic", train_x=black_and_white, test_x=black_and_white)
+    assert found.spec.support == "binary"
+    seen = data.some(found, "test", 30)["x"]
+    np.testing.assert_array_equal(seen.reshape(IMAGES.shape), IMAGES > 127)
+
+
+def test_vectors_without_labels(tmp_path):
+    found = _load(tmp_path, train_x=VECTORS, test_x=VECTORS[:9])
+    assert found.spec.support == "real" and found.spec.event_shape == (3,)
+    assert found.spec.num_classes == 0 and found.splits["train"].x.dtype == np.float32
+    assert found.toy is None
+    np.testing.assert_allclose(np.sort(_rows(found), axis=0), np.sort(VECTORS, axis=0), rtol=1e-6)
+
+
+def test_two_files_are_two_data_sets(tmp_path):
+    marks = [_load(tmp_path, train_x=x, test_x=x).card["sha256"] for x in (IMAGES, IMAGES[::-1])]
+    assert marks[0] != marks[1]
+
+
+GOOD = {"train_x": IMAGES, "test_x": IMAGES}
+TOLD = {**GOOD, "train_labels": LABELS, "test_labels": LABELS}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"x": IMAGES}, r"an array 'x'"),
+        ({"train_x": IMAGES}, r"holds no test_x"),
+        ({**GOOD, "test_x": IMAGES[:0]}, r"test_x is empty"),
+        ({**GOOD, "train_x": IMAGES.astype(int)}, r"train_x is int64 \(30, 6, 4\)"),
+        ({**GOOD, "train_x": IMAGES / 255}, r"train_x is float64 \(30, 6, 4\)"),
+        ({**GOOD, "test_x": IMAGES[:, :5]}, r"an example of test_x is \(5, 4\)"),
+        ({**GOOD, "test_x": VECTORS}, r"an example of test_x is \(3,\)"),
+        ({"train_x": IMAGES // 255, "test_x": IMAGES // 255}, r"from 0 to 1.*white is 255"),
+        ({"train_x": VECTORS * np.inf, "test_x": VECTORS}, r"train_x holds what is not finite"),
+        ({**GOOD, "train_labels": LABELS}, r"labels of one split alone"),
+        ({**TOLD, "train_labels": LABELS[1:]}, r"train_labels is int64 \(29,\)"),
+        ({**TOLD, "train_labels": LABELS / 2}, r"train_labels is float64"),
+        ({**TOLD, "train_labels": LABELS - 1}, r"train_labels are not whole numbers from 0"),
+        ({**TOLD, "test_labels": LABELS + 1}, r"test_labels are not whole numbers from 0 to 2"),
+    ],
+)
+def test_what_is_wrong_is_said_with_what_would_be_right(tmp_path, arrays, words):
+    with pytest.raises(UserError, match=rf"data\.path=.*own\.npz.*{words}.*numpy\.savez"):
+        _load(tmp_path, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"path": ""}, r"data\.path=''.*numpy\.savez"),
+        ({"path": "absent.npz"}, r"data\.path='absent\.npz' cannot be read"),
+        ({"source": "tfds", "path": "own.npz"}, r"data\.source='tfds'.*a file; choose 'auto'"),
+        ({"dataset": "text", "source": "tfds"}, r"data\.source='tfds'.*a file; choose 'auto'"),
+        ({"dataset": "mnist", "path": "own.npz"}, r"data\.path='own\.npz' is not read"),
+    ],
+)
+def test_bad_fields(values, words):
+    with pytest.raises(UserError, match=words):
+        data.load(data.Config(**{"dataset": "arrays", "binarisation": "none", **values}))
+
+
+def test_vectors_have_no_grey_values(tmp_path):
+    with pytest.raises(UserError, match=r"data\.binarisation='dynamic'.*set it to 'none'"):
+        _load(tmp_path, binarisation="dynamic", train_x=VECTORS, test_x=VECTORS)
