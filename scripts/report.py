@@ -1,21 +1,25 @@
-"""Write docs/results.md from the runs' own results.json files.
+"""Write docs/results.md from the runs' own results.json files, and docs/configs.md.
 
     python scripts/report.py
 
 Each file in docs/results/ is the results.json of one run, named `<experiment>-seed<seed>.json`;
 seeds of one experiment, measured with the same K on the same data, make one row. Files in
 docs/results/features/ are the features.json of the same, and in docs/results/quality/ the
-quality.json. Nothing in the tables is typed in but the published values.
+quality.json. Nothing in the tables is typed in but the published values. docs/configs.md lists what
+the docstrings of configs/ say.
 """
 
+import ast
 import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from ml_collections import ConfigDict
 from records import DOCS, markdown
 
+from dgm_jax import config as configs
 from dgm_jax import results
 from dgm_jax.metrics import LIKELIHOODS
 
@@ -49,10 +53,11 @@ PUBLISHED["pixelcnn_mnist-further"] = PUBLISHED["pixelcnn_mnist"]
 LIKELIHOOD = """# Results
 
 Written by `python scripts/report.py` from the `results.json` of each run, kept in
-[results](results); its `config` and `git_revision` say what was run, of older rows perhaps another
-recipe than today's. Experiments are named after their config and variant: `iwae_mnist-l1-vae-k1` is
+[results](results); its `config` and `git_revision` say what was run. Experiments are named after
+their config and variant: `iwae_mnist-l1-vae-k1` is
 `python -m dgm_jax.main --config=configs/iwae_mnist.py:l1-vae-k1 --config.seed=<seed>
---workdir=runs/<experiment>-seed<seed>`.
+--workdir=runs/<experiment>-seed<seed>`, with the values of the last column where the run had others
+than the config has today; "absent" is what the code did not have yet.
 
 ## Likelihood
 
@@ -121,7 +126,13 @@ _SCORES = {
 
 _HEAD = ("experiment", "model", "seeds", "epochs", "NLL", "what it is", "per dimension", "−ELBO")
 _HEAD += ("active units", "on", "training, min", "half of its CPU, min", "evaluation, min")
-_HEAD += ("published NLL", "difference")
+_HEAD += ("published NLL", "difference", "with other values than today's config")
+
+# On what is learned.
+_WITHOUT_EFFECT = {"data.source"} | {
+    f"train.{field}"
+    for field in ("steps_per_dispatch", "validate_every", "checkpoint_every", "checkpoint_minutes")
+}
 
 _POINTS = "points"  # what data in the plane are called; they come last
 
@@ -213,6 +224,28 @@ def _row(name: str, runs: list[dict]) -> list[str]:
         _minutes(runs, "evaluation"),
         f"{published:.2f} ({source})" if published else "",
         f"{nll[0] - published:+.2f}" if published else "",
+        ", ".join(_other_values(name, config)),
+    ]
+
+
+def _other_values(name: str, kept: dict) -> list[str]:
+    """In what that matters to training the config of an experiment was another than it is today."""
+    stems = [path.stem for path in (DOCS.parent / "configs").glob("*.py")]
+    stems = [stem for stem in stems if f"{name}-".startswith(f"{stem}-")]
+    if not stems:
+        return []
+    stem = max(stems, key=len)
+    variant = name.removeprefix(stem).removeprefix("-")
+    today = configs.load(str(DOCS.parent / "configs" / f"{stem}.py:{variant}"))
+    usual = configs.fields(configs.experiment(today.model.name))
+    then = configs.fields(ConfigDict(configs.tuples(kept)))
+    return [
+        f"`{field}={then[field]!r}`" if field in then else f"{field} absent"
+        for field, value in configs.fields(today).items()
+        if field.partition(".")[0] in ("data", "model", "optimizer", "train")
+        and field not in _WITHOUT_EFFECT
+        # The default of a field that came later is what was done before.
+        and then.get(field, usual[field]) != value
     ]
 
 
@@ -259,6 +292,30 @@ def _minutes(runs: list[dict], part: str, factor: float = 1.0) -> str:
     return f"{factor * sum(run['seconds'][part] for run in runs) / len(runs) / 60:.1f}"
 
 
+CONFIGS = """# Configs
+
+Written by `python scripts/report.py` from the docstrings of [configs](../configs), which also name
+the papers. `python -m dgm_jax.main --config=configs/<config>.py` runs one, `...py:<variant>` a
+variant of it; `:smoke` is there for all, and takes seconds.
+
+"""
+
+
+def configs_page() -> str:
+    """The text of docs/configs.md."""
+    rows = []
+    for path in sorted((DOCS.parent / "configs").glob("*.py")):
+        module = ast.parse(path.read_text())
+        functions = {f.name: f for f in module.body if isinstance(f, ast.FunctionDef)}
+        title, _, rest = ast.get_docstring(module).partition("\n\n")
+        gives = rest.partition("Gives:")[2]
+        variants = ast.get_docstring(functions["get_config"])
+        link = f"[{path.stem}](../configs/{path.name})"
+        rows.append([link, *(" ".join(text.split()) for text in (title, variants, gives))])
+    return CONFIGS + markdown(("config", "what it is", "variants", "what it gives"), rows)
+
+
 if __name__ == "__main__":
-    (DOCS / "results.md").write_text(table())
-    print(f"written: {DOCS / 'results.md'}")
+    for page, text in (("results.md", table()), ("configs.md", configs_page())):
+        (DOCS / page).write_text(text)
+        print(f"written: {DOCS / page}")

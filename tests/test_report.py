@@ -7,6 +7,7 @@ import pytest
 import report
 from conftest import REPO
 
+from dgm_jax import config as configs
 from dgm_jax import results
 
 RESULTS = sorted((REPO / "docs" / "results").glob("*.json"))
@@ -15,6 +16,10 @@ EXAMPLE = REPO / "docs" / "results" / "iwae_mnist-l1-vae-k1-seed0.json"
 
 def test_the_table_is_the_one_that_the_kept_results_give():
     assert (REPO / "docs" / "results.md").read_text() == report.table()
+
+
+def test_the_list_of_configs_is_what_they_say():
+    assert (REPO / "docs" / "configs.md").read_text() == report.configs_page()
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -45,6 +50,17 @@ def test_seeds_of_one_experiment_make_one_row(tmp_path, monkeypatch):
     assert "| 0.0850 bits/dim |" in other
     assert "86.76" in other and "| -1.76 |" in other
     assert "| 2 |" in best and "| 50.00 ± " in best
+
+
+def test_a_row_says_where_the_config_was_another():
+    kept = configs.load(str(REPO / "configs" / "iwae_mnist.py:l1-iwae-k5"))
+    other_values = lambda kept: report._other_values("iwae_mnist-l1-iwae-k5", kept)  # noqa: E731
+    assert other_values(kept.to_dict()) == []
+    changed = {"seed": 3, "train.duration": "7 epochs", "eval.num_samples": 9, "data.seed": 2}
+    changed = configs.override(kept, {**changed, "train.validate_every": "3 steps"}).to_dict()
+    assert other_values(changed) == ["`data.seed=2`", "`train.duration='7 epochs'`"]
+    del changed["train"]["init_from"], changed["train"]["num_parts"], changed["data"]["seed"]
+    assert other_values(changed) == ["`train.duration='7 epochs'`", "train.init_from absent"]
 
 
 def test_families_are_ranked_by_the_tightest_that_each_knows(tmp_path, monkeypatch):
