@@ -158,7 +158,7 @@ def table() -> str:
 def _by_data() -> dict[str, list[tuple[str, list[dict]]]]:
     """Experiments and their runs, by the data that they were measured on.
 
-    Runs with the same card, K and devices make one experiment: only like numbers have a mean.
+    Runs of the same values, card, K and devices make one experiment: only like numbers have a mean.
     """
     found: dict[str, dict[tuple, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for path in sorted((DOCS / "results").glob("*.json")):
@@ -167,7 +167,8 @@ def _by_data() -> dict[str, list[tuple[str, list[dict]]]]:
             same = {name: value for name, value in run["data"].items() if name != "source"}
             card, num_samples = json.dumps(same, sort_keys=True), _num_samples(run)
             name = path.stem.rpartition("-seed")[0]
-            found[_data(run["data"])][name, card, num_samples, run["devices"]].append(run)
+            values = tuple(_other_values(name, run["config"]))
+            found[_data(run["data"])][name, values, card, num_samples, run["devices"]].append(run)
     return {
         title: [(name, runs) for (name, *_), runs in experiments.items()]
         for title, experiments in sorted(
