@@ -72,6 +72,9 @@ _SECTIONS = {
 # Variants of the experiments in the plane: what they learn.
 TOYS = {name.replace("_", "-"): {"data.dataset": name} for name in toys.NAMES}
 
+# Modes that look at a trained model, and set `eval` alone.
+MODES_OF_TRAINED = ("evaluate", "sample", "features", "quality", "ais")
+
 _MOST_ENTRIES = 1000  # of a field, in a config that is read back
 
 # What `:smoke` changes in every config: the whole path on small real data, in seconds.
@@ -176,10 +179,13 @@ def _module(filename: str) -> ModuleType:
     return module
 
 
-def check_flags(argv: list[str]) -> None:
+def check_flags(argv: list[str]) -> list[str]:
     """Refuse `--config=...` and `--config.field=...` flags that name what is not there.
 
     ml_collections finds the same faults later, as tracebacks.
+
+    Returns:
+      The flags; where fields are set of a model that was trained, with its own config before them.
 
     Raises:
       UserError: names the file, variant or field, and the nearest that there are.
@@ -189,22 +195,30 @@ def check_flags(argv: list[str]) -> None:
         name, equals, value = arg.partition("=")
         if name.startswith("-"):  # --name=value, or --name value
             named[name.lstrip("-")] = value if equals else following
+    for name in named:
+        if name.partition(".")[0] in ("model", *_SECTIONS):
+            raise UserError(f"--{name}: a field of the config is set by --config.{name}")
     paths = [name for name in named if name.startswith(("config.", "noconfig."))]
+    if paths and "config" not in named:
+        if named.get("mode") not in MODES_OF_TRAINED or not named.get("workdir"):
+            raise UserError(f"--{paths[0]} needs --config, the file whose field it sets")
+        named["config"] = f"{Path(__file__).with_name('kept_config.py')}:{named['workdir']}"
+        argv = [argv[0], f"--config={named['config']}", *argv[1:]]
     if "config" in named:
         known = fields(load(named["config"]))
         for field in (path.removeprefix("no").removeprefix("config.") for path in paths):
             if field not in known:
                 raise UserError(_unknown_field(field, known))
-    elif paths:
-        raise UserError(f"--{paths[0]} needs --config, the file whose field it sets")
+    return argv
 
 
 def _no_such_file(filename: str) -> str:
     """What to say of a config file that is not there."""
-    folder = Path(filename).parent
-    there = sorted(str(p) for p in folder.glob("*.py")) if folder.is_dir() else []
-    near = difflib.get_close_matches(filename, there, n=3) or there
-    return f"--config={filename}: no such file" + (f"; there is {', '.join(near)}" if near else "")
+    folders = Path(filename).parent, Path("configs")
+    there = {path.stem: path for folder in folders for path in sorted(folder.glob("*.py"))}
+    near = [str(there[stem]) for stem in difflib.get_close_matches(Path(filename).stem, there, n=3)]
+    advice = f"did you mean {', or '.join(near)}?" if near else "give its path, configs/name.py"
+    return f"--config={filename}: no such file; {advice}"
 
 
 def _unknown_field(path: str, known: Mapping[str, Any]) -> str:
@@ -257,10 +271,10 @@ def of_section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def differences(config: ConfigDict, other: ConfigDict) -> list[str]:
-    """How two configs differ: `["model.latents: 50 there, 40 here", ...]`."""
+    """How a config differs from the other before it: `["model.latents was 50, is 40", ...]`."""
     mine, theirs = fields(config), fields(other)
     return [
-        f"{name}: {theirs.get(name, 'absent')} there, {mine.get(name, 'absent')} here"
+        f"{name} was {theirs.get(name, 'absent')}, is {mine.get(name, 'absent')}"
         for name in sorted({*mine, *theirs})
         if mine.get(name, "absent") != theirs.get(name, "absent")
     ]

@@ -98,7 +98,7 @@ def quality_mode(
     judge = _judge(dataset, chosen)
     say(f"judged by {judge.name}")
 
-    samples = trained_model.draw(restored.model, restored.params, num, seed)
+    samples = trained_model.draw(restored, num, seed)
     x = {split: _seen(dataset, split) for split in ("train", "test")} | {"samples": samples["x"]}
     judged = {name: judge.features(of, f"features: {name}") for name, of in x.items()}
     codes = {name: of["codes"] for name, of in judged.items()}
@@ -173,6 +173,8 @@ def _seen(dataset: data.Dataset, split: str) -> np.ndarray:
 def _judge(dataset: data.Dataset, chosen: str | None) -> Judge:
     if chosen is None and len(dataset.spec.event_shape) == 1:
         return Judge("the points themselves", lambda x, title: {"codes": x})
+    if chosen is None and dataset.spec.num_classes < 2:
+        raise UserError("these data have no labels to train a judge on: name a judge by --judge")
     if chosen is not None and chosen.endswith(".onnx"):
         return _of_onnx(Path(chosen), dataset.spec.scale)
     return _of_workdir(_own(dataset) if chosen is None else Workdir(Path(chosen)), dataset)

@@ -12,14 +12,15 @@ from dgm_jax.objectives import OBJECTIVES, Options, elbo
 
 
 def latent_variable_model(
+    *,
     player: str,
     draw: Callable[[Params, Batch, jax.Array, int], Draws],
     draw_joint: Callable[[Params, jax.Array, int], tuple[Z, dict[str, jax.Array]]] | None,
     objective: str,
     num_samples: int,
     options: Options,
-    evaluable: bool = True,
-    closed: bool = False,
+    posterior_is_evaluable: bool = True,
+    has_latent_rates: bool = False,
     **functions: Any,
 ) -> Model:
     """The model whose loss and bounds follow from its posterior draws.
@@ -31,16 +32,22 @@ def latent_variable_model(
       objective: one of `OBJECTIVES`.
       num_samples: K, draws per example in the objective.
       options: the objective's numbers.
-      evaluable: whether the posterior's density is known at any z, as `Draws.log_posterior_at`.
-      closed: whether `Draws.rate` has a column for each latent.
+      posterior_is_evaluable: whether its density is known at any z, as `Draws.log_posterior_at`.
+      has_latent_rates: whether `Draws.rate` has a column for each latent.
       **functions: the other fields of `core.Model`.
     """
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         draws = draw(params, batch, rng, num_samples)
         loss = masked_mean(OBJECTIVES[objective](draws, options), batch)
-        terms = {"distortion": draws.distortion, "rate": draws.total_rate, **draws.layer_rates}
-        return loss, Aux(terms=terms)
+        return loss, Aux(terms=terms_of(draws))
+
+    def terms_of(draws: Draws) -> dict[str, jax.Array]:
+        return {"distortion": draws.distortion, "rate": draws.total_rate, **draws.layer_rates}
+
+    def terms(params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        """Of one draw, whatever K is: the two sum to minus the ELBO of the same draw."""
+        return terms_of(draw(params, batch, rng, 1))
 
     def elbo_of(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
         return -elbo(draw(params, batch, rng, 1), Options())
@@ -60,17 +67,19 @@ def latent_variable_model(
         log_joint=lambda params, batch, z: densities(params, batch).log_joint_at(z),
         log_posterior=(
             (lambda params, batch, z: densities(params, batch).log_posterior_at(z, False))
-            if evaluable
+            if posterior_is_evaluable
             else None
         ),
     )
     if draw_joint is not None:
         functions["sample"] = lambda params, rng, num: draw_joint(params, rng, num)[1]
     return Model(
-        players=(Player(player, loss_fn),),
+        players=(Player(player, loss_fn, terms),),
         log_likelihood_fns={"elbo": elbo_of},
         log_weight=log_weight,
         latents=latents,
-        latent_rates=(lambda params, batch: densities(params, batch).rate) if closed else None,
+        latent_rates=(
+            (lambda params, batch: densities(params, batch).rate) if has_latent_rates else None
+        ),
         **functions,
     )

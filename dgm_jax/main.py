@@ -2,7 +2,7 @@
 
     python -m dgm_jax.main --config=configs/vae_mnist.py            train, evaluate, pictures
     python -m dgm_jax.main --config=configs/vae_mnist.py:smoke      the same in seconds
-    python -m dgm_jax.main --mode=evaluate --workdir=runs/vae_mnist
+    python -m dgm_jax.main --mode=evaluate --workdir=runs/vae_mnist --config.eval.num_samples=500
     python -m dgm_jax.main --mode=sample --num=1000 --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=features --workdir=runs/vae_mnist
     python -m dgm_jax.main --mode=quality --workdir=runs/vae_mnist
@@ -38,7 +38,7 @@ _WORKDIR = flags.DEFINE_string(
     None,
     "Where everything is. Default: runs/<config>-<variant>, -sweep or -search behind.",
 )
-_MODES = ["train", "evaluate", "sample", "features", "quality", "ais", "sweep", "plan", "replay"]
+_MODES = ["train", *configs.MODES_OF_TRAINED, "sweep", "plan", "replay"]
 _MODE = flags.DEFINE_enum("mode", "train", _MODES, "What to do; see the examples above.")
 _NUM = flags.DEFINE_integer(
     "num",
@@ -90,7 +90,10 @@ _MODES_OF = {
 def main(argv: list[str]) -> None:
     """Do what the flags say."""
     if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is not a flag: write --flag=value")
+        raise UserError(
+            f"{argv[1]!r} is not a flag: write --flag=value, a value with spaces in quotes, as in "
+            "--config.train.duration='10 epochs'"
+        )
     for name, modes in _MODES_OF.items():
         if flags.FLAGS[name].present and _MODE.value not in modes:
             raise UserError(
@@ -131,7 +134,7 @@ def main(argv: list[str]) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     app.define_help_flags()
-    configs.check_flags(argv)
+    argv = configs.check_flags(["--help" if arg == "-h" else arg for arg in argv])
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:

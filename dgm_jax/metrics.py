@@ -68,15 +68,15 @@ def table(metrics: dict[str, Metric]) -> str:
     """The metrics as aligned lines of text."""
     rows = []
     for name, metric in metrics.items():
-        error = "" if metric.standard_error is None else f"± {metric.standard_error:.3f}"
+        decimals = 4 if "/" in metric.unit else 3
+        error = "" if metric.standard_error is None else f"± {metric.standard_error:.{decimals}f}"
         details = [f"{metric.num_examples:,} examples"] if metric.num_examples else []
         details += [f"K = {metric.num_samples:,}"] if metric.num_samples else []
         if metric.repeat_error is not None:
-            details += [f"± {metric.repeat_error:.3f} over {metric.num_repeats:,} repeats"]
+            details += [f"± {metric.repeat_error:.{decimals}f} over {metric.num_repeats:,} repeats"]
         if metric.parts is not None:
             details += [f"{min(metric.parts):.2f} to {max(metric.parts):.2f} of each latent"]
-        value = f"{metric.value:.4f}" if "/" in metric.unit else f"{metric.value:.3f}"
-        rows.append((name, value, error, metric.unit, ", ".join(details)))
+        rows.append((name, f"{metric.value:.{decimals}f}", error, metric.unit, ", ".join(details)))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return "\n".join(
         f"  {n:<{widths[0]}}  {v:>{widths[1]}} {e:<{widths[2]}}  {u:<{widths[3]}}  {d}".rstrip()

@@ -76,7 +76,8 @@ def dreg(draws: Draws, options: Options) -> jax.Array:
     log_w = jax.lax.stop_gradient(draws.log_weights(options.beta))
     weight = jax.nn.softmax(log_w, axis=0)
     scale = 1 - options.beta + options.beta * weight  # times the weight in the sum below
-    # The densities are the same numbers as above; the compiler computes them once.
+    # The densities are the same numbers as above. The compiler computes them once, but for those of
+    # a mixture or a VampPrior, whose loops over the latents it does not merge.
     scaled = jax.tree.map(lambda z: scale_gradient(z, scale), draws.z)
     surrogate = jnp.sum(weight * draws.log_weights_at(scaled, options.beta, True), axis=0)
     return _with_value(-_log_mean_exp(log_w), -surrogate)
@@ -127,8 +128,15 @@ def renyi(draws: Draws, options: Options) -> jax.Array:
     α = 0 is IWAE; α = -1 is the χ² upper bound CUBO₂ (Dieng et al. 2017), a bound only in
     expectation and in the limit of K.
     """
-    power = 1 - options.alpha
-    return -_log_mean_exp(power * draws.log_weights(options.beta)) / power
+    power, log_w = 1 - options.alpha, draws.log_weights(options.beta)
+    usual = _log_mean_exp(power * log_w) / power
+    # Near α = 1 the bound is the mean of log w and little more, of which a quotient of two small
+    # numbers would have lost the digits.
+    mean = jnp.mean(log_w, axis=0)
+    small = power * (log_w - mean[None])
+    near = jnp.max(jnp.abs(small), axis=0) < 0.1
+    rest = jnp.log1p(jnp.mean(jnp.expm1(jnp.where(near[None], small, 0.0)), axis=0))
+    return -jnp.where(near, mean + rest / power, usual)
 
 
 def free_bits(draws: Draws, options: Options) -> jax.Array:
@@ -187,7 +195,9 @@ def mmd(x: jax.Array, y: jax.Array, weight: jax.Array) -> jax.Array:
     weight_y = jnp.ones_like(weight)
 
     def kernel(a: jax.Array, b: jax.Array) -> jax.Array:
-        return scale / (scale + jnp.sum((a[:, None] - b[None]) ** 2, axis=-1))
+        # |a - b|² without a difference for each pair and latent; its rounding is far below 2L.
+        lengths = jnp.sum(a**2, axis=-1)[:, None] + jnp.sum(b**2, axis=-1)[None]
+        return scale / (scale + jnp.maximum(lengths - 2 * a @ b.T, 0))
 
     def within(a: jax.Array, w: jax.Array) -> jax.Array:
         pairs = w[:, None] * w[None] * (1 - jnp.eye(len(a)))
@@ -287,4 +297,4 @@ def _log_mean_exp(log_w: jax.Array, axis: int = 0) -> jax.Array:
 
 def _with_value(value: jax.Array, surrogate: jax.Array) -> jax.Array:
     """`value`, with the gradient of `surrogate`."""
-    return jax.lax.stop_gradient(value) + surrogate - jax.lax.stop_gradient(surrogate)
+    return jax.lax.stop_gradient(value) + (surrogate - jax.lax.stop_gradient(surrogate))

@@ -16,10 +16,12 @@ class Config:
     """AdamW or Muon with global-norm clipping, linear warm-up and linear decay to zero.
 
     Attributes:
-      name: `adamw`, or `muon`: matrices, and convolutions as matrices from what a pixel sees to
-        what it becomes, move by their orthogonalised momentum (Jordan et al. 2024) at the scale of
-        Adam's steps (Liu et al. 2025, eq. 4), all else by AdamW. A step of it costs some products
-        of each matrix with itself: little beside a large batch or many draws.
+      name: `adamw`, or `muon`: arrays of two axes, and of four as matrices from all axes but one to
+        the last (of a convolution: from what a pixel sees to what it becomes), move by their
+        orthogonalised momentum (Jordan et al. 2024) at the scale of Adam's steps (Liu et al. 2025,
+        eq. 4), all else by AdamW. That goes by the axes alone: of a VampPrior's images it is the
+        gradient by its norm. A step costs some products of each matrix with itself: little beside
+        a large batch or many draws.
       learning_rate: at the end of the warm-up.
       warmup: fraction of training over which the learning rate rises from 0.
       b1: of AdamW: decay of the first moment.

@@ -22,7 +22,7 @@ from dgm_jax.rng import stream
 from dgm_jax.train import train
 from dgm_jax.train_state import num_parameters
 from dgm_jax.trained_model import Trained, density, draw, encoder, reopen, start_of
-from dgm_jax.workdir import Workdir, write_json, write_text
+from dgm_jax.workdir import Workdir, write, write_json, write_text
 
 # Seconds of training beside which those that `measure_speed` takes are little.
 _LONG_ENOUGH = 60
@@ -84,7 +84,6 @@ def evaluate_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
     """
     restored, mesh = reopen(workdir, given), sharding.make_mesh()
     dataset = data_of(workdir, restored.config)
-    likelihood.check(configs.section(restored.config, "eval"), mesh)
     began = time.monotonic()
     found = _likelihoods(restored, dataset, mesh)
     seconds = {"evaluation": time.monotonic() - began}
@@ -101,8 +100,8 @@ def sample_mode(workdir: Workdir, num: int, seed: int, given: ConfigDict | None 
     if num < 1:
         raise UserError(f"--num={num}: draw at least one sample")
     restored = reopen(workdir, given)
-    samples = draw(restored.model, restored.params, num, seed)
-    np.savez_compressed(workdir.path / "samples.npz", **samples)
+    samples = draw(restored, num, seed)
+    write(workdir.path / "samples.npz", lambda file: np.savez_compressed(file, **samples))
     _show_samples(workdir, "samples", samples, f"step {restored.step:,}")
     say(f"{num:,} samples in {workdir.path}: samples.npz, and to look at, samples.*")
 
@@ -154,10 +153,8 @@ def features_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
     arrays = {"features": codes, **layers, "labels": labels}
     if dataset.factor_names:
         arrays["factors"] = factors
-    np.savez_compressed(
-        workdir.path / "features.npz",
-        **{f"{split}_{name}": of[split] for name, of in arrays.items() for split in of},
-    )
+    kept = {f"{split}_{name}": of[split] for name, of in arrays.items() for split in of}
+    write(workdir.path / "features.npz", lambda file: np.savez_compressed(file, **kept))
     if dataset.spec.num_classes < 2:
         say(f"{workdir.path / 'features.npz'} is written; without labels there is nothing to judge")
         return
@@ -165,7 +162,7 @@ def features_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
     judged = {
         config.model.name: codes,
         **layers,
-        "untrained": features.random_features(model, *where),
+        "untrained": features.random_features(model, *where, config.train.batch_size),
         "principal_components": features.principal_components(raw, codes["train"].shape[1]),
     }
     found = features.evaluate({**judged, "pixels": raw}, labels, config.seed)
@@ -275,7 +272,7 @@ def _draw_pictures(trained: Trained, dataset: data.Dataset, workdir: Workdir) ->
     texts = []
     if model.sample is not None:
         num = 2000 if dataset.spec.support == "real" else 100
-        samples = draw(model, params, num, seed)
+        samples = draw(trained, num, seed)
         texts = _show_samples(workdir, "prior_samples", samples, "prior samples")
     plane = dataset.spec.support == "real" and dataset.spec.event_shape == (2,)
     if plane and model.sample is not None:
@@ -315,7 +312,7 @@ def _draw_plane(trained: Trained, dataset: data.Dataset, workdir: Workdir) -> No
     from dgm_jax import pictures
 
     points = dataset.splits["test"].x[:2000]
-    samples = draw(trained.model, trained.params, len(points), trained.config.seed)["x"]
+    samples = draw(trained, len(points), trained.config.seed)["x"]
     pictures.save_plane(workdir.path / "plane.png", points, samples, density(trained))
 
 

@@ -117,6 +117,8 @@ def train(
     if first:
         say(f"resumed     from the checkpoint of step {first:,}")
     checkpoints.tidy(first)
+    if processes.is_first():  # of an attempt that stopped there; this one may not
+        workdir.replay.unlink(missing_ok=True)
     best = _Best(experiment, workdir, first)
     processes.wait_for_all("earlier rows are read")
     log = _Log(experiment, workdir, first)
@@ -154,11 +156,11 @@ def train(
                 if validating or saving:
                     log.dispatch(*pending)
                     pending = None
+                    _refuse_non_finite_parameters(done, state)
                 if validating:
                     found = log.validation(done, validate(state.eval_params, config.seed))
-                    best.save_if_better(state, done, found)
+                    best.save_if_better(state, found)
                 if saving:
-                    _refuse_non_finite_parameters(done, state)
                     best.wait()  # who goes on from here takes it that the best so far is there
                     checkpoints.save(state)
                 if told > _SAVE:
@@ -192,13 +194,12 @@ class _Best:
         self._value = max((self._sign * row[key] for row in rows), default=-np.inf)
         self._checkpoints = Checkpoints(workdir.best_checkpoint, keep=1)
 
-    def save_if_better(self, state: TrainState, step: int, found: Mapping[str, Metric]) -> None:
+    def save_if_better(self, state: TrainState, found: Mapping[str, Metric]) -> None:
         if not self._name:
             return
         value = self._sign * found[self._name].value
         if value > self._value:
             self._value = value
-            _refuse_non_finite_parameters(step, state)
             self._checkpoints.save(state)
 
     def wait(self) -> None:

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from dgm_jax import optim, sharding
-from dgm_jax.core import Batch, Model, Params, Player, masked_mean
+from dgm_jax.core import Batch, Model, Params, Player, UserError, masked_mean
 from dgm_jax.data import dataset as data
 from dgm_jax.data.order import batch_ids
 from dgm_jax.rng import stream
@@ -36,8 +36,17 @@ class Inputs(NamedTuple):
 def init_state(
     model: Model, optimizer: optax.GradientTransformation, seed: int, batch: Batch, ema: bool
 ) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step.
+
+    Raises:
+      UserError: the model's `init` leaves a player without parameters.
+    """
     params = model.init(stream(seed, "init"), batch)
+    if missing := [player.name for player in model.players if player.name not in params]:
+        raise UserError(
+            f"the model's init has no parameters for its player {missing[0]!r}, but for "
+            f"{', '.join(params) or 'none'}: give each player an entry of its own name"
+        )
     return TrainState(
         step=jnp.int32(0),
         seed=jnp.int32(seed),

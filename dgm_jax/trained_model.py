@@ -12,11 +12,14 @@ from dgm_jax import config as configs
 from dgm_jax import files, models, optim, sharding
 from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.data import dataset as data
+from dgm_jax.evaluators import likelihood
 from dgm_jax.experiment import abstract_state
 from dgm_jax.progress import Progress
 from dgm_jax.rng import stream
 from dgm_jax.train import best_or_newest
 from dgm_jax.workdir import Workdir, check_writable
+
+_AT_ONCE = 100  # samples, or a few more
 
 
 class Trained(NamedTuple):
@@ -77,17 +80,18 @@ def reopen(workdir: Workdir, given: ConfigDict | None = None) -> Trained:
     """`restore`, for something to be written beside it: refuses now what would fail at the end.
 
     Raises:
-      UserError: as `restore`, or the work directory is not writable.
+      UserError: as `restore`, or the work directory is not writable, or `eval` makes no sense.
     """
     restored = restore(workdir.path, given)
+    likelihood.check(configs.section(restored.config, "eval"), sharding.make_mesh())
     check_writable(workdir.path)
     return restored
 
 
-def draw(
-    model: Model, params: Params, num: int, seed: int, batch_size: int = 100
-) -> dict[str, np.ndarray]:
+def draw(trained: Trained, num: int, seed: int) -> dict[str, np.ndarray]:
     """`num` samples in compiled batches; the first m are the same however many are drawn.
+
+    A batch has each class equally often, where the model is told the label.
 
     Returns:
       What `model.sample` returns, as arrays `[num, *event]`.
@@ -95,12 +99,13 @@ def draw(
     Raises:
       UserError: the model cannot sample.
     """
-    sample = model.require("sample")
+    sample, num_classes = trained.model.require("sample"), max(1, trained.spec.num_classes)
+    batch_size = num_classes * -(-_AT_ONCE // num_classes)
     one_batch = jax.jit(lambda params, i: sample(params, stream(seed, "sample", i), batch_size))
     parts = []
     with Progress("sampling" if num > 10 * batch_size else None, num) as progress:
         for i in range(-(-num // batch_size)):
-            parts.append(jax.device_get(one_batch(params, i)))
+            parts.append(jax.device_get(one_batch(trained.params, i)))
             progress.advance(min(batch_size, num - i * batch_size))
     return {name: np.concatenate([part[name] for part in parts])[:num] for name in parts[0]}
 

@@ -105,8 +105,9 @@ class Workdir(NamedTuple):
     @property
     def started(self) -> bool:
         """Whether training has left anything: before it, a wrong value has cost nobody anything."""
-        there = self.metrics, self.checkpoints, self.results, self.failure
-        return any(path.exists() for path in there)
+        there = self.checkpoints, self.results, self.failure
+        has_rows = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return has_rows or any(path.exists() for path in there)
 
     @property
     def finished(self) -> bool:
@@ -148,6 +149,12 @@ class Workdir(NamedTuple):
         """
         there.mesh.update(config.mesh)
         if differs := configs.differences(config, there):
+            if all(field.startswith("train.duration ") for field in differs):
+                advice += (
+                    ". The learning rate follows the length of a run, which stays as it was; to "
+                    "train its model further give another --workdir and "
+                    f"--config.train.init_from={self.path}"
+                )
             raise UserError(
                 f"{self.path} belongs to another config ({'; '.join(differs)}): {advice}"
             )
@@ -206,7 +213,7 @@ class Workdir(NamedTuple):
         with files.reading(self.data_card, "choose another --workdir"):
             there = files.read_json(self.data_card)
             differs = [
-                f"{name}: {there.get(name)} there, {card[name]} here"
+                f"{name} was {there.get(name)}, is {card[name]}"
                 for name in card
                 if name != "source" and there.get(name) != card[name]
             ]
@@ -232,7 +239,11 @@ class Workdir(NamedTuple):
             processes.wait_for_all("the work directory is claimed")
             yield
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            why = files.reason(error)
+            raise UserError(f"{self.path}: {why}: choose another --workdir") from error
         lock = filelock.FileLock(self.path / ".lock")
         try:
             lock.acquire(blocking=False)
@@ -249,7 +260,7 @@ class Workdir(NamedTuple):
             # The config first: with it alone the directory is still known for what it is.
             write_text(self.config, configs.to_json(config))
             write_json(self.data_card, card)
-            _write(self.data_mean, lambda file: np.savez(file, mean=mean))
+            write(self.data_mean, lambda file: np.savez(file, mean=mean))
             processes.wait_for_all("the work directory is claimed")
             yield
         finally:
@@ -289,13 +300,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text`, whole or not at all."""
-    _write(path, lambda file: file.write(text.encode()))
+    write(path, lambda file: file.write(text.encode()))
 
 
-def _write(path: Path, put: Callable[[BinaryIO], object]) -> None:
+def write(path: Path, put: Callable[[BinaryIO], object]) -> None:
+    """Write what `put` puts into a file, whole or not at all."""
     if not processes.is_first():
         return
-    temporary = path.with_name(path.name + ".tmp")
+    # Two evaluations of one run may be under way.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         put(file)
         file.flush()

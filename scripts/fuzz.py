@@ -431,6 +431,18 @@ def _load_idx(path: Path) -> Any:
     return image_sets._read_idx(path.read_bytes(), (4, 28, 28, 1))
 
 
+def _write_own(path: Path) -> None:
+    from dgm_jax.data.own import NAMES
+
+    np.savez(path, **dict(zip(NAMES, _arrays(), strict=True)))
+
+
+def _load_own(path: Path) -> Any:
+    from dgm_jax.data import own
+
+    return own.load(str(path))
+
+
 def _write_text(path: Path) -> None:
     path.write_text("To be, or not to be: that is the question – ∀ε. " * 20)
 
@@ -617,6 +629,7 @@ KINDS = {
     "sweep.json": Kind("what a sweep is about", _write_sweep, _load_sweep, 1000),
     "cache.npz": Kind("decoded images in the cache", _write_cached, _load_cached, 1000),
     "idx.gz": Kind("MNIST's original files", _write_idx, _load_idx, 1000),
+    "arrays.npz": Kind("arrays to train on", _write_own, _load_own, 1000),
     "text": Kind("a text to train on", _write_text, _load_text, 500),
     "array_record": Kind(
         "a prepared TFDS data set", _write_prepared, _load_prepared, 400, parts="*"

@@ -70,7 +70,7 @@ def main() -> None:
                     x, y = np.meshgrid(steps, steps)
                     log_p = density(np.stack([x, y], axis=-1).reshape(-1, 2)).reshape(x.shape)
                     axes.pcolormesh(x, y, np.exp(log_p), cmap="Blues", rasterized=True)
-                show(axes, trained_model.draw(trained.model, trained.params, POINTS, 0)["x"])
+                show(axes, trained_model.draw(trained, POINTS, 0)["x"])
                 progress.advance(1, f"{model}, {data}")
     figure.savefig(PICTURE)
     print(f"written: {PICTURE}")

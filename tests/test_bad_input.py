@@ -108,7 +108,7 @@ def _claim(path: Path) -> Workdir:
     workdir = Workdir(path / "run")
     dataset = data.load(configs.section(config, "data"))
     with workdir.claimed(config, dataset.card, dataset.spec.mean):
-        workdir.metrics.touch()  # training has begun
+        workdir.metrics.write_text('{"step": 1}\n')  # training has begun
     return workdir
 
 
@@ -172,6 +172,9 @@ CASES = {
         ("--config=configs/vae_mnits.py", "--workdir={dir}/run"),
         ("configs/vae_mnits.py", "no such file", "configs/vae_mnist.py"),
     ),
+    "config by its name": Case(
+        ("--config=vae_mnist", "--workdir={dir}/run"), ("did you mean configs/vae_mnist.py",)
+    ),
     "config file in a folder that is not there": Case(
         ("--config=nowhere/x.py", "--workdir={dir}/run"), ("nowhere/x.py", "no such file")
     ),
@@ -200,9 +203,14 @@ CASES = {
     ),
     "section": Case(smoke("--config.model=3"), ("'model'", "model.")),
     "model": Case(smoke("--config.model.name=vea"), ("model.name='vea'", "did you mean", "vae")),
+    "another model": Case(smoke("--config.model.name=gan"), ("'gan'", "another model", "--config")),
     "mode": Case(smoke("--mode=trian"), ("--mode=trian", "train", "evaluate", "sample")),
     "flag": Case(smoke("--workdri=x"), ("workdri", "workdir")),
     "stray argument": Case(smoke("latents=4"), ("'latents=4'", "--flag=value")),
+    "a value of two words": Case(
+        smoke("--config.train.duration=10", "epochs"), ("'epochs'", "in quotes", "'10 epochs'")
+    ),
+    "a field without config": Case(smoke("--model.latents=4"), ("set by --config.model.latents",)),
     "nothing": Case((), ("--mode=train", "--workdir", "--config")),
     "a work directory of no name": Case(("--mode=sample", "--workdir="), ("--workdir=", "name")),
     "a flag of other modes": Case(
@@ -212,6 +220,23 @@ CASES = {
     "no config": Case(("--workdir={dir}/run",), ("--config=configs/vae_mnist.py",)),
     "no config but a field": Case(
         ("--workdir={dir}/run", "--config.model.latents=3"), ("config.model.latents", "--config")
+    ),
+    "evaluate with a field of the model": Case(
+        ("--mode=evaluate", "--workdir={dir}/run", "--config.model.latents=3"),
+        ("{dir}/run", "model.latents was 7, is 3", "only eval and mesh"),
+        _claim,
+    ),
+    "evaluate with a field, nowhere": Case(
+        ("--mode=evaluate", "--workdir={dir}/run", "--config.eval.chunk=3"),
+        ("{dir}/run", "not a work directory"),
+    ),
+    "longer than it was": Case(
+        (*_LATENTS_7, "--config.train.duration=9 steps"),
+        ("train.duration was 200 steps, is 9 steps", "--config.train.init_from={dir}/run"),
+        _claim,
+    ),
+    "a directory that cannot be": Case(
+        (f"--config={SMOKE}", "--workdir=/proc/nowhere"), ("/proc/nowhere", "choose another")
     ),
     "evaluate nothing": Case(("--mode=evaluate",), ("--mode=evaluate", "--workdir")),
     "a judge of training": Case(smoke("--judge=x"), ("--judge", "--mode=quality", "--mode=train")),
@@ -226,7 +251,7 @@ CASES = {
         ("--mode=sample", "--sample_seed=-1", "--workdir={dir}/run"), ("sample_seed", "-1")
     ),
     "evaluate by another config": Case(
-        smoke("--mode=evaluate"), ("{dir}/run", "model.latents: 7 there", "leave out"), _claim
+        smoke("--mode=evaluate"), ("{dir}/run", "model.latents was 7", "leave out"), _claim
     ),
     # Types.
     "int 3.5": Case(smoke("--config.model.latents=3.5"), ("config.model.latents", "'3.5'", "int")),
@@ -272,7 +297,7 @@ CASES = {
     # Work directories.
     "another config": Case(
         smoke("--config.model.latents=9", "--config.train.batch_size=50"),
-        ("{dir}/run", "model.latents: 7 there, 9 here", "train.batch_size:", "--workdir"),
+        ("{dir}/run", "model.latents was 7, is 9", "train.batch_size was", "--workdir"),
         _claim,
     ),
     "foreign directory": Case(smoke(), ("{dir}/run", "not empty", "--workdir"), _foreign),
@@ -537,7 +562,7 @@ def test_a_given_config_may_evaluate_in_another_way_and_no_more(unfinished):
     found = _read(unfinished / "evaluation.json")
     assert found["metrics"]["importance_weighted_bound"]["num_samples"] == 3
     assert found["config"]["eval"]["num_samples"] == 3
-    with pytest.raises(UserError, match=r"another config .seed: 0 there, 1 here"):
+    with pytest.raises(UserError, match=r"another config .seed was 0, is 1"):
         run.evaluate_mode(Workdir(unfinished), _tiny(seed=1))
 
 

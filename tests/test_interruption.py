@@ -170,8 +170,8 @@ def test_what_another_process_has_begun_meanwhile_is_not_taken_over(tmp_path):
     workdir, config = Workdir(tmp_path / "run"), configs.experiment("vae")
     other = configs.override(config, {"seed": 1})
     with workdir.claimed(config, {}, np.zeros(1)):
-        workdir.metrics.touch()
-    with pytest.raises(UserError, match=r"belongs to another config .seed: 0 there, 1 here"):
+        workdir.metrics.write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"belongs to another config .seed was 0, is 1"):
         workdir.claimed(other, {}, np.zeros(1)).__enter__()
     with workdir.claimed(config, {}, np.zeros(1)):  # nobody holds it
         assert workdir.load_config().seed == 0

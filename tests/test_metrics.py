@@ -72,7 +72,7 @@ def test_table_prints_every_metric_with_all_it_knows():
     ).splitlines()
     assert [" ".join(line.split()) for line in lines] == [
         "elbo -98.765 ± 0.123 nats 10,000 examples, K = 5,000",
-        "bits_per_dim 0.1765 ± 0.001 bits/dim 10,000 examples",
+        "bits_per_dim 0.1765 ± 0.0012 bits/dim 10,000 examples",
         "active_units 23.000 of 50 units",
     ]
     # The units begin in one column.

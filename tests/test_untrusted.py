@@ -473,7 +473,7 @@ def test_a_network_that_takes_absurd_images(tmp_path, shape):
 FEW = {"array_record": 20, "onnx": 20, "checkpoint": 15, "workdir": 10}
 MANY = (
     *("config.json", "data_card.json", "data_mean.npz", "replay.json", "failure.json", "text"),
-    *("metrics.jsonl", "results.json", "sweep.json", "cache.npz", "idx.gz"),
+    *("metrics.jsonl", "results.json", "sweep.json", "cache.npz", "idx.gz", "arrays.npz"),
 )
 
 

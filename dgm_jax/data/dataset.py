@@ -140,7 +140,8 @@ def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
         support="binary" if binary else found.support,
         mean=mean / 255 if binary else mean,
         num_examples=len(train),
-        num_classes=int(train.labels.max()) + 1,
+        # Of all: the last of them may have no example in a split.
+        num_classes=1 + max(int(split.labels.max(initial=-1)) for split in found.splits.values()),
         vocabulary=len(found.known.get("alphabet", "")),
     )
     card = {

@@ -10,7 +10,7 @@ from dgm_jax.files import read_arrays, reason
 
 _MOST_BYTES = 2**33
 _MOST_CLASSES = 10_000
-_NAMES = ("train_x", "train_labels", "test_x", "test_labels")
+NAMES = ("train_x", "train_labels", "test_x", "test_labels")
 _HINT = (
     "save uint8 images [N, H, W] or [N, H, W, C], or float vectors [N, D], by "
     "numpy.savez(path, train_x=..., test_x=...), with labels also train_labels and test_labels"
@@ -45,7 +45,7 @@ def load(path: str) -> LabelledArrays:
 
 
 def _what_is_wrong(found: dict[str, np.ndarray]) -> str | None:
-    if unknown := sorted(set(found) - set(_NAMES)):
+    if unknown := sorted(set(found) - set(NAMES)):
         return f"it holds an array {unknown[0]!r}, which nothing reads"
     if missing := [name for name in ("train_x", "test_x") if name not in found]:
         return f"it holds no {missing[0]}"

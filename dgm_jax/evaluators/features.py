@@ -22,6 +22,7 @@ from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.metrics import Metric
 from dgm_jax.progress import Progress
+from dgm_jax.rng import stream
 
 LABELS_PER_CLASS = (1, 5, 10, 100)
 _DRAWS = 5  # of few-label training sets
@@ -134,11 +135,19 @@ def evaluate(
 
 
 def random_features(
-    model: Model, dataset: data.Dataset, batch_size: int, mesh: Mesh, seed: int
+    model: Model,
+    dataset: data.Dataset,
+    batch_size: int,
+    mesh: Mesh,
+    seed: int,
+    train_batch_size: int,
 ) -> Codes:
-    """The features of the same model before any training; see `encode`."""
-    batch = data.some(dataset, "train", batch_size)
-    params = jax.jit(model.init)(jax.random.key(seed), batch)
+    """The features of the model that training started from; see `encode`.
+
+    Of some models the first parameters depend on a batch, which is one of training.
+    """
+    batch = data.some(dataset, "train", train_batch_size)
+    params = jax.jit(model.init)(stream(seed, "init"), batch)
     return encode(model, params, dataset, batch_size, mesh, seed)
 
 

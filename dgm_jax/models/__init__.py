@@ -59,8 +59,7 @@ def _config(module: ModuleType, config: Mapping[str, Any]) -> Any:
     given = {key: value for key, value in config.items() if key != "name"}
     if unknown := sorted(set(given) - fields):
         raise UserError(
-            f"model.{unknown[0]} is not a field of {config['name']!r}, which has: "
-            + ", ".join(sorted(fields))
-            + "; another model has a config of its own, given by --config and not by model.name"
+            f"model.name={config['name']!r}: this config is of another model, with model."
+            f"{unknown[0]}; choose by --config one whose model it is"
         )
     return module.Config(**given)

@@ -34,6 +34,7 @@ from dgm_jax.nn.denoisers import Denoiser
 from dgm_jax.nn.noise import SCHEDULES, Schedule, alpha_sigma, noisy, precondition
 from dgm_jax.rows import beside
 
+_MOST_GAMMA = 80  # e to this is still a number in float32, and so is 1 / α
 OBJECTIVES = ("vdm", "edm", "min_snr")
 SAMPLERS = ("ancestral", "ddim", "heun")
 
@@ -91,9 +92,10 @@ def check(config: Config, spec: DataSpec) -> None:
             "model.schedule='monotone' is learned with model.objective='vdm' and model.steps=0: "
             "choose another schedule"
         )
-    if not -math.inf < config.gamma_min < config.gamma_max < math.inf:
+    if not -_MOST_GAMMA <= config.gamma_min < config.gamma_max <= _MOST_GAMMA:
         raise UserError(
-            f"model.gamma_max={config.gamma_max}: must be above model.gamma_min={config.gamma_min}"
+            f"model.gamma_max={config.gamma_max}: must be above model.gamma_min={config.gamma_min},"
+            f" and both within ±{_MOST_GAMMA}"
         )
     for field in ("sigma_data", "log_sigma_std", "snr_cap"):
         if not 0 < getattr(config, field) < math.inf:
@@ -225,13 +227,11 @@ def build(config: Config, spec: DataSpec) -> Model:
         own = {"params": params["diffusion"].get("schedule", {})}
         return lambda t: schedule.apply(own, t)
 
-    def denoiser(params: Params, label: jax.Array | None, guidance: float | None = None) -> Denoise:
+    def denoiser(params: Params, label: jax.Array | None, guidance: float = 1.0) -> Denoise:
         def answer(x: jax.Array, time: jax.Array, label: jax.Array | None) -> jax.Array:
             return net.apply({"params": params["diffusion"]["net"]}, x, time, label)
 
-        ask = lambda x, time: answer(x, time, label)  # noqa: E731
-        if guidance is not None:
-            ask = denoisers.guided(answer, label, guidance)
+        ask = denoisers.guided(answer, label, guidance)
 
         def denoise(z: jax.Array, gamma: jax.Array) -> jax.Array:
             """Of bits, by Bayes' rule: what the network says of each, and its own noisy value."""

@@ -216,13 +216,13 @@ def build(config: Config, spec: DataSpec) -> Model:
         return likelihoods.draw(likelihood, x_rng, outputs, spec)
 
     return latent_variable_model(
-        "discrete_vae",
-        draw,
-        None,
-        config.objective,
-        config.num_samples,
-        Options(beta=config.beta),
-        closed=config.prior == "uniform",
+        player="discrete_vae",
+        draw=draw,
+        draw_joint=None,
+        objective=config.objective,
+        num_samples=config.num_samples,
+        options=Options(beta=config.beta),
+        has_latent_rates=config.prior == "uniform",
         init=init,
         sample=sample,
         encode=encode,

@@ -132,7 +132,14 @@ def gradient_penalty(critic: Critic, real: jax.Array, fake: jax.Array, rng: jax.
     return (jnp.sqrt(squared + 1e-12) - 1) ** 2  # a root has no gradient at 0
 
 
+def no_penalty(critic: Critic, real: jax.Array, fake: jax.Array, rng: jax.Array) -> jax.Array:
+    """0 for each example. Arguments as in `r1`."""
+    del critic, fake, rng
+    return jnp.zeros(len(real))
+
+
 PENALTIES: dict[str, Callable[[Critic, jax.Array, jax.Array, jax.Array], jax.Array]] = {
+    "none": no_penalty,
     "r1": r1,
     "r1_r2": r1_r2,
     "gradient_penalty": gradient_penalty,
@@ -159,7 +166,9 @@ def check(config: Config, spec: DataSpec) -> None:
         if (value := getattr(config, field)) not in known:
             raise UserError(f"model.{field}={value!r}: choose one of {', '.join(known)}")
     if not 0 <= config.penalty_weight < math.inf:
-        raise UserError(f"model.penalty_weight={config.penalty_weight}: must be at least 0")
+        raise UserError(
+            f"model.penalty_weight={config.penalty_weight}: must be at least 0 and finite"
+        )
     labels.check(config.conditional, spec)
 
 

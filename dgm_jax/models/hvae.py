@@ -181,12 +181,12 @@ def build(config: Config, spec: DataSpec) -> Model:
         return tuple(reversed(z)), samples
 
     return latent_variable_model(
-        "hvae",
-        draw,
-        draw_joint,
-        config.objective,
-        config.num_samples,
-        Options(beta=config.beta),
+        player="hvae",
+        draw=draw,
+        draw_joint=draw_joint,
+        objective=config.objective,
+        num_samples=config.num_samples,
+        options=Options(beta=config.beta),
         init=init,
         encode=encode,
         layer_sizes=config.latents,

@@ -37,6 +37,7 @@ from dgm_jax.likelihoods import Likelihood
 from dgm_jax.nn import attention, networks
 from dgm_jax.nn.attention import Block, grid_positions, rms_norm, rotary_angles
 from dgm_jax.nn.conv import Conv, from_patches, to_patches
+from dgm_jax.nn.denoisers import spread_times
 from dgm_jax.nn.precision import Dense
 from dgm_jax.nn.unet import UNet
 
@@ -253,7 +254,7 @@ def bound(
       rng: of the times and of what is hidden.
     """
     time_rng, place_rng = jax.random.split(rng)
-    t = (jax.random.uniform(time_rng) + jnp.arange(len(x)) / len(x)) % 1
+    t = spread_times(time_rng, len(x))
     step = jnp.searchsorted(jnp.cumsum(jnp.asarray(levels.prob, jnp.float32))[:-1], t)
     num = jnp.asarray(levels.hidden)[step]
     hidden = random_order(place_rng, x.shape) < num[:, None]

@@ -136,7 +136,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         label = denoisers.dropped(told, label_rng, label_dropout)
         along = beside(t, x)
         z, v = (1 - along) * x + along * noise, noise - x
-        if label is not None:  # the velocity of guidance (eq. 19), where there is a label
+        if denoisers.is_guided(label, config.guidance):  # its velocity (eq. 19), where a label is
             without = jax.lax.stop_gradient(average(params, 0 * label)(z, t, t))
             weight = 1 + (config.guidance - 1) * jnp.sum(label, axis=1)
             v = without + beside(weight, x) * (v - without)

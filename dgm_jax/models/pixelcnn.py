@@ -68,8 +68,8 @@ class Net(nn.Module):
     def setup(self) -> None:
         """Layers, what a label says to each, and what comes of the last."""
         size, config = self.config.channels, self.config
-        further = [GatedLayer(size, size, reach) for reach in config.dilations]
-        self.layers = [GatedLayer(1, size, config.window, first=True), *further]
+        further = [GatedLayer(size, reach) for reach in config.dilations]
+        self.layers = [GatedLayer(size, config.window, first=True), *further]
         if config.conditional:
             self.told = [Dense(4 * size, use_bias=False) for _ in self.layers]
         self.hidden = Dense(2 * size)

@@ -310,12 +310,12 @@ def build(config: Config, spec: DataSpec) -> Model:
         return likelihoods.picture(likelihood, outputs[0], spec)
 
     return latent_variable_model(
-        "topdown",
-        draw,
-        draw_joint,
-        config.objective,
-        config.num_samples,
-        config.options,
+        player="topdown",
+        draw=draw,
+        draw_joint=draw_joint,
+        objective=config.objective,
+        num_samples=config.num_samples,
+        options=config.options,
         init=init,
         encode=encode,
         layer_sizes=sizes,

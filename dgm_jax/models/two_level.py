@@ -224,12 +224,12 @@ def build(config: Config, spec: DataSpec) -> Model:
         return likelihoods.picture(likelihood, bound.outputs(z), spec)
 
     return latent_variable_model(
-        "two_level",
-        draw,
-        draw_joint,
-        config.objective,
-        config.num_samples,
-        Options(beta=config.beta),
+        player="two_level",
+        draw=draw,
+        draw_joint=draw_joint,
+        objective=config.objective,
+        num_samples=config.num_samples,
+        options=Options(beta=config.beta),
         init=init,
         encode=encode,
         layer_sizes=config.latents,

@@ -274,14 +274,14 @@ def build(config: Config, spec: DataSpec) -> Model:
         return z, samples | told
 
     return latent_variable_model(
-        "vae",
-        draw,
-        draw_joint,
-        config.objective,
-        config.num_samples,
-        config.options,
-        POSTERIORS[config.posterior].evaluable,
-        closed,
+        player="vae",
+        draw=draw,
+        draw_joint=draw_joint,
+        objective=config.objective,
+        num_samples=config.num_samples,
+        options=config.options,
+        posterior_is_evaluable=POSTERIORS[config.posterior].evaluable,
+        has_latent_rates=closed,
         init=init,
         encode=encode,
         decode=None if config.conditional or config.window else decode,

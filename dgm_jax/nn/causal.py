@@ -21,12 +21,10 @@ class OffsetConv(nn.Module):
     """out[i, j] = b + Σ_o W_o x[i + o_1, j + o_2], zeros outside the image.
 
     Attributes:
-      inputs: C, channels of x.
       features: F, channels of the result.
       offsets: pairs (rows, columns); no row is below.
     """
 
-    inputs: int
     features: int
     offsets: Offsets
 
@@ -75,13 +73,11 @@ class GatedLayer(nn.Module):
     """A layer of both streams; `first` reads the image and sees no pixel itself.
 
     Attributes:
-      inputs: channels of what it reads.
       channels: C, of either stream.
       reach: of the first layer: rows above and columns aside; of others: their dilation.
       first: of its kind.
     """
 
-    inputs: int
     channels: int
     reach: int
     first: bool = False
@@ -96,8 +92,8 @@ class GatedLayer(nn.Module):
         else:
             vertical = tuple((i, j) for i in (0, -reach) for j in (-reach, 0, reach))
             horizontal = ((0, 0), (0, -reach))
-        self.vertical = OffsetConv(self.inputs, 2 * self.channels, vertical)
-        self.horizontal = OffsetConv(self.inputs, 2 * self.channels, horizontal)
+        self.vertical = OffsetConv(2 * self.channels, vertical)
+        self.horizontal = OffsetConv(2 * self.channels, horizontal)
         self.joint = Dense(2 * self.channels, use_bias=False)
         self.out = Dense(self.channels)
 

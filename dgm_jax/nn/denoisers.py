@@ -240,14 +240,19 @@ def dropped(label: jax.Array | None, rng: jax.Array, rate: float) -> jax.Array |
 Answer = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
+def is_guided(label: jax.Array | None, weight: float) -> bool:
+    """Whether an answer without the label is needed as well: not where the weight is known as 1."""
+    return label is not None and not (isinstance(weight, float) and weight == 1)
+
+
 def guided(answer: Answer, label: jax.Array | None, weight: float) -> Callable:
     """`(x, time) -> like x`: the answer followed by a sampler (Ho & Salimans 2022, eq. 6).
 
     The weight is the paper's w plus 1: with 0 the label is not seen, with 1 it is the model of
     p(x | label), and more exaggerates what the label says.
     """
-    if label is None:
-        return lambda x, time: answer(x, time, None)
+    if not is_guided(label, weight):
+        return lambda x, time: answer(x, time, label)
 
     def mixed(x: jax.Array, time: jax.Array) -> jax.Array:
         both = jnp.concatenate([label, jnp.zeros_like(label)])

@@ -154,7 +154,7 @@ class InverseAutoregressive(nn.Module):
         """K draws and their log-densities."""
         mu, log_sigma, h = context
         z, log_prob = self.base.draw((mu, log_sigma), rng, k)
-        z, log_det = self._flow(z, jnp.broadcast_to(h[None], (k, *h.shape)))
+        z, log_det = self._flow(z, h[None])
         return z, log_prob - log_det
 
     def mean(self, context: Context) -> jax.Array:

@@ -9,7 +9,6 @@ import jax
 
 from dgm_jax.nn.attention import Block, grid_positions, rotary_angles
 from dgm_jax.nn.conv import Conv, ResidualBlock, Upsample
-from dgm_jax.nn.mlp import ACTIVATIONS
 
 
 class UNet(nn.Module):
@@ -20,14 +19,12 @@ class UNet(nn.Module):
       blocks: residual blocks of a stage, on the way down and on the way up.
       depth: blocks of a Transformer over the coarsest grid.
       heads: of their attention.
-      activation: one of `ACTIVATIONS`.
     """
 
     channels: tuple[int, ...]
     blocks: int = 1
     depth: int = 0
     heads: int = 4
-    activation: str = "silu"
 
     @nn.compact
     def __call__(self, h: jax.Array, condition: jax.Array | None = None) -> jax.Array:
@@ -41,11 +38,11 @@ class UNet(nn.Module):
         for channels, fine in zip(reversed(self.channels[:-1]), reversed(seen), strict=True):
             h = fine + Upsample(channels)(h, fine.shape[1:3])
             h = self._residual(h, condition)
-        return ACTIVATIONS[self.activation](h)
+        return nn.silu(h)
 
     def _residual(self, h: jax.Array, condition: jax.Array | None) -> jax.Array:
         for _ in range(self.blocks):
-            h = ResidualBlock(h.shape[-1], self.activation)(h, condition)
+            h = ResidualBlock(h.shape[-1], "silu")(h, condition)
         return h
 
     def _attend(self, h: jax.Array, condition: jax.Array | None) -> jax.Array:

@@ -138,19 +138,18 @@ def train(
                 log.dispatch(done, *jax.device_get((measured, finite)))
                 if validate is not None and (done % every["validate_every"] == 0 or last):
                     log.validation(done, validate(state, [config.seed for config in members]))
-                if None not in log.failures:  # nothing left to train
-                    break
+                ended = last or None not in log.failures  # nothing left to train
                 # Only now: while metrics were waited for it may have come.
                 signum = asked_to_stop()
-                if done % every["checkpoint_every"] == 0 or last or signum or overdue():
-                    log.keep_failures(done)
+                if done % every["checkpoint_every"] == 0 or ended or signum or overdue():
+                    log.keep_failures()
                     checkpoints.save(own(state))
-                if signum:
+                if ended or signum:
                     break
         finally:
             checkpoints.close()
             log.close()
-        if None in log.failures and (signum := asked_to_stop()):
+        if signum := asked_to_stop():
             raise Interrupted(signum, interruption.saved_at(done))
     state = jax.device_get(state)
     each = [jax.tree.map(lambda a, i=i: np.asarray(a[i]), state) for i in range(num)]
@@ -229,7 +228,12 @@ def _compile_validation(experiment: Experiment, members: Sequence[ConfigDict]) -
 
     def validate(state: TrainState, seeds: Sequence[int]) -> list[dict[str, np.ndarray]]:
         whole = {"numbers": numbers, "params": jax.device_get(state.eval_params)}
-        return [run(jax.tree.map(lambda a, i=i: a[i], whole), s) for i, s in enumerate(seeds)]
+        found = []
+        for i, seed in enumerate(seeds):
+            member = jax.tree.map(lambda a, i=i: a[i], whole)
+            # Once, not for every batch.
+            found.append(run(jax.device_put(member, replicated(experiment.mesh)), seed))
+        return found
 
     return validate
 
@@ -243,6 +247,7 @@ class _Log:
         self._experiment, self._workdirs = experiment, workdirs
         self._writers = [writers.Writer(w.metrics, w.tensorboard, step) for w in workdirs]
         self.failures = [w.load_failure(until=step) for w in workdirs]
+        self._new: dict[int, int] = {}  # who has failed since, and by which step
         # Of all: those of a member that failed end early.
         rows = [row for w in workdirs for row in writers.read(w.metrics) if "seconds" in row]
         none = {"seconds": 0.0, "cpu_seconds": 0.0}
@@ -268,10 +273,10 @@ class _Log:
             try:
                 refuse_non_finite(step, steps, own)
             except NonFiniteError as error:  # its text advises what a sweep does not have
-                self.failures[i] = f"{error.what} not finite at step {error.step:,}"
+                self._note(i, step, f"{error.what} not finite at step {error.step:,}")
                 continue
             if not finite[i]:
-                self.failures[i] = f"a parameter is not finite after step {step:,}"
+                self._note(i, step, f"a parameter is not finite after step {step:,}")
                 continue
             row = {name: float(np.mean(values)) for name, values in own.items()}
             losses += [value for name, value in row.items() if name.endswith("/loss")]
@@ -295,7 +300,7 @@ class _Log:
             try:
                 means = passes.summarise(per_example, num_samples=1)
             except UserError as error:
-                self.failures[i] = f"validation after step {step:,}: {error}"
+                self._note(i, step, f"validation after step {step:,}: {error}")
             else:
                 writer.write(step, {f"validation/{n}": m.value for n, m in means.items()})
 
@@ -304,17 +309,21 @@ class _Log:
         there = [failure is None for failure in self.failures]
         return np.pad(there, (0, num - len(there)), mode="edge")
 
-    def keep_failures(self, step: int) -> None:
-        """Write to the work directories who has failed by the checkpoint of `step`, and why.
+    def _note(self, i: int, step: int, why: str) -> None:
+        self.failures[i], self._new[i] = why, step
 
-        Which may never come to be there: who goes on from an earlier one has not failed yet.
+    def keep_failures(self) -> None:
+        """Write to the work directories who has failed, by which step, and why.
+
+        The checkpoint that follows may never come to be there: who goes on from one before that
+        step has not failed yet.
         """
-        for workdir, failure in zip(self._workdirs, self.failures, strict=True):
-            if failure is not None:
-                write_json(workdir.failure, {"failure": failure, "step": step})
+        for i, step in self._new.items():
+            write_json(self._workdirs[i].failure, {"failure": self.failures[i], "step": step})
+        self._new.clear()
 
     def close(self) -> None:
         """Close the files and the bar."""
-        self._progress.__exit__(None, None, None)
+        self._progress.close()
         for writer in self._writers:
             writer.close()

@@ -1,6 +1,7 @@
 """What a sweep found: a tidy table, means with confidence intervals, plots."""
 
 import csv
+import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -102,16 +103,17 @@ def _shown(rows: Iterable[Row]) -> list[str]:
 def _write_csv(path: Path, rows: Sequence[Row], short: Mapping[str, str]) -> None:
     """A row for each member: what it was, what became of it, everything measured."""
     measured = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    with path.open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["member", *short, "status", "step", "training_seconds", *measured])
-        for row in rows:
-            status = "finished" if row.failure is None else row.failure
-            table.writerow(
-                [_named(row.path, path.parent), *(row.member[p] for p in short), status]
-                + ["" if v is None else v for v in (row.step, row.seconds)]
-                + [row.metrics.get(name, "") for name in measured]
-            )
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["member", *short, "status", "step", "training_seconds", *measured])
+    for row in rows:
+        status = "finished" if row.failure is None else row.failure
+        table.writerow(
+            [_named(row.path, path.parent), *(row.member[p] for p in short), status]
+            + ["" if v is None else v for v in (row.step, row.seconds)]
+            + [row.metrics.get(name, "") for name in measured]
+        )
+    write_text(path, text.getvalue())
 
 
 def _named(path: Path, folder: Path) -> str:

@@ -24,7 +24,7 @@ from dgm_jax.sweep.axes import Member
 from dgm_jax.trained_model import Trained
 from dgm_jax.workdir import Workdir, check_writable, is_new, write_json
 
-_MOST_MEMBERS = 10_000  # of a sweep that is read back
+_MOST_MEMBERS = 10_000
 
 
 def run_sweep(
@@ -43,11 +43,12 @@ def run_sweep(
     each = [configs.override(config, member) for member in members]
     workdirs = workdirs_of(folder, members)
     groups = program.group(each)
+    if len(members) > _MOST_MEMBERS:
+        raise UserError(f"this sweep has {len(members):,} members: make at most {_MOST_MEMBERS:,}")
     if only is not None and not 0 <= only < len(groups):
         raise UserError(f"--program={only}: this sweep has the programs 0 to {len(groups) - 1}")
     largest = max(len(chosen) for chosen in groups)
-    batch_sizes = {size for c in each for size in (c.train.batch_size, c.eval.batch_size)}
-    sharding.share_cores(largest, *batch_sizes)
+    sharding.share_cores(largest, *{config.eval.batch_size for config in each})
     wanted = range(len(groups)) if only is None else [only]
 
     def left() -> list[int]:

@@ -57,8 +57,7 @@ def search(
     if folder.exists() and not is_new(folder) and not (folder / "round-0").exists():
         raise UserError(f"{folder} is not empty and is no search: choose another --workdir")
     # Once for all rounds: JAX starts with it.
-    batch_sizes = [_values(over, config, path) for path in ("train.batch_size", "eval.batch_size")]
-    sharding.share_cores(num_members, *batch_sizes[0], *batch_sizes[1])
+    sharding.share_cores(num_members, *_values(over, config, "eval.batch_size"))
     model = models.build(config.model, run.load_data(config).spec)
     if not model.log_likelihood_fns:
         raise UserError(

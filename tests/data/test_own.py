@@ -56,6 +56,19 @@ def test_vectors_without_labels(tmp_path):
     np.testing.assert_allclose(np.sort(_rows(found), axis=0), np.sort(VECTORS, axis=0), rtol=1e-6)
 
 
+def test_a_class_that_is_held_out_is_still_one(tmp_path):
+    labels = np.where(np.arange(30) == 7, 2, LABELS % 2)
+    for seed in range(100):  # until the only example is among the held-out ones
+        order = np.random.default_rng(seed).permutation(30)
+        if 7 in order[:5]:
+            break
+    arrays = {"train_x": IMAGES, "test_x": IMAGES, "train_labels": labels, "test_labels": labels}
+    np.savez(tmp_path / "rare.npz", **arrays)
+    path = str(tmp_path / "rare.npz")
+    found = data.load(data.Config("arrays", path=path, validation=5, seed=seed))
+    assert found.splits["train"].labels.max() == 1 and found.spec.num_classes == 3
+
+
 def test_two_files_are_two_data_sets(tmp_path):
     marks = [_load(tmp_path, train_x=x, test_x=x).card["sha256"] for x in (IMAGES, IMAGES[::-1])]
     assert marks[0] != marks[1]

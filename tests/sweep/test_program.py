@@ -183,6 +183,21 @@ def test_a_member_not_finite_on_the_validation_split_stays_as_it_was(
     assert rows[-1]["step"] == 100 and all("validation/elbo" not in row for row in rows)
 
 
+def test_a_failure_is_of_the_step_in_which_it_came(tiny_dataset, tmp_path):
+    """However many checkpoints follow: the last of them may be lost."""
+    dirs = _workdirs(tmp_path, 2)
+    log = program._Log(program.check(_configs({})[0], tiny_dataset), dirs, 0, None)
+    log.dispatch(50, {"vae/loss": np.float32([[1.0], [np.nan]])}, np.array([True, True]))
+    for _ in range(2):
+        log.keep_failures()
+    log.close()
+    assert dirs[1].load_failure(until=49) is None and dirs[0].load_failure() is None
+    again = program._Log(program.check(_configs({})[0], tiny_dataset), dirs, 100, None)
+    again.keep_failures()
+    again.close()
+    assert again.failures == [None, dirs[1].load_failure(until=50)] and again.failures[1]
+
+
 def test_a_signal_is_obeyed_after_the_dispatch_in_which_it_comes(
     tiny_dataset, tmp_path, monkeypatch
 ):
@@ -198,11 +213,14 @@ def test_a_signal_is_obeyed_after_the_dispatch_in_which_it_comes(
         with pytest.raises(Interrupted, match="stopped after step 50, which is saved"):
             program.train(members, tiny_dataset, _workdirs(tmp_path / "members", 2), folder, None)
         assert Checkpoints(folder).steps == [50]
-        # Where none is left to train, there is nothing to save and to go on from.
-        (diverging,) = _configs({"optimizer.learning_rate": 1e36})
+        # Also where none is left to train: the next program is not begun.
+        members, folder = _configs({"optimizer.learning_rate": 1e36}), tmp_path / "none"
         dirs = _workdirs(tmp_path / "diverging", 1)
-        (outcome,) = program.train([diverging], tiny_dataset, dirs, tmp_path / "none", None)
-    assert "not finite" in outcome.failure
+        with pytest.raises(Interrupted, match="stopped after step 50, which is saved"):
+            program.train(members, tiny_dataset, dirs, folder, None)
+        monkeypatch.undo()
+        (outcome,) = program.train(members, tiny_dataset, dirs, folder, None)
+    assert "not finite at step" in outcome.failure
 
 
 def test_time_goes_on_from_the_member_that_was_trained_longest(tiny_dataset, tmp_path):

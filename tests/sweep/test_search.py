@@ -150,10 +150,10 @@ def test_devices_can_share_every_batch_that_may_be_proposed(tmp_path, monkeypatc
 
     asked = []
     monkeypatch.setattr(search.sharding, "share_cores", share)
-    over = {"train.batch_size": axes.choice(75, 100)}
+    over = {"eval.batch_size": axes.choice(75, 100)}
     with pytest.raises(KeyboardInterrupt):
         search.search(tmp_path, _config(), over, "2x3")
-    assert asked == [(3, [75, _config().eval.batch_size, 100])]
+    assert asked == [(3, [75, 100])]
 
 
 def test_a_search_in_which_every_trial_fails_says_so(tmp_path, monkeypatch):
