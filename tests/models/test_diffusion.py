@@ -487,6 +487,7 @@ def test_a_dropped_label_is_not_seen():
         ({"schedule": "monotone", "objective": "edm"}, ("model.schedule='monotone'", "'vdm'")),
         ({"gamma_min": 9.0}, ("model.gamma_max=8.0", "model.gamma_min=9.0")),
         ({"gamma_max": math.inf}, ("model.gamma_max=inf",)),
+        ({"gamma_max": 200.0}, ("model.gamma_max=200.0", "within ±80")),
         ({"sigma_data": 0.0}, ("model.sigma_data=0.0", "above 0")),
         ({"log_sigma_mean": math.nan}, ("model.log_sigma_mean=nan", "finite")),
         ({"log_sigma_std": -1.0}, ("model.log_sigma_std=-1.0", "above 0")),

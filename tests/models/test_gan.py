@@ -171,6 +171,7 @@ def test_where_penalties_look():
     }
     np.testing.assert_allclose(found["r1"], squares[0] / 2, rtol=1e-5)
     np.testing.assert_allclose(found["r1_r2"], sum(squares) / 2, rtol=1e-5)
+    np.testing.assert_array_equal(found["none"], np.zeros(len(real)))
 
     ends = [jnp.full((4000, 1, 1), end) for end in (2.0, 5.0)]
     between = 1 + np.sqrt(jax.jit(gan.gradient_penalty, static_argnums=0)(bowl, *ends, rng))

@@ -129,6 +129,17 @@ def test_every_objective_is_a_bound(objective):
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
 
 
+def test_held_out_terms_are_of_one_draw_and_sum_to_the_elbo():
+    """However many draws it is trained on."""
+    params, batch, key = _params(MODEL), {"x": jnp.asarray(X[:4])}, jax.random.key(2)
+    many, one = (_build(objective="iwae", num_samples=k) for k in (5, 1))
+    terms = jax.jit(many.players[0].terms)(params, batch, key)
+    expected = jax.jit(one.loss_fn)(params, batch, key)[1].terms
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), terms, expected)
+    elbo = jax.jit(many.log_likelihood_fns["elbo"])(params, batch, key)
+    np.testing.assert_allclose(terms["distortion"] + terms["rate"], -elbo, rtol=1e-12)
+
+
 def test_dreg_and_iwae_agree_on_the_model_and_in_the_mean_on_the_posterior():
     """The generative gradient draw by draw; the inference gradient over 1,000 keys."""
     params, batch = _wide(_params(MODEL)), {"x": jnp.asarray(X[:4])}

@@ -81,6 +81,10 @@ def test_guidance_by_0_is_blind_to_the_label_and_by_1_follows_it():
     for weight in (0.0, 1.0, 2.5):
         found = denoisers.guided(answer, label, weight)(x, time)
         np.testing.assert_allclose(found, untold + weight * (told - untold), rtol=1e-4, atol=1e-5)
+    for weight, rows in ((1.0, len(x)), (jnp.float32(1), 2 * len(x)), (2.0, 2 * len(x))):
+        asked = lambda x, time, label: jnp.full_like(x, len(x))  # noqa: E731
+        seen = denoisers.guided(asked, label, weight)(x, time)
+        np.testing.assert_array_equal(seen, rows)  # a weight that is traced may be any
     unconditional = lambda x, time, label: x if label is None else None  # noqa: E731
     assert denoisers.guided(unconditional, None, 7.0)(x, time) is x
 
