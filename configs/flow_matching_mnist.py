@@ -4,10 +4,10 @@ Papers: Lipman et al. 2023, "Flow matching for generative modeling"; Liu et al. 
         flow); Esser et al. 2024 (logit-normal times); Ho & Salimans 2022 (`:conditional`); Tong et
         al. 2024 (`:ot`).
 Run:   python -m dgm_jax.main --config=configs/flow_matching_mnist.py
-Gives: digits in `prior_samples.png`. By `:conditional` kernel distance 0.002 ± 0.004 (of test images
-       0.003 ± 0.005), Fréchet distance 0.38 (0.18), recall 0.76 (0.86), precision 0.89 (0.87), after
-       5,285 s of processor time; by the default 0.008 ± 0.004, 1.04, 0.92 and 0.68, after 5,528 s
-       (5,000 samples, seed 0); docs/results.md
+Gives: digits in `prior_samples.png`. By `:conditional` kernel distance 0.002 ± 0.004 (of test
+       images 0.003 ± 0.005), Fréchet distance 0.38 (0.18), recall 0.76 (0.86), precision 0.89
+       (0.87), after 5,285 s of processor time; by the default 0.008 ± 0.004, 1.04, 0.92 and 0.68,
+       after 5,528 s (5,000 samples, seed 0); docs/results.md
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant
