@@ -434,7 +434,8 @@ def _load_idx(path: Path) -> Any:
 def _write_own(path: Path) -> None:
     from dgm_jax.data.own import NAMES
 
-    np.savez(path, **dict(zip(NAMES, _arrays(), strict=True)))
+    with path.open("wb") as file:  # or NumPy puts .npz behind a name that has none
+        np.savez(file, **dict(zip(NAMES, _arrays(), strict=True)))
 
 
 def _load_own(path: Path) -> Any:
