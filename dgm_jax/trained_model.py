@@ -99,8 +99,9 @@ def draw(trained: Trained, num: int, seed: int) -> dict[str, np.ndarray]:
     Raises:
       UserError: the model cannot sample.
     """
-    sample, num_classes = trained.model.require("sample"), max(1, trained.spec.num_classes)
-    batch_size = num_classes * -(-_AT_ONCE // num_classes)
+    sample = trained.model.require("sample")
+    turn = trained.spec.num_classes if trained.config.model.get("conditional", False) else 1
+    batch_size = turn * -(-_AT_ONCE // turn)
     one_batch = jax.jit(lambda params, i: sample(params, stream(seed, "sample", i), batch_size))
     parts = []
     with Progress("sampling" if num > 10 * batch_size else None, num) as progress:

@@ -63,6 +63,20 @@ def test_a_row_says_where_the_config_was_another():
     assert other_values(changed) == ["`train.duration='7 epochs'`", "train.init_from absent"]
 
 
+def test_runs_of_other_values_are_another_row(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    for seed, duration in enumerate(("1 epochs", "2 epochs", "1 epochs")):
+        result = json.loads(EXAMPLE.read_text())
+        result["config"]["seed"], result["config"]["train"]["duration"] = seed, duration
+        path = tmp_path / "results" / f"a-seed{seed}.json"
+        path.write_text(json.dumps(result))
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    monkeypatch.setattr(report, "_other_values", lambda _, kept: [kept["train"]["duration"]])
+    rows = [line for line in report.table().splitlines() if line.startswith("| a |")]
+    assert ["| 0, 2 |" in row for row in rows] == ["1 epochs" in row for row in rows]
+    assert len(rows) == 2
+
+
 def test_families_are_ranked_by_the_tightest_that_each_knows(tmp_path, monkeypatch):
     """Those with no likelihood are not there; other data have a table of their own."""
     (tmp_path / "results").mkdir()

@@ -137,3 +137,23 @@ def test_a_model_that_is_told_the_label_has_no_density_of_x_and_no_features_to_j
         trained_model.encoder(none)
     config = configs.override(config, {"model.conditional": False})
     assert trained_model.encoder(told._replace(config=config)) == "encode"
+
+
+@pytest.mark.parametrize(("conditional", "size"), [(False, 100), (True, 102)])
+def test_a_batch_of_samples_has_each_class_equally_often(conditional, size):
+    """Three of them, where the model is told which; another is asked for a hundred at once."""
+    asked = []
+
+    def sample(params, rng, num):
+        asked.append(num)
+        return {"label": jnp.arange(num) % 3}
+
+    trained = SimpleNamespace(
+        model=SimpleNamespace(require=lambda name: sample),
+        config=configs.ConfigDict({"model": {"conditional": conditional}}),
+        spec=SimpleNamespace(num_classes=3),
+        params={},
+    )
+    drawn = trained_model.draw(trained, 204, seed=0)["label"]
+    assert asked == [size] and len(drawn) == 204
+    assert (np.bincount(drawn) == 68).all() == conditional

@@ -119,8 +119,8 @@ def precondition_straight(
 
     Of Gaussian data with this deviation z_t has the deviation s(t), s² = (1 - t)² sigma_data² + t²,
     and its flow multiplies it by s(r) / s(t): skip · z is the average velocity. Where r = t this is
-    the velocity E[ε - x | z_t], and out the deviation that ε - x then has left. Each factor is of
-    the shape of the times.
+    the velocity E[ε - x | z_t], and out the deviation that ε - x then has left, as in Karras et al.
+    2022, appendix B.6. Each factor is of the shape of the times.
     """
     s_r, s_t = (jnp.sqrt((1 - u) ** 2 * sigma_data**2 + u**2) for u in (r, t))
     # (s(t) - s(r)) / (t - r) / s(t), without the quotient that r = t makes 0 / 0.

@@ -86,6 +86,15 @@ def test_a_fresh_flow_is_that_of_a_gaussian_in_any_number_of_steps(x64):
         np.testing.assert_allclose(drawn, MEAN + 0.7 * noise, rtol=1e-6, atol=1e-7)
 
 
+def test_all_pixels_of_images_have_one_mean():
+    """Data without spread are drawn as it, whatever each pixel's own mean is."""
+    spec = DataSpec((2, 2, 1), "uint8", np.float32([10, 20, 30, 100]).reshape(2, 2, 1), 100)
+    model = mean_flow.build(replace(CONFIG, sigma_data=1e-4), spec)
+    params = model.init(KEY, {"x": jnp.zeros((1, 2, 2, 1))})
+    x = jax.jit(model.sample, static_argnums=2)(params, KEY, 5)["x"]
+    np.testing.assert_array_equal(x, 40)
+
+
 class Stub:
     """A network behind which the average velocity is given: `answer(params, z, times, label)`."""
 
