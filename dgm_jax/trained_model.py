@@ -39,7 +39,8 @@ def restore(path: str | Path, given: ConfigDict | None = None) -> Trained:
 
     Args:
       path: of the work directory.
-      given: a config whose `eval` section takes the place of the run's.
+      given: a config; its section `eval` and the model's fields of sampling take the place of the
+        run's.
 
     Raises:
       UserError: no work directory, one that is damaged or of another config, or nothing trained.

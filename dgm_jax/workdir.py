@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
-from dgm_jax import files, processes
+from dgm_jax import files, models, processes
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
 
@@ -125,7 +125,7 @@ class Workdir(NamedTuple):
             )
 
     def load_config(self, given: ConfigDict | None = None) -> ConfigDict:
-        """The config that made the run, with the `eval` and `mesh` sections of the one given.
+        """The config that made the run; of the one given, its `eval`, `mesh` and sampling fields.
 
         Raises:
           UserError: there is none, it cannot be read, or it differs from `given` in more than that.
@@ -135,10 +135,13 @@ class Workdir(NamedTuple):
             config = configs.from_dict(files.read_json(self.config))
         if given is not None:
             config.eval.update(given.eval)
+            sampling = models.of_sampling(config.model.name)
+            config.model.update({k: v for k, v in given.model.items() if k in sampling})
+            free = ", ".join(["eval", "mesh", *(f"model.{field}" for field in sampling)])
             self._refuse_another(
                 given,
                 config,
-                "leave out --config, or set in it what that run had; only eval and mesh may differ",
+                f"leave out --config, or set in it what that run had; free to differ: {free}",
             )
         return config
 

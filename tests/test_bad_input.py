@@ -223,7 +223,7 @@ CASES = {
     ),
     "evaluate with a field of the model": Case(
         ("--mode=evaluate", "--workdir={dir}/run", "--config.model.latents=3"),
-        ("{dir}/run", "model.latents was 7, is 3", "only eval and mesh"),
+        ("{dir}/run", "model.latents was 7, is 3", "free to differ: eval, mesh"),
         _claim,
     ),
     "evaluate with a field, nowhere": Case(
@@ -564,6 +564,16 @@ def test_a_given_config_may_evaluate_in_another_way_and_no_more(unfinished):
     assert found["config"]["eval"]["num_samples"] == 3
     with pytest.raises(UserError, match=r"another config .seed was 0, is 1"):
         run.evaluate_mode(Workdir(unfinished), _tiny(seed=1))
+
+
+def test_a_given_config_may_draw_in_another_way_and_no_more(tmp_path):
+    workdir, trained = Workdir(tmp_path), configs.experiment("mean_flow")
+    workdir.config.write_text(configs.to_json(trained))
+    faster = configs.override(trained, {"model.sample_steps": 4})
+    assert workdir.load_config(faster).model.sample_steps == 4
+    other = configs.override(faster, {"model.sigma_data": 0.7})
+    with pytest.raises(UserError, match=r"sigma_data was 0\.5, is 0\.7.*free.*model\.sample_steps"):
+        workdir.load_config(other)
 
 
 def test_a_folder_in_which_nothing_was_trained_is_nobodys(trained, tmp_path):

@@ -178,6 +178,28 @@ def test_numbers_in_the_config_may_be_traced(case, fields, dataset):
     np.testing.assert_allclose(found, concrete, rtol=1e-6)
 
 
+def test_only_samples_depend_on_the_fields_of_sampling(case, fields, dataset):
+    """Which may therefore be others once a model is trained."""
+    sampling = models.of_sampling(fields["name"])
+    if not sampling:
+        pytest.skip("it has none")
+    others = {"sampler": "ddim", "solver": "euler"}
+    others = {k: v * 2 + 1 for k in sampling if not isinstance(v := fields[k], str)} | {
+        k: others[k] for k in sampling if k in others
+    }
+    rng = jax.random.key(1)
+
+    def programs(fields):
+        model = models.build(fields, dataset.spec)
+        told = [p.loss_fn for p in model.players] + [*model.log_likelihood_fns.values()]
+        told = [str(jax.make_jaxpr(fn)(case.params, case.batch, rng)) for fn in told]
+        return told, str(jax.make_jaxpr(model.sample, static_argnums=2)(case.params, rng, 2))
+
+    (told, drawn), (told_otherwise, drawn_otherwise) = programs(fields), programs(fields | others)
+    assert told == told_otherwise
+    assert drawn != drawn_otherwise
+
+
 def test_functions_return_what_they_promise(case, dataset):
     model, params, batch, _ = case
     rng, event = jax.random.key(2), dataset.spec.event_shape

@@ -3,6 +3,7 @@
 Each module has `Config`, a frozen dataclass of numbers and names; `check(config, spec)`, which
 refuses values that make no sense; and `build(config, spec) -> Model`, cheap and pure, so that it
 may be called inside a traced function with any numeric field replaced by a traced scalar.
+`SAMPLING` names the fields, if any, on which only samples depend.
 """
 
 import dataclasses
@@ -36,6 +37,11 @@ def get(name: str) -> ModuleType:
 def defaults(name: str) -> dict[str, Any]:
     """The `model` section of a config: the model's name and its default fields."""
     return {"name": name, **dataclasses.asdict(get(name).Config())}
+
+
+def of_sampling(name: str) -> tuple[str, ...]:
+    """A model's fields on which only samples depend: a trained model may get other values."""
+    return getattr(get(name), "SAMPLING", ())
 
 
 def check(config: Mapping[str, Any], spec: DataSpec) -> None:

@@ -37,6 +37,7 @@ from dgm_jax.rows import beside
 _MOST_GAMMA = 80  # e to this is still a number in float32, and so is 1 / α
 OBJECTIVES = ("vdm", "edm", "min_snr")
 SAMPLERS = ("ancestral", "ddim", "heun")
+SAMPLING = ("guidance", "sample_steps", "sampler")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,7 @@ from dgm_jax.rows import beside, sum_event
 
 OBJECTIVES = ("contrastive_divergence", "denoising_score_matching", "sliced_score_matching")
 STARTS = ("persistent", "noise", "data")
+SAMPLING = ("rounds",)
 
 _FREQUENCIES = 4  # of the noise level, as the network sees it
 _TOGETHER = 256  # units that see all features of the convolutional stages

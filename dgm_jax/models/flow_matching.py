@@ -37,6 +37,7 @@ COUPLINGS = ("independent", "optimal_transport")
 TIMES = ("uniform", "logit_normal")
 SOLVERS = {"euler": "Euler", "midpoint": "Midpoint", "heun": "Heun", "dopri5": "Dopri5"}
 DIVERGENCES = ("exact", "hutchinson", "none")
+SAMPLING = ("guidance", "sample_steps", "solver")
 
 
 @dataclasses.dataclass(frozen=True)

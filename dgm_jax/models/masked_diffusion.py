@@ -42,6 +42,7 @@ from dgm_jax.nn.precision import Dense
 from dgm_jax.nn.unet import UNet
 
 NETWORKS = ("transformer", "unet")
+SAMPLING = ("sample_steps",)
 
 
 @dataclasses.dataclass(frozen=True)

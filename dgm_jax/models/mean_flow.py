@@ -24,6 +24,8 @@ from dgm_jax.nn.denoisers import Denoiser
 from dgm_jax.nn.noise import precondition_straight
 from dgm_jax.rows import beside
 
+SAMPLING = ("sample_steps",)
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(denoisers.Config):

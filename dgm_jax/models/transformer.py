@@ -17,6 +17,8 @@ from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError,
 from dgm_jax.nn import attention
 from dgm_jax.nn.autoregressive import AutoregressiveTransformer
 
+SAMPLING = ("temperature", "top_p")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
