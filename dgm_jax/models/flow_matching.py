@@ -214,7 +214,7 @@ def build(config: Config, spec: DataSpec) -> Model:
     def answer(params: Params) -> denoisers.Answer:
         def velocity(x: jax.Array, time: jax.Array, label: jax.Array | None) -> jax.Array:
             along = beside(time, x)
-            skip, out, scale = precondition_straight(along, along, config.sigma_data)
+            skip, out, scale = precondition_straight(along, config.sigma_data)
             return skip * x + out * net.apply({"params": params["field"]}, scale * x, time, label)
 
         return velocity

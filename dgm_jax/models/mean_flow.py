@@ -105,7 +105,9 @@ def build(config: Config, spec: DataSpec) -> Model:
 
     def average(params: Params, label: jax.Array | None) -> Average:
         def u(z: jax.Array, r: jax.Array, t: jax.Array) -> jax.Array:
-            factors = precondition_straight(beside(r, z), beside(t, z), config.sigma_data)
+            # Those of the velocity at t: from t = 1 one step is what the network says, and no noise
+            # passes it by.
+            factors = precondition_straight(beside(t, z), config.sigma_data)
             seen, times = factors.scale * z, jnp.stack([t, t - r], axis=1)
             found = net.apply({"params": params["average"]}, seen, times, label)
             return factors.skip * z + factors.out * found

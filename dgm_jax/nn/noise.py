@@ -112,20 +112,15 @@ def precondition(gamma: jax.Array, sigma_data: float | jax.Array) -> Preconditio
     return Preconditioning(alpha * (sigma_data * scale) ** 2, sigma * sigma_data * scale, scale)
 
 
-def precondition_straight(
-    r: jax.Array, t: jax.Array, sigma_data: float | jax.Array
-) -> Preconditioning:
-    """The same of z_t = (1 - t) x + t ε and its average velocity from time t to r ≤ t.
+def precondition_straight(t: jax.Array, sigma_data: float | jax.Array) -> Preconditioning:
+    """The same of z_t = (1 - t) x + t ε and its velocity E[ε - x | z_t].
 
-    Of Gaussian data with this deviation z_t has the deviation s(t), s² = (1 - t)² sigma_data² + t²,
-    and its flow multiplies it by s(r) / s(t): skip · z is the average velocity. Where r = t this is
-    the velocity E[ε - x | z_t], and out the deviation that ε - x then has left, as in Karras et al.
-    2022, appendix B.6. Each factor is of the shape of the times.
+    Of Gaussian data with this deviation z_t has the variance (1 - t)² sigma_data² + t² and the
+    velocity skip · z, and out is the deviation that ε - x then has left, as in Karras et al. 2022,
+    appendix B.6. Each factor is of the shape of the times.
     """
-    s_r, s_t = (jnp.sqrt((1 - u) ** 2 * sigma_data**2 + u**2) for u in (r, t))
-    # (s(t) - s(r)) / (t - r) / s(t), without the quotient that r = t makes 0 / 0.
-    skip = ((t + r) * (1 + sigma_data**2) - 2 * sigma_data**2) / (s_t * (s_t + s_r))
-    return Preconditioning(skip, sigma_data / s_t, 1 / s_t)
+    s = jnp.sqrt((1 - t) ** 2 * sigma_data**2 + t**2)
+    return Preconditioning((t * (1 + sigma_data**2) - sigma_data**2) / s**2, sigma_data / s, 1 / s)
 
 
 def noisy(x: jax.Array, gamma: jax.Array, noise: jax.Array) -> jax.Array:

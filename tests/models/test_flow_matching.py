@@ -98,7 +98,7 @@ def test_preconditioning_is_of_unit_variance():
     """Of a Gaussian ε - x and x_t have a covariance: what x_t tells of it, and what is left."""
     t, variance = np.linspace(0, 1, 7), 0.7**2
     covariance, of_v, of_x = t - (1 - t) * variance, 1 + variance, (1 - t) ** 2 * variance + t**2
-    skip, out, scale = precondition_straight(*2 * [jnp.asarray(t)], 0.7)
+    skip, out, scale = precondition_straight(jnp.asarray(t), 0.7)
     np.testing.assert_allclose(skip, covariance / of_x, rtol=1e-12)
     np.testing.assert_allclose(out**2, of_v - covariance**2 / of_x, rtol=1e-12)
     np.testing.assert_allclose(scale**2 * of_x, 1, rtol=1e-12)
