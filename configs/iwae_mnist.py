@@ -6,8 +6,8 @@ Run:   python -m dgm_jax.main --config=configs/iwae_mnist.py:l2-dreg-k50
 Gives: NLL (10,000 test images, K = 5,000, seed 1) of one layer: 86.05 nats by l1-vae-k1 (the
        default), published 86.76; from its end 85.27 by l1-dreg-k5, 85.36 by l1-iwae-k5 (85.54);
        84.62 by l1-dreg-k50, 84.78 by l1-iwae-k50 (84.78); 85.94 by l1-vae-k50 (86.35). Of two
-       layers: 83.47 by l2-vae-k1 (85.33). Where each was trained, for how long, and other
-       schedules: docs/results.md
+       layers: 83.47 by l2-vae-k1 (85.33), from its end 82.49 by l2-dreg-k50 (82.90). Where each
+       was trained, for how long, and other schedules: docs/results.md
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant
