@@ -18,7 +18,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.depth = 4
     config.model.sigma_data = 0.6
     config.model.logit_mean = 0.3
-    config.model.logit_std = 2.0  # the one step is from t = 1 to r = 0
+    config.model.logit_std = 2.0  # often near both ends, between which the one step is
     config.train.duration = "10 epochs"
     config.train.batch_size = 100
     config.train.steps_per_dispatch = 50

@@ -179,26 +179,28 @@ def test_numbers_in_the_config_may_be_traced(case, fields, dataset):
     np.testing.assert_allclose(found, concrete, rtol=1e-6)
 
 
-def test_only_samples_depend_on_the_fields_of_sampling(case, fields, dataset):
-    """Which may therefore be others once a model is trained."""
-    sampling = models.of_sampling(fields["name"])
-    if not sampling:
-        pytest.skip("it has none")
-    others = {"sampler": "ddim", "solver": "euler"}
-    others = {k: v * 2 + 1 for k in sampling if not isinstance(v := fields[k], str)} | {
-        k: others[k] for k in sampling if k in others
-    }
-    rng = jax.random.key(1)
+@pytest.mark.parametrize("name", [name for name in models.names() if models.of_sampling(name)])
+def test_only_samples_depend_on_the_fields_of_sampling(name):
+    """On each of them; they may therefore be others once a model is trained."""
+    fields, words = models.defaults(name), {"sampler": "ddim", "solver": "euler"}
+    if "guidance" in models.of_sampling(name):  # which needs the class
+        fields["conditional"] = True
+    dataset = tiny.accepted_by(fields)
+    batch, rng = data.some(dataset, "test", BATCH), jax.random.key(1)
 
-    def programs(fields):
-        model = models.build(fields, dataset.spec)
+    def programs(**others):
+        model = models.build(fields | others, dataset.spec)
+        params = jax.eval_shape(model.init, rng, batch)
         told = [p.loss_fn for p in model.players] + [*model.log_likelihood_fns.values()]
-        told = [str(jax.make_jaxpr(fn)(case.params, case.batch, rng)) for fn in told]
-        return told, str(jax.make_jaxpr(model.sample, static_argnums=2)(case.params, rng, 2))
+        told = [str(jax.make_jaxpr(fn)(params, batch, rng)) for fn in told]
+        return told, str(jax.make_jaxpr(model.sample, static_argnums=2)(params, rng, 2))
 
-    (told, drawn), (told_otherwise, drawn_otherwise) = programs(fields), programs(fields | others)
-    assert told == told_otherwise
-    assert drawn != drawn_otherwise
+    told, drawn = programs()
+    for field in models.of_sampling(name):
+        other = words.get(field) or 2 * fields[field] + 1
+        told_otherwise, drawn_otherwise = programs(**{field: other})
+        assert told == told_otherwise
+        assert drawn != drawn_otherwise, field
 
 
 def test_functions_return_what_they_promise(case, dataset):
