@@ -1,7 +1,7 @@
 #!/bin/bash
 # Submit a sweep as an array of jobs, one for each of its programs; waits, and writes the table.
 #
-#     scripts/slurm/sweep.sh configs/beta_vae_mnist.py gpu 'model.beta=1,2,4;seed=0:3'
+#     scripts/slurm/sweep.sh configs/vae_mnist.py gpu 'model.prior=standard,realnvp;seed=0:3'
 #
 # The arguments are the config, a partition and, in place of the config's own, a grid. A preempted job
 # is queued again. Given again after an interruption, the same command submits what is left.
