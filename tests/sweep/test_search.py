@@ -45,6 +45,8 @@ def test_rounds_are_sweeps_and_an_interrupted_search_goes_on(tmp_path, monkeypat
 
     run_sweep = search.run_sweep
     monkeypatch.setattr(search, "run_sweep", counted)
+    # Twelve pictures would take as long as the training; test_sweep.py looks at them.
+    monkeypatch.setattr(search.report.Figure, "savefig", lambda self, path: None)
     with on_one_device():
         with pytest.raises(KeyboardInterrupt):
             search.search(tmp_path / "search", _config(), OVER, "2x2")
