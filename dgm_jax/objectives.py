@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dgm_jax import checks
 from dgm_jax.core import UserError
 from dgm_jax.draws import Draws
 
@@ -249,11 +250,7 @@ def check(name: str, num_samples: int, options: Options) -> None:
         )
     if name == "tcvae" and num_samples != 1:
         raise UserError(f"model.num_samples={num_samples}: 'tcvae' uses one draw per example")
-    for field in ("beta", "free_nats", "mmd_weight"):
-        if not 0 <= getattr(options, field) < math.inf:
-            raise UserError(
-                f"model.{field}={getattr(options, field)}: must be at least 0 and finite"
-            )
+    checks.at_least(options, beta=0, free_nats=0, mmd_weight=0)
     if not math.isfinite(options.alpha) or (name == "renyi" and options.alpha == 1):
         raise UserError(
             f"model.alpha={options.alpha}: give a finite order other than 1, which is the ELBO"

@@ -146,7 +146,7 @@ def test_a_data_card_that_makes_no_sense(workdir, keys, value, word):
         (("model", "encoder"), [1] * 10**5, "model.encoder has more than"),
         (("model", "encoder"), [10**12], "model.encoder is too large"),
         (("model", "encoder"), ["a", None], "config.json is damaged"),
-        (("model", "latents"), -5, "at least one latent"),
+        (("model", "latents"), -5, "at least 1"),
         (("model", "name"), "os", "is not a model"),
         (("model", "name"), "../../evil", "is not a model"),
         (("model", "beta"), 10**400, "damaged"),

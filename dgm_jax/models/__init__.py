@@ -3,7 +3,8 @@
 Each module has `Config`, a frozen dataclass of numbers and names; `check(config, spec)`, which
 refuses values that make no sense; and `build(config, spec) -> Model`, cheap and pure, so that it
 may be called inside a traced function with any numeric field replaced by a traced scalar.
-`SAMPLING` names the fields, if any, on which only samples depend.
+`SAMPLING` names the fields, if any, on which only samples depend, `MEASURING` those on which only
+likelihoods do.
 """
 
 import dataclasses
@@ -40,8 +41,18 @@ def defaults(name: str) -> dict[str, Any]:
 
 
 def of_sampling(name: str) -> tuple[str, ...]:
-    """A model's fields on which only samples depend: a trained model may get other values."""
+    """A model's fields on which only samples depend."""
     return getattr(get(name), "SAMPLING", ())
+
+
+def of_measuring(name: str) -> tuple[str, ...]:
+    """A model's fields on which only likelihoods depend."""
+    return getattr(get(name), "MEASURING", ())
+
+
+def of_trained(name: str) -> tuple[str, ...]:
+    """A model's fields on which no training depends: a trained model may get other values."""
+    return of_sampling(name) + of_measuring(name)
 
 
 def check(config: Mapping[str, Any], spec: DataSpec) -> None:

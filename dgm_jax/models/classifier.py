@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import likelihoods
+from dgm_jax import checks, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.nn import networks
 from dgm_jax.nn.mlp import ACTIVATIONS
@@ -45,10 +45,9 @@ def check(config: Config, spec: DataSpec) -> None:
         raise UserError("model.name='classifier' needs data with labels of two classes or more")
     if spec.support == "tokens":
         raise UserError("model.name='classifier' sees images or vectors, and these are tokens")
-    networks.check_widths("hidden", config.hidden)
+    checks.widths(config, "hidden")
     networks.check(config.network, config.activation, spec)
-    if config.features < 1:
-        raise UserError(f"model.features={config.features}: at least one")
+    checks.at_least(config, features=1)
 
 
 class Net(nn.Module):

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import labels, likelihoods
+from dgm_jax import checks, labels, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.distributions import (
     bernoulli_log_prob,
@@ -35,6 +35,7 @@ from dgm_jax.nn.noise import SCHEDULES, Schedule, alpha_sigma, noisy, preconditi
 from dgm_jax.rows import beside
 
 _MOST_GAMMA = 80  # e to this is still a number in float32, and so is 1 / α
+_LEAST_GAMMA = -30  # σ / α is still a part of x that float32 holds; that of a bit needs none
 OBJECTIVES = ("vdm", "edm", "min_snr")
 SAMPLERS = ("ancestral", "ddim", "heun")
 SAMPLING = ("guidance", "sample_steps", "sampler")
@@ -81,13 +82,7 @@ def check(config: Config, spec: DataSpec) -> None:
       UserError: names the field, its value and what is allowed.
     """
     denoisers.check(config, spec)
-    for field, known in (
-        ("objective", OBJECTIVES),
-        ("schedule", SCHEDULES),
-        ("sampler", SAMPLERS),
-    ):
-        if (value := getattr(config, field)) not in known:
-            raise UserError(f"model.{field}={value!r}: choose one of {', '.join(known)}")
+    checks.one_of(config, objective=OBJECTIVES, schedule=SCHEDULES, sampler=SAMPLERS)
     if config.schedule == "monotone" and (config.objective != "vdm" or config.steps):
         raise UserError(
             "model.schedule='monotone' is learned with model.objective='vdm' and model.steps=0: "
@@ -98,11 +93,13 @@ def check(config: Config, spec: DataSpec) -> None:
             f"model.gamma_max={config.gamma_max}: must be above model.gamma_min={config.gamma_min},"
             f" and both within ±{_MOST_GAMMA}"
         )
-    for field in ("sigma_data", "log_sigma_std", "snr_cap"):
-        if not 0 < getattr(config, field) < math.inf:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be above 0 and finite")
-    if not math.isfinite(config.log_sigma_mean):
-        raise UserError(f"model.log_sigma_mean={config.log_sigma_mean}: must be finite")
+    if spec.support != "binary" and config.gamma_min < _LEAST_GAMMA:
+        raise UserError(
+            f"model.gamma_min={config.gamma_min}: so little noise is lost to rounding beside "
+            f"{spec.support} data; at least {_LEAST_GAMMA}"
+        )
+    checks.positive(config, "sigma_data", "log_sigma_std", "snr_cap")
+    checks.finite(config, "log_sigma_mean")
     for field, lowest in (("steps", 0), ("sample_steps", 1)):
         if getattr(config, field) < lowest:
             raise UserError(f"model.{field}={getattr(config, field)}: must be at least {lowest}")

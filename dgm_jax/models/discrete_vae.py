@@ -17,8 +17,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import likelihoods, objectives
-from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
+from dgm_jax import checks, likelihoods, objectives
+from dgm_jax.core import Batch, DataSpec, Model, Params
 from dgm_jax.draws import Draws
 from dgm_jax.latent_variable import latent_variable_model
 from dgm_jax.nn import networks
@@ -71,21 +71,13 @@ def check(config: Config, spec: DataSpec) -> None:
     Raises:
       UserError: names the field, its value and what is allowed.
     """
-    for field, lowest in (("latents", 1), ("classes", 2)):
-        if getattr(config, field) < lowest:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least {lowest}")
-    for field in ("encoder", "decoder", "prior_hidden"):
-        networks.check_widths(field, getattr(config, field))
+    checks.at_least(config, latents=1, classes=2)
+    checks.widths(config, "encoder", "decoder", "prior_hidden")
     networks.check(config.network, config.activation, spec)
     likelihoods.check(config.likelihood, spec)
-    for field, allowed in (("prior", PRIORS), ("objective", OBJECTIVES)):
-        if getattr(config, field) not in allowed:
-            raise UserError(
-                f"model.{field}={getattr(config, field)!r}: choose one of {', '.join(allowed)}"
-            )
+    checks.one_of(config, prior=PRIORS, objective=OBJECTIVES)
     objectives.check(config.objective, config.num_samples, Options(beta=config.beta))
-    if not 0 < config.temperature < math.inf:
-        raise UserError(f"model.temperature={config.temperature}: must be above 0 and finite")
+    checks.positive(config, "temperature")
 
 
 class Net(nn.Module):

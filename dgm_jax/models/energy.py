@@ -25,7 +25,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import likelihoods, mcmc
+from dgm_jax import checks, likelihoods, mcmc
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
 from dgm_jax.nn import networks
@@ -59,7 +59,7 @@ class Config:
       num_chains: of `persistent` chains.
       restart: part of the chains to begin anew at draws from N(μ, s²). Without `metropolis`, of the
         persistent ones of each update; with it, of those of any update or round of sampling, each
-        draw accepted or refused, which leaves p(x) alone.
+        draw accepted or refused, which leaves p(x) alone; where E has noise levels, none.
       step_size: of Langevin dynamics, ε / s²; where E has noise levels, ε / σ².
       langevin_steps: of an update, or of a round of sampling.
       metropolis: whether Langevin steps are accepted or refused (MALA).
@@ -102,19 +102,15 @@ def check(config: Config, spec: DataSpec) -> None:
             f"model.name='energy' has a density of grey values or real vectors, and these data are "
             f"{spec.support}: set data.binarisation to 'none', or data.dataset to such data"
         )
-    networks.check_widths("hidden", config.hidden)
+    checks.widths(config, "hidden")
     networks.check(config.network, config.activation, spec)
     if config.activation == "relu":
         raise UserError(
             "model.activation='relu': the slope of E would be piecewise constant; choose a smooth "
             "one: silu, gelu, tanh"
         )
-    for field, known in (("objective", OBJECTIVES), ("start", STARTS)):
-        if (value := getattr(config, field)) not in known:
-            raise UserError(f"model.{field}={value!r}: choose one of {', '.join(known)}")
-    for field in ("num_chains", "langevin_steps", "rounds"):
-        if getattr(config, field) < 1:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least 1")
+    checks.one_of(config, objective=OBJECTIVES, start=STARTS)
+    checks.at_least(config, num_chains=1, langevin_steps=1, rounds=1)
     if not 0 <= config.restart <= 1:
         raise UserError(f"model.restart={config.restart}: a part, from 0 to 1")
     if config.persistent and config.restart == 1 and not config.metropolis:
@@ -122,10 +118,8 @@ def check(config: Config, spec: DataSpec) -> None:
             "model.restart=1.0: no chain would outlive an update: set it below 1, or "
             "model.start='noise', or model.metropolis=True"
         )
-    if not 0 < config.step_size < math.inf:
-        raise UserError(f"model.step_size={config.step_size}: must be above 0 and finite")
-    if not 0 <= config.sigma_min < math.inf:
-        raise UserError(f"model.sigma_min={config.sigma_min}: must be at least 0 and finite")
+    checks.positive(config, "step_size")
+    checks.at_least(config, sigma_min=0)
     if config.sigma_min == 0 and (config.noise_conditional or spec.support == "uint8"):
         raise UserError(
             "model.sigma_min=0.0: must be above 0 for 'denoising_score_matching' and for grey "

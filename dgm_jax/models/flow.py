@@ -24,7 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import likelihoods
+from dgm_jax import checks, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.distributions import draw_logistic, standard_gaussian_log_prob
 from dgm_jax.nn import bijections, networks, transforms
@@ -87,24 +87,15 @@ def check(config: Config, spec: DataSpec) -> None:
         )
     if spec.num_dims < 2:
         raise UserError("model.name='flow' needs data of at least two dimensions")
-    for field, known in (
-        ("transform", TRANSFORMS),
-        ("structure", STRUCTURES),
-        ("base", BASES),
-        ("dequantisation", DEQUANTISATIONS),
-    ):
-        if (value := getattr(config, field)) not in known:
-            raise UserError(f"model.{field}={value!r}: choose one of {', '.join(known)}")
+    checks.one_of(config, transform=TRANSFORMS, structure=STRUCTURES, base=BASES)
+    checks.one_of(config, dequantisation=DEQUANTISATIONS)
     networks.check(config.network, config.activation, spec)
-    networks.check_widths("hidden", config.hidden)
+    checks.widths(config, "hidden")
     if not config.steps or not all(isinstance(n, int) and n > 0 for n in config.steps):
         raise UserError(f"model.steps={config.steps}: give whole numbers, each at least 1")
     if config.network == "mlp" and len(config.steps) > 1:
         raise UserError(f"model.steps={config.steps}: model.network='mlp' has one level")
-    if config.dequantisation_steps < 1:
-        raise UserError(
-            f"model.dequantisation_steps={config.dequantisation_steps}: must be at least 1"
-        )
+    checks.at_least(config, dequantisation_steps=1)
     if config.structure == "autoregressive":
         if config.network != "mlp":
             raise UserError("model.structure='autoregressive' needs model.network='mlp'")
@@ -118,8 +109,7 @@ def check(config: Config, spec: DataSpec) -> None:
         )
     if not 2 <= config.bins <= 100:
         raise UserError(f"model.bins={config.bins}: must be from 2 to 100")
-    if not 0 < config.bound < math.inf:
-        raise UserError(f"model.bound={config.bound}: must be above 0 and finite")
+    checks.positive(config, "bound")
     if not 0 <= config.margin < 0.5:
         raise UserError(f"model.margin={config.margin}: must be at least 0 and below 0.5")
     if spec.support == "real" and config.dequantisation != "uniform":

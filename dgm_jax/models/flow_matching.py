@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dgm_jax import labels, likelihoods
+from dgm_jax import checks, labels, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.distributions import standard_gaussian_log_prob
 from dgm_jax.nn import denoisers
@@ -38,6 +38,7 @@ TIMES = ("uniform", "logit_normal")
 SOLVERS = {"euler": "Euler", "midpoint": "Midpoint", "heun": "Heun", "dopri5": "Dopri5"}
 DIVERGENCES = ("exact", "hutchinson", "none")
 SAMPLING = ("guidance", "sample_steps", "solver")
+MEASURING = ("divergence", "tolerance")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,26 +79,15 @@ def check(config: Config, spec: DataSpec) -> None:
       UserError: names the field, its value and what is allowed.
     """
     denoisers.check(config, spec)
-    for field, known in (
-        ("coupling", COUPLINGS),
-        ("times", TIMES),
-        ("solver", SOLVERS),
-        ("divergence", DIVERGENCES),
-    ):
-        if (value := getattr(config, field)) not in known:
-            raise UserError(f"model.{field}={value!r}: choose one of {', '.join(known)}")
+    checks.one_of(config, coupling=COUPLINGS, times=TIMES, solver=SOLVERS, divergence=DIVERGENCES)
     if config.coupling == "optimal_transport" and config.conditional:
         raise UserError(
             "model.coupling='optimal_transport' gives each class noise of its own, and samples "
             "start from any: with model.conditional=True set it to 'independent'"
         )
-    for field in ("sigma_data", "logit_std", "tolerance"):
-        if not 0 < getattr(config, field) < math.inf:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be above 0 and finite")
-    if not math.isfinite(config.logit_mean):
-        raise UserError(f"model.logit_mean={config.logit_mean}: must be finite")
-    if config.sample_steps < 1:
-        raise UserError(f"model.sample_steps={config.sample_steps}: must be at least 1")
+    checks.positive(config, "sigma_data", "logit_std", "tolerance")
+    checks.finite(config, "logit_mean")
+    checks.at_least(config, sample_steps=1)
 
 
 # (x [B, *event], t []) -> dx/dt, like x

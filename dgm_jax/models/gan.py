@@ -14,7 +14,6 @@ the relativistic pairing loss with R1 and R2).
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import labels, likelihoods
+from dgm_jax import checks, labels, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.nn import networks
 from dgm_jax.nn.precision import Dense
@@ -157,18 +156,11 @@ def check(config: Config, spec: DataSpec) -> None:
             "model.name='gan' generates grey values or real numbers, and these data are "
             f"{spec.support}: of images set data.binarisation='none'"
         )
-    if config.latents < 1:
-        raise UserError(f"model.latents={config.latents}: a GAN needs at least one latent")
-    for field in ("generator", "discriminator"):
-        networks.check_widths(field, getattr(config, field))
+    checks.at_least(config, latents=1)
+    checks.widths(config, "generator", "discriminator")
     networks.check(config.network, config.activation, spec)
-    for field, known in (("objective", OBJECTIVES), ("penalty", PENALTIES)):
-        if (value := getattr(config, field)) not in known:
-            raise UserError(f"model.{field}={value!r}: choose one of {', '.join(known)}")
-    if not 0 <= config.penalty_weight < math.inf:
-        raise UserError(
-            f"model.penalty_weight={config.penalty_weight}: must be at least 0 and finite"
-        )
+    checks.one_of(config, objective=OBJECTIVES, penalty=PENALTIES)
+    checks.at_least(config, penalty_weight=0)
     labels.check(config.conditional, spec)
 
 

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import likelihoods, objectives
+from dgm_jax import checks, likelihoods, objectives
 from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
 from dgm_jax.draws import Draws, layered_draws
@@ -51,8 +51,7 @@ def check(config: Config, spec: DataSpec) -> None:
     Raises:
       UserError: names the field, its value and what is allowed.
     """
-    for field in ("latents", "width"):
-        networks.check_widths(field, getattr(config, field))
+    checks.widths(config, "latents", "width")
     if len(config.latents) != len(config.width):
         raise UserError(
             f"model.width={config.width}: give one for each of model.latents={config.latents}"

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax import labels, likelihoods
+from dgm_jax import checks, labels, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.distributions import gaussian_kl_to_standard, standard_gaussian_log_prob
 from dgm_jax.nn import networks
@@ -65,12 +65,8 @@ def check(config: Config, spec: DataSpec) -> None:
             f"model.labelled={config.labelled}: between 0 and the {spec.num_examples:,} "
             "training examples"
         )
-    if config.latents < 1:
-        raise UserError(f"model.latents={config.latents}: at least one")
-    if not 0 <= config.alpha < math.inf:
-        raise UserError(f"model.alpha={config.alpha}: must be at least 0 and finite")
-    for field in ("classifier", "encoder", "decoder"):
-        networks.check_widths(field, getattr(config, field))
+    checks.at_least(config, latents=1, alpha=0)
+    checks.widths(config, "classifier", "encoder", "decoder")
     networks.check(config.network, config.activation, spec)
     likelihoods.check(config.likelihood, spec)
 

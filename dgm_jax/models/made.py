@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax import labels, likelihoods
+from dgm_jax import checks, labels, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.nn import networks
 from dgm_jax.nn.mlp import ACTIVATIONS, MaskedMLP
@@ -50,13 +50,9 @@ def check(config: Config, spec: DataSpec) -> None:
     Raises:
       UserError: names the field, its value and what is allowed.
     """
-    networks.check_widths("hidden", config.hidden)
-    if config.orders < 1:
-        raise UserError(f"model.orders={config.orders}: must be at least 1")
-    if config.activation not in ACTIVATIONS:
-        raise UserError(
-            f"model.activation={config.activation!r}: choose one of {', '.join(ACTIVATIONS)}"
-        )
+    checks.widths(config, "hidden")
+    checks.at_least(config, orders=1)
+    checks.one_of(config, activation=ACTIVATIONS)
     likelihoods.check(config.likelihood, spec)
     if spec.num_dims < 2:
         raise UserError(f"model.name='made' needs at least two pixels, and x is {spec.event_shape}")

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax import likelihoods
+from dgm_jax import checks, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.likelihoods import Likelihood
 from dgm_jax.nn import attention, networks
@@ -132,11 +132,8 @@ def check(config: Config, spec: DataSpec) -> None:
         raise UserError(
             "model.name='masked_diffusion' needs tokens or images, and these are real vectors"
         )
-    if config.network not in NETWORKS:
-        raise UserError(f"model.network={config.network!r}: choose one of {', '.join(NETWORKS)}")
-    for field, lowest in (("depth", 0), ("hidden", 1), ("patch", 1), ("blocks", 0)):
-        if getattr(config, field) < lowest:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least {lowest}")
+    checks.one_of(config, network=NETWORKS, schedule=SCHEDULES)
+    checks.at_least(config, depth=0, hidden=1, patch=1, blocks=0, heads=1)
     for field in ("steps", "sample_steps"):
         if not 0 <= getattr(config, field) <= spec.num_dims:
             raise UserError(
@@ -144,7 +141,7 @@ def check(config: Config, spec: DataSpec) -> None:
                 f"{spec.num_dims} tokens, or 0 for as many"
             )
     sides, is_image = _sides(spec), len(spec.event_shape) == 3
-    networks.check_widths("channels", config.channels)
+    checks.widths(config, "channels")
     if any(side % config.patch for side in sides) or (config.patch > 1 and not is_image):
         raise UserError(
             f"model.patch={config.patch}: must divide the sides of an image, and be 1 for a text; "
@@ -153,12 +150,11 @@ def check(config: Config, spec: DataSpec) -> None:
     if config.network == "unet":
         if not is_image:
             raise UserError(f"model.network='unet' needs images, and these are {spec.event_shape}")
-        fields = ("channels[-1]", "heads")
-        attention.check(config.channels[-1], config.heads, len(sides), fields)
+        if config.depth:
+            fields = ("channels[-1]", "heads")
+            attention.check(config.channels[-1], config.heads, len(sides), fields)
     else:
         attention.check(config.width, config.heads, len(sides))
-    if config.schedule not in SCHEDULES:
-        raise UserError(f"model.schedule={config.schedule!r}: choose one of {', '.join(SCHEDULES)}")
 
 
 def _sides(spec: DataSpec) -> tuple[int, ...]:

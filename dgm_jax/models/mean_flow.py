@@ -11,13 +11,12 @@ Reference: Geng et al. 2025, "Mean flows for one-step generative modeling", eqs.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import labels, likelihoods
+from dgm_jax import checks, labels, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.nn import denoisers
 from dgm_jax.nn.denoisers import Denoiser
@@ -60,15 +59,9 @@ def check(config: Config, spec: DataSpec) -> None:
     denoisers.check(config, spec)
     if not 0 <= config.interval <= 1:
         raise UserError(f"model.interval={config.interval}: is a fraction, from 0 to 1")
-    if not math.isfinite(config.logit_mean):
-        raise UserError(f"model.logit_mean={config.logit_mean}: must be finite")
-    for field in ("sigma_data", "logit_std"):
-        if not 0 < getattr(config, field) < math.inf:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be above 0 and finite")
-    if not 0 <= config.power < math.inf:
-        raise UserError(f"model.power={config.power}: must be at least 0 and finite")
-    if config.sample_steps < 1:
-        raise UserError(f"model.sample_steps={config.sample_steps}: must be at least 1")
+    checks.finite(config, "logit_mean")
+    checks.positive(config, "sigma_data", "logit_std")
+    checks.at_least(config, power=0, sample_steps=1)
 
 
 # (z [B, *event], r [B], t [B]) -> u(z, r, t), like z
@@ -92,11 +85,12 @@ def average_and_target(
 
 def draw(u: Average, noise: jax.Array, steps: int) -> jax.Array:
     """z at t = 0 of noise `[num, *event]`, by steps of equal length (eq. 12)."""
-    z = noise
-    for i in range(steps, 0, -1):
-        t, r = (jnp.full(len(z), j / steps, z.dtype) for j in (i, i - 1))
-        z = z - u(z, r, t) / steps
-    return z
+
+    def step(i: jax.Array, z: jax.Array) -> jax.Array:
+        t, r = (jnp.full(len(z), (steps - j) / steps, z.dtype) for j in (i, i + 1))
+        return z - u(z, r, t) / steps
+
+    return jax.lax.fori_loop(0, steps, step, noise)
 
 
 def build(config: Config, spec: DataSpec) -> Model:

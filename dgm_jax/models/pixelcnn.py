@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import labels, likelihoods
+from dgm_jax import checks, labels, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.likelihoods import Likelihood
 from dgm_jax.nn import networks
@@ -51,10 +51,8 @@ def check(config: Config, spec: DataSpec) -> None:
             f"model.name='pixelcnn' needs images of one channel, and x is {spec.event_shape}: "
             "choose another data.dataset"
         )
-    for field in ("channels", "window"):
-        if getattr(config, field) < 1:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least 1")
-    networks.check_widths("dilations", config.dilations)
+    checks.at_least(config, channels=1, window=1)
+    checks.widths(config, "dilations")
     likelihoods.check(config.likelihood, spec)
     labels.check(config.conditional, spec)
 

@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import likelihoods, objectives
+from dgm_jax import checks, likelihoods, objectives
 from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.distributions import gaussian_kl, gaussian_log_prob
 from dgm_jax.draws import Draws
@@ -83,9 +83,12 @@ def check(config: Config, spec: DataSpec) -> None:
             f"model.layers={layers}: give the number of layers at each resolution, "
             "whole numbers of at least 0, and at least one layer in all"
         )
-    for field in ("latents", "channels", "width"):
-        if getattr(config, field) < 1:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least 1")
+    checks.at_least(config, latents=1, channels=1, width=1)
+    if len(spec.event_shape) != 3:
+        raise UserError(
+            f"model.name='topdown' needs images, and x is {spec.event_shape}: choose another "
+            "data.dataset"
+        )
     networks.check("conv", config.activation, spec)
     likelihoods.check(config.likelihood, spec)
     if config.objective == "free_bits":
@@ -115,12 +118,6 @@ class Layer(nn.Module):
             kernel_init=nn.initializers.variance_scaling(variance, "fan_in", "truncated_normal"),
         )
         self.block = ResidualBlock(config.width, config.activation)
-
-    def __call__(self, state: jax.Array, features: jax.Array) -> jax.Array:
-        """Touch every parameter, for initialisation."""
-        prior, change = self.prior(state)
-        mu, _ = self.posterior(state, features, prior)
-        return self.updated(state, change, mu)
 
     def prior(self, state: jax.Array) -> tuple[Gaussian, jax.Array]:
         """p(z_l | z_>l), and what the state gains whatever z is."""

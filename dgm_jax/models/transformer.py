@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import labels, likelihoods
+from dgm_jax import checks, labels, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.nn import attention
 from dgm_jax.nn.autoregressive import AutoregressiveTransformer
@@ -54,11 +54,8 @@ def check(config: Config, spec: DataSpec) -> None:
             "model.name='transformer' needs tokens or images, and these data are real vectors"
         )
     attention.check(config.width, config.heads, max(1, len(_grid(spec))))
-    for field in ("depth", "hidden"):
-        if getattr(config, field) < 1:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least 1")
-    if not 0 < config.temperature < float("inf"):
-        raise UserError(f"model.temperature={config.temperature}: must be above 0 and finite")
+    checks.at_least(config, depth=1, hidden=1)
+    checks.positive(config, "temperature")
     if not 0 < config.top_p <= 1:
         raise UserError(f"model.top_p={config.top_p}: must be above 0 and at most 1")
     labels.check(config.conditional, spec)

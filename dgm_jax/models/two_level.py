@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import likelihoods, objectives
+from dgm_jax import checks, likelihoods, objectives
 from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.distributions import gaussian_log_prob
 from dgm_jax.draws import Draws, layered_draws
@@ -63,11 +63,10 @@ def check(config: Config, spec: DataSpec) -> None:
     Raises:
       UserError: names the field, its value and what is allowed.
     """
-    networks.check_widths("latents", config.latents)
+    checks.widths(config, "latents")
     if len(config.latents) != 2:
         raise UserError(f"model.latents={config.latents}: give one number for each of two levels")
-    if config.width < 1:
-        raise UserError(f"model.width={config.width}: must be at least 1")
+    checks.at_least(config, width=1)
     networks.check("mlp", config.activation, spec)
     flow = (config.flow_steps, config.flow_width)
     priors.check(config.prior, config.latents[1], config.components, *flow, spec.support)

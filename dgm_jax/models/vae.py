@@ -11,7 +11,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 
-from dgm_jax import labels, likelihoods, objectives
+from dgm_jax import checks, labels, likelihoods, objectives
 from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.distributions import gaussian_kl_to_standard, gaussian_log_prob
 from dgm_jax.draws import Draws
@@ -81,14 +81,10 @@ def check(config: Config, spec: DataSpec) -> None:
     Raises:
       UserError: names the field, its value and what is allowed.
     """
-    if config.latents < 1:
-        raise UserError(f"model.latents={config.latents}: a VAE needs at least one latent")
-    for field in ("encoder", "decoder"):
-        networks.check_widths(field, getattr(config, field))
+    checks.at_least(config, latents=1)
+    checks.widths(config, "encoder", "decoder")
     networks.check(config.network, config.activation, spec, config.window)
-    if config.posterior not in POSTERIORS:
-        allowed = ", ".join(POSTERIORS)
-        raise UserError(f"model.posterior={config.posterior!r}: choose one of {allowed}")
+    checks.one_of(config, posterior=POSTERIORS)
     flow = (config.flow_steps, config.flow_width)
     priors.check(config.prior, config.latents, config.components, *flow, spec.support)
     likelihoods.check(config.likelihood, spec)

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dgm_jax import likelihoods
+from dgm_jax import checks, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
 from dgm_jax.nn import attention, networks, quantise
 from dgm_jax.nn.autoregressive import AutoregressiveCategorical, AutoregressiveTransformer
@@ -86,8 +86,7 @@ def check(config: Config, spec: DataSpec) -> None:
     Raises:
       UserError: names the field, its value and what is allowed.
     """
-    for field in ("encoder", "decoder", "prior_hidden"):
-        networks.check_widths(field, getattr(config, field))
+    checks.widths(config, "encoder", "decoder", "prior_hidden")
     networks.check(config.network, config.activation, spec)
     if config.network == "conv" and len(config.encoder) != len(config.decoder):
         raise UserError(
@@ -95,24 +94,15 @@ def check(config: Config, spec: DataSpec) -> None:
             f"model.encoder={config.encoder}"
         )
     likelihoods.check(config.likelihood, spec)
-    if config.quantiser not in QUANTISERS:
-        raise UserError(
-            f"model.quantiser={config.quantiser!r}: choose one of {', '.join(QUANTISERS)}"
-        )
-    lowest_of = {"num_codes": 1, "codebook_size": 2, "code_dim": 1, "prior_depth": 1}
-    for field, lowest in lowest_of.items():
-        if getattr(config, field) < lowest:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least {lowest}")
-    if config.prior not in PRIORS:
-        raise UserError(f"model.prior={config.prior!r}: choose one of {', '.join(PRIORS)}")
-    axes, fields = len(grid(config, spec)), ("prior_width", "prior_heads")
-    attention.check(config.prior_width, config.prior_heads, axes, fields)
+    checks.one_of(config, quantiser=QUANTISERS, prior=PRIORS)
+    checks.at_least(config, num_codes=1, codebook_size=2, code_dim=1, prior_depth=1, commitment=0)
+    if config.prior == "transformer":
+        axes, fields = len(grid(config, spec)), ("prior_width", "prior_heads")
+        attention.check(config.prior_width, config.prior_heads, axes, fields)
     if not config.levels or not all(isinstance(n, int) and n >= 2 for n in config.levels):
         raise UserError(
             f"model.levels={config.levels}: give one or more whole numbers, each at least 2"
         )
-    if not 0 <= config.commitment < math.inf:
-        raise UserError(f"model.commitment={config.commitment}: must be at least 0 and finite")
     if not 0 <= config.ema_decay < 1:
         raise UserError(f"model.ema_decay={config.ema_decay}: must be at least 0 and below 1")
 

@@ -3,7 +3,7 @@
 Two streams run side by side: the vertical one sees the rows above, the horizontal one what is to
 the left, and what the vertical one has to say. So no pixel before is out of sight that lies within
 reach, the sum of the layers' own, unless a dilation leaves gaps: one of more than the reach of all
-layers of smaller ones and one. Drawing evaluates each pixel once.
+layers of smaller ones. Drawing evaluates each pixel once.
 
 Reference: van den Oord et al. 2016, "Conditional image generation with PixelCNN decoders".
 """

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax import labels
+from dgm_jax import checks, labels
 from dgm_jax.core import DataSpec, UserError
-from dgm_jax.nn import attention, networks
+from dgm_jax.nn import attention
 from dgm_jax.nn.attention import Block, Modulated, grid_positions, rotary_angles
 from dgm_jax.nn.conv import Conv, from_patches, to_patches
 from dgm_jax.nn.precision import Dense
@@ -70,12 +70,9 @@ def check(config: Config, spec: DataSpec) -> None:
             "noise is added to images or real vectors, and these are tokens: "
             "model.name='masked_diffusion' hides tokens instead"
         )
-    if config.network not in NETWORKS:
-        raise UserError(f"model.network={config.network!r}: choose one of {', '.join(NETWORKS)}")
-    for field, lowest in (("patch", 1), ("width", 1), ("blocks", 0), ("depth", 0)):
-        if getattr(config, field) < lowest:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least {lowest}")
-    networks.check_widths("channels", config.channels)
+    checks.one_of(config, network=NETWORKS)
+    checks.at_least(config, patch=1, width=1, blocks=0, depth=0, heads=1)
+    checks.widths(config, "channels")
     if config.network != "mlp":
         if len(spec.event_shape) != 3:
             raise UserError(
@@ -87,7 +84,7 @@ def check(config: Config, spec: DataSpec) -> None:
                 f"model.patch={config.patch}: must divide the sides of an image, "
                 f"and these are {spec.event_shape[:2]}"
             )
-    if config.network == "unet":
+    if config.network == "unet" and config.depth:
         attention.check(config.channels[-1], config.heads, 2, ("channels[-1]", "heads"))
     if config.network == "dit":
         attention.check(config.width, config.heads, 2)
@@ -96,8 +93,7 @@ def check(config: Config, spec: DataSpec) -> None:
         raise UserError(
             f"model.label_dropout={config.label_dropout}: must be at least 0 and below 1"
         )
-    if not math.isfinite(config.guidance):
-        raise UserError(f"model.guidance={config.guidance}: must be finite")
+    checks.finite(config, "guidance")
     if config.guidance != 1 and not (config.conditional and config.label_dropout):
         raise UserError(
             f"model.guidance={config.guidance} is between answers with and without the label: it "

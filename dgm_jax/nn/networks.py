@@ -40,18 +40,6 @@ def check(kind: str, activation: str, spec: DataSpec, window: int = 0) -> None:
         raise UserError(f"model.window={window} needs images, and these are {spec.event_shape}")
 
 
-def check_widths(field: str, widths: tuple[int, ...]) -> None:
-    """Refuse widths of layers that are not whole numbers of at least 1.
-
-    Raises:
-      UserError: names the field and its value.
-    """
-    if not widths or not all(isinstance(width, int) and width > 0 for width in widths):
-        raise UserError(
-            f"model.{field}={widths}: give one or more widths, whole numbers, each at least 1"
-        )
-
-
 def centred(x: jax.Array) -> jax.Array:
     """x in [0, 1] to ±1, so that the first layer starts with centred inputs."""
     return 2 * x.astype(jnp.float32) - 1

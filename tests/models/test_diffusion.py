@@ -486,6 +486,7 @@ def test_a_dropped_label_is_not_seen():
         ({"schedule": "monotone", "steps": 10}, ("model.schedule='monotone'", "model.steps=0")),
         ({"schedule": "monotone", "objective": "edm"}, ("model.schedule='monotone'", "'vdm'")),
         ({"gamma_min": 9.0}, ("model.gamma_max=8.0", "model.gamma_min=9.0")),
+        ({"gamma_min": -40.0}, ("model.gamma_min=-40.0", "at least -30")),
         ({"gamma_max": math.inf}, ("model.gamma_max=inf",)),
         ({"gamma_max": 200.0}, ("model.gamma_max=200.0", "within ±80")),
         ({"sigma_data": 0.0}, ("model.sigma_data=0.0", "above 0")),

@@ -380,7 +380,7 @@ def test_a_game_that_diverges_stops_with_the_players_name(tmp_path):
         ("penalty", "r3", ("r1", "r1_r2", "gradient_penalty")),
         ("penalty_weight", -1.0, ("at least 0",)),
         ("penalty_weight", math.nan, ("at least 0",)),
-        ("latents", 0, ("at least one",)),
+        ("latents", 0, ("at least 1",)),
         ("generator", (), ("widths",)),
         ("discriminator", (0,), ("at least 1",)),
         ("activation", "sine", ("relu",)),

@@ -188,6 +188,11 @@ def test_check_refuses_a_bad_value_by_its_name(field, value):
         topdown.check(topdown.Config(**(fields | {field: value})), SPEC)
 
 
+def test_check_refuses_what_are_no_images():
+    with pytest.raises(UserError, match=r"model\.name='topdown' needs images, and x is \(2,\)"):
+        topdown.check(topdown.Config(), DataSpec((2,), "real", np.zeros(2, np.float32), 100))
+
+
 def test_check_accepts_its_defaults():
     topdown.check(topdown.Config(), SPEC)
 

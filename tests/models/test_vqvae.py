@@ -266,7 +266,7 @@ def test_a_code_of_a_grid_stands_for_its_part_of_the_image():
         ("decoder", (3, 0)),
         ("prior_hidden", (0,)),
         ("prior", "vamp"),
-        ("prior_width", 12),
+        ("prior_width", 13),
         ("prior_depth", 0),
         ("prior_heads", 0),
         ("network", "transformer"),
@@ -286,8 +286,13 @@ def test_a_code_of_a_grid_stands_for_its_part_of_the_image():
     ],
 )
 def test_check_refuses_a_bad_field_by_its_name(field, value):
+    fields = FIELDS | (TRANSFORMER if field.startswith("prior_") else {}) | {field: value}
     with pytest.raises(UserError, match=rf"model\.{field}="):
-        vqvae.check(vqvae.Config(**(FIELDS | {field: value})), SPEC)
+        vqvae.check(vqvae.Config(**fields), SPEC)
+
+
+def test_a_prior_is_asked_for_its_own_fields_alone():
+    vqvae.check(vqvae.Config(**(FIELDS | {"prior": "masked_mlp", "prior_width": 13})), SPEC)
 
 
 def test_check_refuses_a_grid_that_encoder_and_decoder_do_not_share():

@@ -154,6 +154,13 @@ def test_check_refuses_a_bad_value_by_its_name(values, words):
     assert "\n" not in message and all(word in message for word in words)
 
 
+def test_without_attention_no_width_has_to_go_with_it():
+    config = denoisers.Config(network="unet", channels=(4, 6), depth=0)
+    denoisers.check(config, SPEC)
+    x, net = jnp.zeros((2, *SPEC.event_shape)), denoisers.Denoiser(config)
+    assert net.init_with_output(jax.random.key(0), x, jnp.zeros(2))[0].shape == x.shape
+
+
 def test_check_refuses_data_that_do_not_fit():
     denoisers.check(denoisers.Config(network="mlp"), PLANE)
     with pytest.raises(UserError, match=r"model\.network='unet' needs images.*\(2,\).*'mlp'"):
