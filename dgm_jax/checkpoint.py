@@ -44,22 +44,19 @@ class Checkpoints:
           keep: how many to keep, the newest ones; with 2 there is one to fall back to.
         """
         self._directory, self._keep = directory.absolute(), keep
-        self._unlisted: dict[int, str] = {}  # steps that were set aside, and why
 
     @functools.cached_property
     def _manager(self) -> "ocp.CheckpointManager":
-        try:
-            return self._open()
-        except Exception:  # it reads what each checkpoint says of itself
-            self._set_aside_unlisted()
-        return self._open()
-
-    def _open(self) -> "ocp.CheckpointManager":
         import orbax.checkpoint as ocp
 
         return ocp.CheckpointManager(
             self._directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=False),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep,
+                create=False,
+                # What each says of itself is read with it: where one is damaged, none were listed.
+                lightweight_initialize=True,
+            ),
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "digest": ocp.JsonCheckpointHandler(),
@@ -79,13 +76,14 @@ class Checkpoints:
         step = int(np.max(state.step))  # of a sweep's members, some may have stopped
         if step in self.steps:
             return
+        digest = _digest(state)
         with self._writing():
             self._directory.mkdir(parents=True, exist_ok=True)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    digest=ocp.args.JsonSave({"sha256": _digest(state)}),
+                    digest=ocp.args.JsonSave({"sha256": digest}),
                 ),
                 force=True,
             )
@@ -106,11 +104,10 @@ class Checkpoints:
 
         Raises:
           UserError: there are checkpoints, and none can be read: each is damaged, or of another
-            layout, of which the first field that differs is named.
+            layout, of which the first field that differs is named; or this user may not.
         """
-        steps, other = self.steps[::-1], ""
-        for step, why in self._unlisted.items():
-            announce(f"WARNING: the checkpoint of step {step:,} is damaged ({why}) and set aside")
+        self._refuse_unreadable()
+        steps, other, why = self.steps[::-1], "", ""
         for step in steps:
             state, error = self._read(step, abstract_state)
             if not processes.any_of(error is not None):
@@ -118,10 +115,14 @@ class Checkpoints:
             if isinstance(error, OtherLayoutError):
                 what, other = f"has another layout ({error})", other or str(error)
             else:
-                what = f"is damaged ({reason(error) if error else 'so another process finds'})"
+                why = reason(error) if error else "so another process finds"
+                what = f"is damaged ({why})"
             announce(
                 f"WARNING: the checkpoint of step {step:,} {what}; falling back to the one before"
             )
+        self._list_again()
+        if self.steps[::-1] != steps:  # a run under way has replaced what was being read
+            return self.restore(abstract_state, announce)
         if other:
             raise UserError(
                 f"no checkpoint in {self._directory} (steps {steps}) fits this version of the "
@@ -129,14 +130,23 @@ class Checkpoints:
                 "to start again"
             )
         if steps:
-            raise self._every_one_damaged(steps)
+            raise UserError(
+                f"every checkpoint in {self._directory} is damaged (steps {steps}; {why}): move "
+                "the directory away to start again"
+            )
         return None
 
-    def _every_one_damaged(self, steps: list[int]) -> UserError:
-        return UserError(
-            f"every checkpoint in {self._directory} is damaged (steps {steps}): "
-            "move the directory away to start again"
-        )
+    def _refuse_unreadable(self) -> None:
+        """Refuse what is somebody else's: nothing is wrong with it."""
+        for folder, folders, names in os.walk(self._directory):
+            for path in (Path(folder), *(Path(folder, name) for name in (*folders, *names))):
+                if not os.access(path, os.R_OK) and path.exists():
+                    raise UserError(f"{path} may not be read by this user: ask its owner")
+
+    def _list_again(self) -> None:
+        if "_manager" in vars(self):
+            self._manager.close()
+            del self._manager  # its `reload` reads what each says of itself
 
     def tidy(self, step: int) -> None:
         """Make room for what comes after `step`, from which training goes on.
@@ -152,7 +162,7 @@ class Checkpoints:
             for unfinished in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(unfinished)
         processes.wait_for_all("the checkpoints are tidied")
-        self._manager.reload()
+        self._list_again()
 
     def _set_aside(self, step: int) -> None:
         folder = self._directory.parent / "damaged_checkpoints"
@@ -160,29 +170,6 @@ class Checkpoints:
         names = itertools.chain([f"{step}"], (f"{step}-{i}" for i in itertools.count(2)))
         free = next(name for name in names if not (folder / name).exists())
         shutil.move(self._directory / str(step), folder / free)
-
-    def _set_aside_unlisted(self) -> None:
-        """Move away what Orbax cannot even list: with it there, it lists none.
-
-        Raises:
-          UserError: there would be none left.
-        """
-        import orbax.checkpoint as ocp
-
-        listed = []
-        for found in ocp.path.step.standard_name_format().find_all(self._directory):
-            try:
-                listed.append(found.commit_timestamp)
-            except Exception as error:  # as any damaged file
-                self._unlisted[found.step] = reason(error)
-        processes.wait_for_all("all know what cannot be listed")
-        if not listed:
-            raise self._every_one_damaged(sorted(self._unlisted, reverse=True))
-        if processes.is_first():
-            with self._writing():
-                for step in self._unlisted:
-                    self._set_aside(step)
-        processes.wait_for_all("what cannot be listed is set aside")
 
     def wait(self) -> None:
         """Return when what was saved is on disk.
@@ -235,6 +222,8 @@ class Checkpoints:
             _refuse_large_parts(self._directory / str(step) / "state", abstract_state)
             item = self._manager.restore(step, args=ocp.args.Composite(**like))
             digest, state = item.digest["sha256"], item.state
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise  # there is no room for it here, whatever it holds
         except Exception as raised:  # Orbax raises many kinds for a damaged file.
             error = raised.__cause__ or raised
         # To digest a state that is divided takes all processes.

@@ -72,7 +72,7 @@ _SECTIONS = {
 # Variants of the experiments in the plane: what they learn.
 TOYS = {name.replace("_", "-"): {"data.dataset": name} for name in toys.NAMES}
 
-# Modes that look at a trained model, and set `eval` alone.
+# Modes that look at a trained model; `Workdir.load_config` says which fields they may set.
 MODES_OF_TRAINED = ("evaluate", "sample", "features", "quality", "ais")
 
 _MOST_ENTRIES = 1000  # of a field, in a config that is read back
@@ -196,7 +196,7 @@ def check_flags(argv: list[str]) -> list[str]:
         if name.startswith("-"):  # --name=value, or --name value
             named[name.lstrip("-")] = value if equals else following
     for name in named:
-        if name.partition(".")[0] in ("model", *_SECTIONS):
+        if name.partition(".")[0] in ("seed", "model", *_SECTIONS):
             raise UserError(f"--{name}: a field of the config is set by --config.{name}")
     paths = [name for name in named if name.startswith(("config.", "noconfig."))]
     if paths and "config" not in named:

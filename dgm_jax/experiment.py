@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
-from dgm_jax import limit, models, optim, processes, sharding
+from dgm_jax import likelihoods, limit, models, optim, processes, sharding
 from dgm_jax.checkpoint import abstract
 from dgm_jax.core import DataSpec, Model, UserError
 from dgm_jax.data import dataset as data
@@ -18,6 +18,8 @@ from dgm_jax.evaluators import likelihood
 from dgm_jax.nn import precision
 from dgm_jax.train_state import TrainState
 from dgm_jax.train_step import Metrics, compile_train_steps, init_state, train_steps
+
+_MOST_DISPATCHES = 100_000  # of a run: the file of its metrics is read whole
 
 
 class Experiment(NamedTuple):
@@ -151,6 +153,12 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh: Mesh | None = None)
     per_dispatch = min(exact, train.steps_per_dispatch)
     # Whole dispatches only: a shorter last one would be a second program to compile.
     num_steps = -(-exact // per_dispatch) * per_dispatch
+    if num_steps // per_dispatch > _MOST_DISPATCHES:
+        raise UserError(
+            f"train.duration={train.duration!r} makes {num_steps // per_dispatch:,} dispatches, "
+            "each a row of metrics, which are too many: set train.steps_per_dispatch to at least "
+            f"{-(-exact // _MOST_DISPATCHES)}"
+        )
     experiment = Experiment(
         config=config,
         dataset=dataset,
@@ -187,6 +195,7 @@ def initial_state(experiment: Experiment) -> TrainState:
     """The state before the first step, made on the devices it will stay on."""
     config = experiment.config
     batch = jax.device_get(data.some(experiment.dataset, "train", config.train.batch_size))
+    likelihoods.refuse_outside_support(batch["x"], experiment.dataset.spec)
     # It runs once: compiling is what takes time (2.6 s, and 1.1 s without optimisation).
     once = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(

@@ -35,7 +35,7 @@ def leave(signum: int, frame: FrameType | None) -> None:
     """
     del frame
     name = signal.Signals(signum).name
-    line = f"{name}: stopped; the same command goes on from the last checkpoint\n"
+    line = f"{name}: stopped; give the same command again\n"
     os.write(2, line.encode())
     os._exit(TRY_AGAIN)
 

@@ -120,7 +120,7 @@ def quality_mode(
     if dataset.toy is not None and dataset.toy.has_modes:
         modes = quality.modes(samples["x"], dataset.toy)
         found |= {f"samples/{name}": metric for name, metric in modes.items()}
-    if "label" in judged["test"]:
+    if "label" in judged["test"] and dataset.spec.num_classes:
         right = judged["test"]["label"] == dataset.splits["test"].labels
         found["judge/accuracy"] = mean_over_examples(right, "of 1")
         if "label" in samples:
@@ -150,6 +150,11 @@ def quality_mode(
 
 def _number(num: int | None, dataset: data.Dataset) -> int:
     most = len(dataset.splits["test"]) // 2
+    if most < _LEAST:
+        raise UserError(
+            f"--mode=quality needs at least {2 * _LEAST} test examples, and there are "
+            f"{len(dataset.splits['test'])}"
+        )
     if num is None:
         return min(_MOST, most)
     if not _LEAST <= num <= most:

@@ -86,7 +86,8 @@ def seconds_alone(products: Products, seconds: float = 1.0) -> float:
         first = arrays[left].at[(0,) * len(left[0])].set(last.astype(left[1]))
         arrays = {**arrays, left: first}
         result = eqn.primitive.bind(arrays[left], arrays[right], **eqn.params)
-        return arrays, jnp.sign(jax.lax.optimization_barrier(result).ravel()[0])
+        sign = jnp.sign(jax.lax.optimization_barrier(result).ravel()[0])
+        return arrays, sign.astype(jnp.float32)
 
     def call(carry: tuple) -> tuple:
         for eqn, times in products:
@@ -94,8 +95,7 @@ def seconds_alone(products: Products, seconds: float = 1.0) -> float:
                 carry = one(eqn, carry)
             else:
                 carry = jax.lax.fori_loop(0, times, lambda _, c, eqn=eqn: one(eqn, c), carry)
-        arrays, last = carry
-        return arrays, last.astype(jnp.float32)
+        return carry
 
     run = jax.jit(lambda carry, num: jax.lax.fori_loop(0, num, lambda _, c: call(c), carry))
     carry = jax.block_until_ready(run((arrays, jnp.float32(1)), 1))

@@ -99,6 +99,8 @@ def main(argv: list[str]) -> None:
             raise UserError(
                 f"--{name} is for --mode={' or '.join(modes)}: leave it out of --mode={_MODE.value}"
             )
+    if flags.FLAGS["lost_after"].present and _DISTRIBUTED.value is None:
+        raise UserError("--lost_after is of several processes: leave it out, or give --distributed")
     cache.keep_compiled_programs()
     precision.multiply_in_full()
     if _DISTRIBUTED.value is not None:
@@ -159,9 +161,7 @@ if __name__ == "__main__":
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise
-            sys.exit(
-                f"error: {error}: make room; the same command goes on from the last checkpoint"
-            )
+            sys.exit(f"error: {error}: make room, and give the same command again")
         except KeyboardInterrupt:
-            print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+            print("interrupted: give the same command again", file=sys.stderr)
             sys.exit(128 + signal.SIGINT)

@@ -140,10 +140,12 @@ def save_reconstructions(
 ) -> None:
     """Originals, and below each its reconstruction.
 
-    `batch` holds a multiple of `columns`; `scale` is what takes its images to [0, 1].
+    Only whole rows are shown; `scale` is what takes the images of `batch` to [0, 1].
     """
     means = np.asarray(jax.jit(model.reconstruct)(params, batch, rng))
-    originals = np.asarray(batch["x"]) / scale
+    columns = min(columns, len(means))
+    shown = len(means) // columns * columns
+    means, originals = means[:shown], np.asarray(batch["x"])[:shown] / scale
     event = originals.shape[1:]
     both = np.stack(
         [originals.reshape(-1, columns, *event), means.reshape(-1, columns, *event)], axis=1
@@ -156,7 +158,7 @@ def save_interpolation(
 ) -> None:
     """Straight lines in latent space between the codes of successive pairs of images."""
     codes = jax.jit(model.encode)(params, batch, rng)
-    start, end = codes[0::2, None], codes[1::2, None]
+    start, end = codes[: len(codes) - 1 : 2, None], codes[1::2, None]
     weight = jnp.linspace(0.0, 1.0, columns)[None, :, None]
     path_codes = (1 - weight) * start + weight * end
     means = jax.jit(model.decode)(params, path_codes.reshape(-1, codes.shape[-1]))

@@ -55,7 +55,8 @@ class Cost(NamedTuple):
     Attributes:
       devices: how many share the batch.
       operations: of its share of the matrix products.
-      bytes_accessed: read and written, by XLA's count.
+      bytes_accessed: read and written, by XLA's count, which takes one round of each loop, such as
+        that over `train.num_parts`.
       state_bytes: of parameters, optimizer and average, its part of those that are divided.
       data_bytes: of the training split, which is whole on each.
       temporary_bytes: most that is held at once beside these.

@@ -113,6 +113,8 @@ def ais_mode(workdir: Workdir, num: int, given: ConfigDict | None = None) -> Non
     restored = reopen(workdir, given)
     config = restored.config
     dataset = data_of(workdir, config)
+    if num > (most := len(dataset.splits["test"])):
+        raise UserError(f"--num={num}: there are {most:,} test images")
     began = time.monotonic()
     batch = data.some(dataset, "test", num)
     section = configs.section(config, "eval")
@@ -276,14 +278,17 @@ def _draw_pictures(trained: Trained, dataset: data.Dataset, workdir: Workdir) ->
         texts = _show_samples(workdir, "prior_samples", samples, "prior samples")
     plane = dataset.spec.support == "real" and dataset.spec.event_shape == (2,)
     if plane and model.sample is not None:
-        _draw_plane(trained, dataset, workdir)
+        points = dataset.splits["test"].x[:num]
+        target = workdir.path / "plane.png"
+        pictures.save_plane(target, points, samples["x"][: len(points)], density(trained))
     images = batch["x"].ndim == 4
     if model.reconstruct is not None and images:
         target = workdir.path / "reconstructions.png"
         pictures.save_reconstructions(target, model, params, batch, rng, dataset.spec.scale)
     if model.encode is not None and model.decode is not None and images:
-        target = workdir.path / "interpolation.png"
-        pictures.save_interpolation(target, model, params, batch, rng)
+        if len(batch["x"]) > 1:
+            target = workdir.path / "interpolation.png"
+            pictures.save_interpolation(target, model, params, batch, rng)
         many = data.some(dataset, "test", 500)
         pictures.save_traversals(workdir.path / "traversals.png", model, params, many, rng)
     pictures.save_learning_curve(workdir.path / "learning_curve.png", writers.read(workdir.metrics))
@@ -305,15 +310,6 @@ def _show_samples(
     write_text(workdir.path / f"{stem}.txt", f"\n{_RULE}\n".join(texts) + "\n")
     say(f"{title}, the first of {len(texts):,}:\n{_RULE}\n{texts[0]}\n{_RULE}")
     return texts[:3]
-
-
-def _draw_plane(trained: Trained, dataset: data.Dataset, workdir: Workdir) -> None:
-    """Points in the plane: data, samples, and the model's density where it has one."""
-    from dgm_jax import pictures
-
-    points = dataset.splits["test"].x[:2000]
-    samples = draw(trained, len(points), trained.config.seed)["x"]
-    pictures.save_plane(workdir.path / "plane.png", points, samples, density(trained))
 
 
 def _say_header(experiment: Experiment, workdir: Workdir) -> None:

@@ -58,6 +58,11 @@ def split_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def split_second(mesh: Mesh) -> NamedSharding:
+    """The second axis divided over the devices."""
+    return NamedSharding(mesh, PartitionSpec(None, "data"))
+
+
 def of_state(state: Any, mesh: Mesh, config: Config) -> Any:
     """On which devices each leaf of a state is: a pytree of shardings like `state`.
 

@@ -2,20 +2,20 @@
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dgm_jax import interruption, processes, writers
-from dgm_jax.checkpoint import Checkpoints, abstract
+from dgm_jax.checkpoint import Checkpoints
 from dgm_jax.core import Params, UserError
 from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.experiment import (
     Experiment,
     compile_steps,
     initial_state,
-    state_shardings,
     training_arrays,
 )
 from dgm_jax.interruption import Interrupted
@@ -78,10 +78,11 @@ def first_state(
       checkpoints: of its work directory.
       start: as in `train`.
     """
-    state = initial_state(experiment)
-    restored = checkpoints.restore(abstract(state, state_shardings(experiment)), say)
+    # The devices may not hold two: the start is made only where it is wanted.
+    restored = checkpoints.restore(experiment.abstract_state, say)
     if restored is not None:
         return restored
+    state = initial_state(experiment)
     return state if start is None else start_from(state, start())
 
 
@@ -177,7 +178,8 @@ def train(
         if (signum := max(heard(asked_to_stop() or 0), heard(0))) > _SAVE:
             raise Interrupted(signum, interruption.saved_at(done))
     if config.train.keep_best:
-        state = best_or_newest(workdir, abstract(state, state_shardings(experiment)))
+        del state  # likewise
+        state = best_or_newest(workdir, experiment.abstract_state)
     return state, log.seconds
 
 
@@ -320,6 +322,12 @@ def _skipped(measured: Mapping[str, np.ndarray], name: str) -> np.ndarray:
 
 def _refuse_non_finite_parameters(step: int, state: TrainState) -> None:
     """The last update's own loss was finite before it; its result need not be."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-        if not np.isfinite(processes.on_host(leaf)).all():
+    for path, finite in jax.tree_util.tree_leaves_with_path(_are_finite(state.params)):
+        if not processes.on_host(finite):
             raise NonFiniteError(f"parameters {jax.tree_util.keystr(path)} are", step)
+
+
+@jax.jit
+def _are_finite(params: Params) -> Any:
+    """Of each array whether all of it is: a pytree of bools like `params`."""
+    return jax.tree.map(lambda a: jnp.isfinite(a).all(), params)

@@ -33,5 +33,6 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def num_parameters(params: Params) -> int:
-    """Total number of scalars in `params`."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    """Number of scalars that players train: all of `params` but its entry `"state"`."""
+    trained = {name: own for name, own in params.items() if name != "state"}
+    return sum(leaf.size for leaf in jax.tree.leaves(trained))

@@ -104,10 +104,10 @@ def draw(trained: Trained, num: int, seed: int) -> dict[str, np.ndarray]:
     turn = trained.spec.num_classes if trained.config.model.get("conditional", False) else 1
     batch_size = turn * -(-_AT_ONCE // turn)
     one_batch = jax.jit(lambda params, i: sample(params, stream(seed, "sample", i), batch_size))
-    parts = []
+    params, parts = jax.device_put(trained.params), []
     with Progress("sampling" if num > 10 * batch_size else None, num) as progress:
         for i in range(-(-num // batch_size)):
-            parts.append(jax.device_get(one_batch(trained.params, i)))
+            parts.append(jax.device_get(one_batch(params, i)))
             progress.advance(min(batch_size, num - i * batch_size))
     return {name: np.concatenate([part[name] for part in parts])[:num] for name in parts[0]}
 
@@ -136,7 +136,7 @@ def density(trained: Trained) -> Callable[[np.ndarray], np.ndarray] | None:
     if exact is None or trained.config.model.get("conditional", False):
         return None
     log_prob, rng = jax.jit(exact), stream(trained.config.seed, "pictures")
-    at_once = trained.config.eval.batch_size
+    at_once, params = trained.config.eval.batch_size, jax.device_put(trained.params)
 
     def log_p(x: np.ndarray) -> np.ndarray:
         parts = []
@@ -144,7 +144,7 @@ def density(trained: Trained) -> Callable[[np.ndarray], np.ndarray] | None:
             for start in range(0, len(x), at_once):
                 part = x[start : start + at_once]
                 full = np.pad(part, [(0, at_once - len(part)), (0, 0)], mode="edge")
-                parts.append(np.asarray(log_prob(trained.params, {"x": full}, rng), np.float64))
+                parts.append(np.asarray(log_prob(params, {"x": full}, rng), np.float64))
                 progress.advance(len(part))
         return np.concatenate(parts)[: len(x)]
 

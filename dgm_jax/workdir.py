@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,8 +112,11 @@ class Workdir(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.results.exists() or self.failure.exists()
+        """Whether there is nothing left to do.
+
+        Why a sweep's member failed is written before its parameters have a checkpoint of their own.
+        """
+        return self.results.exists() or (self.failure.exists() and self.checkpoints.exists())
 
     def files(self) -> list[str]:
         """Names of what is there to be looked at, sorted."""
@@ -125,7 +129,9 @@ class Workdir(NamedTuple):
             )
 
     def load_config(self, given: ConfigDict | None = None) -> ConfigDict:
-        """The config that made the run; of the one given, its `eval`, `mesh` and sampling fields.
+        """The config that made the run; of the one given what no training depends on.
+
+        That is its `eval` and `mesh`, and what `models.of_trained` names.
 
         Raises:
           UserError: there is none, it cannot be read, or it differs from `given` in more than that.
@@ -135,9 +141,9 @@ class Workdir(NamedTuple):
             config = configs.from_dict(files.read_json(self.config))
         if given is not None:
             config.eval.update(given.eval)
-            sampling = models.of_sampling(config.model.name)
-            config.model.update({k: v for k, v in given.model.items() if k in sampling})
-            free = ", ".join(["eval", "mesh", *(f"model.{field}" for field in sampling)])
+            of_trained = models.of_trained(config.model.name)
+            config.model.update({k: v for k, v in given.model.items() if k in of_trained})
+            free = ", ".join(["eval", "mesh", *(f"model.{field}" for field in of_trained)])
             self._refuse_another(
                 given,
                 config,
@@ -310,10 +316,14 @@ def write(path: Path, put: Callable[[BinaryIO], object]) -> None:
     """Write what `put` puts into a file, whole or not at all."""
     if not processes.is_first():
         return
-    # Two evaluations of one run may be under way.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        put(file)
-        file.flush()
-        os.fsync(file.fileno())  # or a machine that loses its power may keep the name alone
-    os.replace(temporary, path)
+    # Under a name of its own: two evaluations of one run may be under way, on two machines.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            put(file)
+            file.flush()
+            os.fsync(file.fileno())  # or a machine that loses its power may keep the name alone
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

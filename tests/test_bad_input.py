@@ -4,6 +4,7 @@ What the command line refuses is tried on the command line, each case a process.
 are forked from one that has imported everything slow, and has not started JAX.
 """
 
+import errno
 import gc
 import json
 import math
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import on_one_device
 
@@ -27,7 +29,7 @@ from dgm_jax.checkpoint import Checkpoints
 from dgm_jax.core import DataSpec, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.experiment import abstract_state
-from dgm_jax.workdir import Workdir
+from dgm_jax.workdir import Workdir, write
 
 # Orbax leaves coroutines of a failed read to the garbage collector, which complains.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -211,12 +213,14 @@ CASES = {
         smoke("--config.train.duration=10", "epochs"), ("'epochs'", "in quotes", "'10 epochs'")
     ),
     "a field without config": Case(smoke("--model.latents=4"), ("set by --config.model.latents",)),
+    "a seed without config": Case(smoke("--seed=4"), ("set by --config.seed",)),
     "nothing": Case((), ("--mode=train", "--workdir", "--config")),
     "a work directory of no name": Case(("--mode=sample", "--workdir="), ("--workdir=", "name")),
     "a flag of other modes": Case(
         ("--mode=plan", f"--config={SMOKE}", "--workdir={dir}/run"), ("--workdir is for", "plan")
     ),
     "no time to be lost": Case(smoke("--lost_after=0"), ("lost_after", "0")),
+    "nobody to be lost": Case(smoke("--lost_after=9"), ("--lost_after", "--distributed")),
     "no config": Case(("--workdir={dir}/run",), ("--config=configs/vae_mnist.py",)),
     "no config but a field": Case(
         ("--workdir={dir}/run", "--config.model.latents=3"), ("config.model.latents", "--config")
@@ -444,8 +448,8 @@ def test_override_leaves_its_argument_alone():
 
 VALUES = {
     "model.name='vea'": ("did you mean", "vae"),
-    "model.latents=0": ("at least one",),
-    "model.latents=-3": ("at least one",),
+    "model.latents=0": ("at least 1",),
+    "model.latents=-3": ("at least 1",),
     "model.beta=-1.0": ("at least 0",),
     "model.beta=nan": ("at least 0",),
     "model.encoder=(32, -4)": ("at least 1",),
@@ -457,6 +461,7 @@ VALUES = {
     "train.batch_size=-8": ("8 or 16",),
     "train.batch_size=100": ("8 device", "96 or 104"),
     "train.steps_per_dispatch=0": ("at least 1",),
+    "train.duration='20000001 steps'": ("train.steps_per_dispatch", "at least 201"),
     "train.ramp='model.latents over 3 steps'": ("train.ramp", "real number"),
     "train.ramp='model.beat over 3 steps'": ("train.ramp", "real number"),
     "train.ramp='seed over 3 steps'": ("train.ramp", "real number"),
@@ -551,7 +556,7 @@ def test_a_directory_that_is_not_writable(tmp_path, monkeypatch, there):
 
 
 def test_what_could_not_be_written_is_not_computed(unfinished, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     monkeypatch.setattr(run, "_likelihoods", lambda *args: pytest.fail("it was computed"))
     with pytest.raises(UserError, match=r"not writable.*--workdir"):
         run.evaluate_mode(Workdir(unfinished))
@@ -719,19 +724,62 @@ def test_training_falls_back_to_the_checkpoint_before(trained, unfinished, damag
 
 
 @pytest.mark.parametrize("name", ["metrics", "commit_timestamp_nsecs"])
-def test_a_checkpoint_that_cannot_be_listed_is_set_aside(trained, unfinished, name):
-    """What it says of itself is of another type: Orbax would list no other either."""
-    about = unfinished / "checkpoints" / "8" / "_CHECKPOINT_METADATA"
-    about.write_text(json.dumps({**_read(about), name: "damaged"}))
-    restored, said = _restore_all(unfinished)
-    assert int(restored.step) == 6
-    assert len(said) == 1 and "step 8" in said[0] and "set aside" in said[0]
-    assert (unfinished / "damaged_checkpoints" / "8").is_dir()
-    about = unfinished / "checkpoints" / "6" / "_CHECKPOINT_METADATA"
-    about.write_text(json.dumps({**_read(about), name: "damaged"}))
+def test_a_checkpoint_that_says_nonsense_of_itself_is_passed_over(trained, unfinished, name):
+    """It is of another type. Who only reads moves nothing."""
+    for step in (8, 6):
+        about = unfinished / "checkpoints" / f"{step}" / "_CHECKPOINT_METADATA"
+        about.write_text(json.dumps({**_read(about), name: "damaged"}))
+        if step == 8:
+            restored, said = _restore_all(unfinished)
+            assert int(restored.step) == 6
+            assert len(said) == 1 and "step 8" in said[0] and "damaged" in said[0]
     with pytest.raises(UserError, match="every checkpoint"):
         _restore_all(unfinished)
-    assert _steps(unfinished) == [6]  # the last one stays where it is
+    assert _steps(unfinished) == [6, 8] and not (unfinished / "damaged_checkpoints").exists()
+
+
+def test_checkpoints_of_somebody_else_are_not_called_damaged(unfinished, monkeypatch):
+    own = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: "checkpoints/8" not in f"{path}" and own(path, mode)
+    )
+    with pytest.raises(UserError, match=r"checkpoints/8 may not be read by this user"):
+        _restore_all(unfinished)
+
+
+def test_a_checkpoint_that_has_no_room_here_is_not_called_damaged(unfinished, monkeypatch):
+    def restore(self, *args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", restore)
+    with pytest.raises(MemoryError):
+        _restore_all(unfinished)
+
+
+def test_checkpoints_that_a_run_replaces_meanwhile_are_looked_for_again(unfinished, monkeypatch):
+    read, folder = Checkpoints._read, unfinished / "checkpoints"
+
+    def replaced(self, step, like):
+        if step == 8 and (folder / "8").exists():
+            shutil.move(folder / "8", folder / "9")
+            shutil.rmtree(folder / "6")
+        return read(self, step, like)
+
+    monkeypatch.setattr(Checkpoints, "_read", replaced)
+    restored, _ = _restore_all(unfinished)
+    assert int(restored.step) == 8 and _steps(unfinished) == [9]
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path):
+    def fail(file):
+        file.write(b"the first half")
+        raise OSError(errno.ENOSPC, "no room")
+
+    (tmp_path / "x.json").write_text("before")
+    before = _contents(tmp_path)
+    with pytest.raises(OSError, match="no room"):
+        write(tmp_path / "x.json", fail)
+    assert _contents(tmp_path) == before
 
 
 def test_without_any_checkpoint_it_starts_again(trained, unfinished):

@@ -123,7 +123,7 @@ def test_elsewhere_than_in_training_a_signal_ends_the_process_at_once():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == interruption.TRY_AGAIN == 75
-    assert done.stderr == "SIGTERM: stopped; the same command goes on from the last checkpoint\n"
+    assert done.stderr == "SIGTERM: stopped; give the same command again\n"
 
 
 def test_a_start_cut_short_is_no_obstacle(tmp_path):

@@ -113,6 +113,12 @@ def test_a_number_of_samples_that_cannot_be_judged_is_refused(gan, num):
         judge.quality_mode(gan[0], num, 0, None)
 
 
+@pytest.mark.parametrize("num", [None, 10])
+def test_few_test_examples_are_not_judged(tiny_dataset, num):
+    with pytest.raises(UserError, match="at least 200 test examples, and there are 24"):
+        judge._number(num, tiny_dataset)
+
+
 def test_a_judge_of_other_data_is_refused(gan, tmp_path):
     with on_one_device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_draw_pictures", lambda *args: [])

@@ -63,12 +63,13 @@ def test_of_alternatives_the_first_is_counted():
     assert _counts(lambda i: jax.lax.switch(i, branches), jnp.int32(1)) == [1]
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("num", [1, 3])
-def test_they_all_run_however_often_each_is_made(num):
-    """Sixteen times the operations take longer: none is left out or made once for all."""
+def test_they_all_run_however_often_each_is_made(num, dtype):
+    """Many times the operations take longer: none is left out or made once for all."""
 
     def made(size):
-        w = jnp.ones((size, size))
+        w = jnp.ones((size, size), dtype)
         step = lambda h, _: (h @ w, None)  # noqa: E731
         return limit.products_of(lambda h: jax.lax.scan(step, h, None, length=num)[0], w)
 

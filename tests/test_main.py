@@ -25,6 +25,7 @@ from PIL import Image
 
 from dgm_jax import config as configs
 from dgm_jax import run, trained_model
+from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.metrics import Metric
 from dgm_jax.workdir import Workdir
@@ -340,6 +341,8 @@ def test_sample_writes_images_and_a_picture(finished, env):
 def test_ais_brackets_the_models_own_images(finished):
     """Five temperatures make a wide bracket."""
     before = _contents(finished.path)
+    with pytest.raises(UserError, match=r"--num=501: there are 500 test images"):
+        run.ais_mode(Workdir(finished.path), 501)
     run.ais_mode(Workdir(finished.path), 4)
     found = json.loads((finished.path / "ais.json").read_text())["metrics"]
     (finished.path / "ais.json").unlink()

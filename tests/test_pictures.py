@@ -89,3 +89,21 @@ def test_originals_are_as_bright_as_their_reconstructions(monkeypatch):
     ((_, rows, _),) = calls
     np.testing.assert_allclose(rows[0::2], rows[1::2])
     assert rows.shape == (4, 2, 2, 2, 1) and rows.max() == 1
+
+
+@pytest.mark.parametrize(("num", "shown"), [(1, (2, 1)), (7, (2, 7)), (15, (2, 10)), (20, (4, 10))])
+def test_pictures_of_few_images_have_fewer_of_them(num, shown, monkeypatch):
+    calls = []
+    monkeypatch.setattr(pictures, "save_grid", lambda *args: calls.append(args[1]))
+    model = MODEL._replace(reconstruct=lambda params, batch, rng: batch["x"])
+    image = {"x": jnp.arange(4.0 * num).reshape(num, 2, 2, 1)}
+    code = {"x": np.arange(4.0 * num).reshape(num, 4)}
+    pictures.save_reconstructions("x.png", model, {}, image, jax.random.key(0), 1.0)
+    pictures.save_interpolation("x.png", model, {}, code, jax.random.key(0))
+    reconstructions, interpolation = calls
+    assert reconstructions.shape == (*shown, 2, 2, 1)
+    assert interpolation.shape == (num // 2, 10, 2, 2, 1)
+    for i, line in enumerate(interpolation):
+        np.testing.assert_allclose(
+            line[[0, -1]].reshape(2, 4), code["x"][2 * i : 2 * i + 2] * GAINS
+        )

@@ -12,7 +12,7 @@ _MOST_BYTES = 2**33
 _MOST_CLASSES = 10_000
 NAMES = ("train_x", "train_labels", "test_x", "test_labels")
 _HINT = (
-    "save uint8 images [N, H, W] or [N, H, W, C], or float vectors [N, D], by "
+    "save uint8 images [N, H, W], [N, H, W, 1] or [N, H, W, 3], or float vectors [N, D], by "
     "numpy.savez(path, train_x=..., test_x=...), with labels also train_labels and test_labels"
 )
 
@@ -20,9 +20,9 @@ _HINT = (
 def load(path: str) -> LabelledArrays:
     """What the file at `path` holds; labels are -1 where it holds none.
 
-    Its arrays are `train_x` and `test_x`: uint8 images `[N, H, W]` or `[N, H, W, C]`, from black 0
-    to white 255, or float vectors `[N, D]`; and with labels `train_labels` and `test_labels`, whole
-    numbers `[N]` from 0.
+    Its arrays are `train_x` and `test_x`: uint8 images `[N, H, W]` or `[N, H, W, 1 or 3]`, from
+    black 0 to white 255, or float vectors `[N, D]`; and with labels `train_labels` and
+    `test_labels`, whole numbers `[N]` from 0.
 
     Raises:
       UserError: it cannot be read, or holds something else; says what.
@@ -55,7 +55,7 @@ def _what_is_wrong(found: dict[str, np.ndarray]) -> str | None:
         x = found[f"{split}_x"]
         if not x.size:
             return f"{split}_x is empty"
-        is_images = x.dtype == np.uint8 and x.ndim in (3, 4)
+        is_images = x.dtype == np.uint8 and (x.ndim == 3 or (x.ndim == 4 and x.shape[3] in (1, 3)))
         if not is_images and not (x.dtype.kind == "f" and x.ndim == 2):
             return f"{split}_x is {x.dtype} {x.shape}"
         if not is_images and not np.isfinite(x.astype(np.float32)).all():

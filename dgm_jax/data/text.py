@@ -94,7 +94,9 @@ def _cut(text: str, context: int, validation: int) -> tuple[dict[str, np.ndarray
     tokens = tokens.astype(np.int32)
     test = int(0.9 * len(tokens))  # where it begins
     held_out = test - validation * context
-    if len(tokens) - test < context or validation < 0 or held_out < context:
+    if validation < 0:
+        raise UserError(f"data.validation={validation}: must be at least 0")
+    if len(tokens) - test < context or held_out < context:
         raise UserError(
             f"data.context={context}, data.validation={validation}: the text has "
             f"{len(tokens):,} characters, too few for windows to train, validate and test on"

@@ -8,6 +8,7 @@ I(n; z), the mutual information between the number of an example and its code, i
 KL(q(z) ‖ p(z)), the marginal KL, is what a better prior could save.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dgm_jax import processes
+from dgm_jax import processes, sharding
 from dgm_jax.core import Batch, Model, Params
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import passes
@@ -43,7 +44,7 @@ def compile_evaluation(
       model: one whose `latents` have a `log_posterior`.
       dataset: where the split is.
       batch_size: examples at once; changes speed and memory, not results.
-      chunk: codes compared with a batch of examples at once; the same.
+      chunk: codes that a device compares with a batch of examples at once; the same.
       mesh: the devices.
       split: its name.
       show: whether progress is shown.
@@ -74,15 +75,19 @@ def compile_evaluation(
     chosen = dataset.splits[split]
     arrays = processes.on_every_device((chosen.x, chosen.labels), mesh)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def log_sum_of_batch(params: Params, arrays: Any, z: Any, start: jax.Array) -> jax.Array:
-        """For all codes, in chunks `[K, M, ...]`: XLA encodes the batch once, before the loop."""
+        """For all codes, in chunks `[K, M, ...]`: XLA encodes the batch once, before the loop.
+
+        Each device has its part of every chunk and all of the batch, so that no sum is divided.
+        """
+        z = jax.lax.with_sharding_constraint(z, sharding.split_second(mesh))
         batch = data.held_out_batch(dataset, split, *arrays, start + jnp.arange(batch_size))
         return jax.lax.map(lambda some: log_sum(params, batch, some), z).reshape(-1)
 
     def evaluate(params: Params, seed: int) -> dict[str, Metric]:
         drawn, parts = draw(params, seed), []
-        z = jax.tree.map(lambda a: _in_chunks(a, chunk), drawn["z"])
+        z = jax.tree.map(lambda a: _in_chunks(a, chunk * mesh.size), drawn["z"])
         z = processes.on_every_device(z, mesh)
         title = f"{split}: aggregate posterior" if show else None
         with Progress(title, len(chosen)) as progress:

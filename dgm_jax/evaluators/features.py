@@ -113,7 +113,7 @@ def evaluate(
     few = {
         n: [_per_class(labels["train"], n, rng) for _ in range(_DRAWS)]
         for n in LABELS_PER_CLASS
-        if n <= np.bincount(labels["train"]).min()
+        if n <= np.unique(labels["train"], return_counts=True)[1].min()
     }
     found: dict[str, dict[str, Metric]] = {}
     with Progress("classifiers", len(representations) * (2 + len(few))) as progress:

@@ -204,15 +204,13 @@ def complete(config: ConfigDict, members: Sequence[Member]) -> list[Member]:
     if not members:
         raise UserError("the sweep is empty: it has no members")
     paths = dict.fromkeys(path for member in members for path in member)
-    found: list[Member] = []
+    found: dict[tuple, int] = {}
     for i, member in enumerate(members):
         fields = configs.fields(configs.override(config, member))
-        whole = {path: fields[path] for path in paths}
-        if whole in found:
-            first = found.index(whole)
+        whole = tuple(fields[path] for path in paths)
+        if (first := found.setdefault(whole, i)) != i:
             raise UserError(f"members {first} and {i} of the sweep are the same: {member}")
-        found.append(whole)
-    return found
+    return [dict(zip(paths, whole, strict=True)) for whole in found]
 
 
 def labels(paths: Sequence[str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
@@ -118,10 +118,11 @@ def train(
     checkpoints = Checkpoints(folder)
     # Checkpoints are without the padding, and fit any number of devices.
     own = lambda state: jax.tree.map(lambda a: a[:num], state)  # noqa: E731
-    everywhere = replicated(experiment.mesh)
-    restored = checkpoints.restore(abstract(jax.eval_shape(own, state), everywhere), say)
+    host = SingleDeviceSharding(jax.devices("cpu")[0])  # no device may have room for all
+    restored = checkpoints.restore(abstract(jax.eval_shape(own, state), host), say)
     if restored is not None:
         state = jax.tree.map(lambda new, old: _padded(new, old.sharding), restored, state)
+        del restored
         say(f"resumed     {title} from step {int(state.step.max()):,}")
     done = first = int(state.step.max())
     checkpoints.tidy(first)
@@ -159,7 +160,7 @@ def train(
 def _padded(values: jax.Array, sharding: NamedSharding) -> jax.Array:
     """`[M, ...]` -> the same with the last repeated, as many as the devices can share equally."""
     rows = np.arange(len(values) + -len(values) % sharding.mesh.size)
-    return jax.device_put(values[np.minimum(rows, len(values) - 1)], sharding)
+    return jax.device_put(np.asarray(values)[np.minimum(rows, len(values) - 1)], sharding)
 
 
 def compile_members(experiment: Experiment, members: Sequence[ConfigDict]) -> tuple:

@@ -38,13 +38,13 @@ def run_sweep(
 
     See `mode.sweep_mode`.
     """
+    if len(members) > _MOST_MEMBERS:
+        raise UserError(f"this sweep has {len(members):,} members: make at most {_MOST_MEMBERS:,}")
     results.git_revision()  # of the code that runs, not of what is there hours later
     members = _agreed(folder, config, axes.complete(config, members))
     each = [configs.override(config, member) for member in members]
     workdirs = workdirs_of(folder, members)
     groups = program.group(each)
-    if len(members) > _MOST_MEMBERS:
-        raise UserError(f"this sweep has {len(members):,} members: make at most {_MOST_MEMBERS:,}")
     if only is not None and not 0 <= only < len(groups):
         raise UserError(f"--program={only}: this sweep has the programs 0 to {len(groups) - 1}")
     largest = max(len(chosen) for chosen in groups)

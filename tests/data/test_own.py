@@ -86,6 +86,7 @@ TOLD = {**GOOD, "train_labels": LABELS, "test_labels": LABELS}
         ({**GOOD, "test_x": IMAGES[:0]}, r"test_x is empty"),
         ({**GOOD, "train_x": IMAGES.astype(int)}, r"train_x is int64 \(30, 6, 4\)"),
         ({**GOOD, "train_x": IMAGES / 255}, r"train_x is float64 \(30, 6, 4\)"),
+        ({**GOOD, "train_x": IMAGES[..., None].repeat(2, -1)}, r"train_x is uint8 \(30, 6, 4, 2\)"),
         ({**GOOD, "test_x": IMAGES[:, :5]}, r"an example of test_x is \(5, 4\)"),
         ({**GOOD, "test_x": VECTORS}, r"an example of test_x is \(3,\)"),
         ({"train_x": IMAGES // 255, "test_x": IMAGES // 255}, r"from 0 to 1.*white is 255"),

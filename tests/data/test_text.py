@@ -79,7 +79,7 @@ def test_tiny_shakespeare_is_the_known_one(prepared_tfds, monkeypatch):
         (("shakespeare", "paper", "", 8, 5), r"data\.source='paper'.*tfds, download, embedded"),
         (("shakespeare", "embedded", "", 1, 5), r"data\.context=1"),
         (("shakespeare", "embedded", "", 400_000, 5), r"data\.context=400000.*too few"),
-        (("shakespeare", "embedded", "", 64, -1), r"data\.validation=-1"),
+        (("shakespeare", "embedded", "", 64, -1), r"data\.validation=-1: must be at least 0"),
         (("shakespeare", "embedded", "", 64, 100_000), r"data\.validation=100000.*too few"),
     ],
 )

@@ -48,9 +48,9 @@ def _model(means, sigma):
     return Model(init=None, players=(), log_likelihood_fns={}, latents=latents)
 
 
-def _evaluate(means, sigma, values, batch_size=64, chunk=200):
+def _evaluate(means, sigma, values, batch_size=64, chunk=200, devices=None):
     model, dataset = _model(jnp.asarray(means), sigma), _dataset(values)
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(devices)
     return aggregate.compile_evaluation(model, dataset, batch_size, chunk, mesh, "test")(None, 0)
 
 
@@ -88,8 +88,8 @@ def test_several_processes_do_not_send_the_data_round(monkeypatch):
     assert _evaluate(np.zeros(256), 0.5, np.arange(10)) == expected
 
 
-def test_neither_batch_size_nor_chunk_changes_the_result():
-    means, sizes = 0.01 * np.arange(256), ((16, 7), (64, 50))
+def test_neither_batch_size_nor_chunk_nor_devices_change_the_result():
+    means, sizes = 0.01 * np.arange(256), ((16, 7, 8), (64, 50, 1))
     one, other = (_evaluate(means, 0.5, np.arange(50), *size) for size in sizes)
     for name, metric in one.items():
         np.testing.assert_allclose(metric.value, other[name].value, rtol=1e-11)

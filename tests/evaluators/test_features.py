@@ -46,6 +46,17 @@ def test_every_representation_gets_the_same_examples(found):
     }
 
 
+def test_labels_need_not_begin_at_0_nor_leave_no_number_out(found):
+    labels = {split: np.repeat([1, 4], 20) for split in ("train", "test")}
+    codes = {split: np.eye(5)[of] for split, of in labels.items()}
+    few = features.evaluate({"clear": codes}, labels, seed=0)["clear"]
+    assert {name: metric.value for name, metric in few.items()} == {
+        "linear_probe": 1.0,
+        "nearest_neighbours": 1.0,
+        **{f"linear_probe_{n}_labels": 1.0 for n in features.LABELS_PER_CLASS if n <= 20},
+    }
+
+
 def test_few_labels_are_drawn_per_class_without_repeats():
     labels = np.repeat(np.arange(4), 7)
     rows = features._per_class(labels, 5, np.random.default_rng(0))

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -97,28 +98,54 @@ def test_a_failure_after_the_checkpoint_has_not_happened_yet(tmp_path):
     write_json(workdir.failure, {"failure": "it broke", "step": 8})
     assert workdir.load_failure(until=4) is None
     assert workdir.load_failure(until=8) == workdir.load_failure() == "it broke"
+    assert not workdir.finished  # its parameters are in the program's checkpoint alone
+    workdir.checkpoints.mkdir()
+    assert workdir.finished
 
 
-def test_a_member_that_diverges_is_left_as_it_was_and_the_others_go_on(tiny_dataset, tmp_path):
-    """A learning rate of 1e36 overflows within a dispatch or two; its neighbours see nothing."""
-    members = _configs({"seed": 1}, {"optimizer.learning_rate": 1e36}, {"seed": 2})
-    dirs = _workdirs(tmp_path / "sweep", 3)
-    good, bad, other = program.train(members, tiny_dataset, dirs, tmp_path / "programs", None)
+# A learning rate of 1e36 overflows within a dispatch or two.
+DIVERGING = ({"seed": 1}, {"optimizer.learning_rate": 1e36}, {"seed": 2})
+
+
+class Trained(NamedTuple):
+    """A sweep's outcomes and the work directories of its members."""
+
+    outcomes: list[program.Outcome]
+    dirs: list[Workdir]
+
+
+@pytest.fixture(scope="module")
+def diverged(tiny_dataset, tmp_path_factory):
+    """Three members, of which the second diverges; undisturbed."""
+    path = tmp_path_factory.mktemp("diverged")
+    dirs = _workdirs(path / "members", 3)
+    members = _configs(*DIVERGING)
+    return Trained(program.train(members, tiny_dataset, dirs, path / "program", None), dirs)
+
+
+def test_a_member_that_diverges_is_left_as_it_was_and_the_others_go_on(
+    diverged, tiny_dataset, tmp_path
+):
+    """Its neighbours see nothing."""
+    (good, bad, other), dirs = diverged
     assert "not finite" in bad.failure and bad.state.step < 200
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(bad.state.params))
     assert len(read(dirs[1].metrics)) < len(read(dirs[0].metrics))
     alone = program.train(
-        [members[0]], tiny_dataset, _workdirs(tmp_path / "solo", 1), tmp_path / "solo_program", None
+        _configs(DIVERGING[0]),
+        tiny_dataset,
+        _workdirs(tmp_path / "solo", 1),
+        tmp_path / "program",
+        None,
     )[0]
     assert good.failure is other.failure is None and good.state.step == 200
     _assert_close(good.state.params, alone.state.params, 1e-5)
 
 
-def test_an_interrupted_program_goes_on_to_the_same_end(tiny_dataset, tmp_path, monkeypatch):
-    members = _configs({"seed": 1}, {"optimizer.learning_rate": 1e36}, {"seed": 2})
-    whole = program.train(
-        members, tiny_dataset, _workdirs(tmp_path / "whole", 3), tmp_path / "whole_program", None
-    )
+def test_an_interrupted_program_goes_on_to_the_same_end(
+    diverged, tiny_dataset, tmp_path, monkeypatch
+):
+    members, whole = _configs(*DIVERGING), diverged.outcomes
     dirs, folder = _workdirs(tmp_path / "parts", 3), tmp_path / "program"
     save = Checkpoints.save
 
