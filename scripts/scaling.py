@@ -185,7 +185,7 @@ def draw(found: dict[str, list[dict[str, float]]], path: Any) -> None:
         panel.loglog(values, law, color="0.6", label="as its matrix products")
         panel.loglog(values, measured, "o", color="C0", label="measured")
         panel.set(xlabel=AXES[name].title, ylabel="ms a step", xticks=values)
-        panel.set_xticklabels([f"{value:,}" for value in values])
+        panel.set_xticklabels([f"{value:,}" for value in values], fontsize=7)
         panel.set_ylim(law.min() / 1.6, measured.max() * 1.6)
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")

@@ -736,6 +736,10 @@ def main() -> None:
     found: dict[str, Any] = {}
     with small_disk() as (folder, cannot):
         kinds = [kind for kind in chosen.kinds if kind not in cannot]
+        for kind in set(chosen.kinds) - set(kinds):
+            say(f"left out: {kind} ({cannot[kind]})")
+        if not kinds:
+            sys.exit("there is nothing left to do")
         for family in chosen.families:
             started = time.monotonic()
             of = torture(family, folder, chosen.interruptions, chosen.seed, kinds)

@@ -367,7 +367,7 @@ def build(config: Config, spec: DataSpec) -> Model:
             return {"x": x}
         # Without the noise: the mean of the data given x (Tweedie's formula).
         mean = jnp.clip(x - config.sigma_min**2 * slope(params, x, lowest(num)), 0, 1)
-        return {"x": jnp.round(spec.scale * mean), "mean": mean}
+        return {"x": jnp.round(spec.scale * mean)}
 
     objectives: dict[str, Callable] = {
         "contrastive_divergence": contrastive_divergence,

@@ -234,7 +234,7 @@ def _learning_curves(path: Path, rows: Sequence[Row], short: Mapping[str, str]) 
 
 
 def _rate_distortion(path: Path, rows: Sequence[Row], short: Mapping[str, str]) -> Path:
-    """Distortion against rate; along a dotted line the ELBO is the same (Alemi et al. 2018)."""
+    """Distortion against rate; along a dotted line the ELBO is what it says (Alemi et al. 2018)."""
     figure = Figure(figsize=(5, 4.2), dpi=150, layout="constrained")
     panel, colours = figure.subplots(), _colours(rows)
     for setting, colour in colours.items():
@@ -247,6 +247,8 @@ def _rate_distortion(path: Path, rows: Sequence[Row], short: Mapping[str, str]) 
     bottom, top = panel.get_ylim()
     for level in np.linspace(low + bottom, high + top, 9)[1:-1]:
         panel.plot([low, high], [level - low, level - high], ":", lw=0.6, color="grey")
+        left = max(low, level - top)
+        panel.text(left, level - left, f" {-level:.4g}", fontsize=6, color="grey", va="top")
     panel.set(xlim=(low, high), ylim=(bottom, top))
     panel.set(xlabel="rate (nats)", ylabel="distortion (nats)", title="test split")
     panel.legend(fontsize=7)
