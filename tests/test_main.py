@@ -284,7 +284,7 @@ def test_training_again_says_finished_and_changes_nothing(finished, env):
 
 def test_the_python_example_of_the_readme_runs(finished, tmp_path, monkeypatch):
     """After the command that leaves the work directory it restores."""
-    example, _ = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    example, *_ = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/vae_mnist-smoke").symlink_to(finished.path)
     (tmp_path / "configs").symlink_to(REPO / "configs")

@@ -22,7 +22,9 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_model_of_the_readme_is_a_distribution():
-    _, code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    _, code, config = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(config, made := {"__name__": "configs"})
+    assert "--config=configs/mine.py" in made["__doc__"] and made["get_config"].__doc__
     exec(code, names := {"__name__": "mine"})
     spec = DataSpec((2, 2, 1), "binary", np.zeros((2, 2, 1), np.float32), 4)
     names["check"](names["Config"](), spec)
