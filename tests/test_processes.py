@@ -171,7 +171,7 @@ def _lines(path):
 def test_when_one_is_killed_the_other_ends_and_they_go_on_when_started_again(tmp_path):
     """Within the time given, in one line, with the status of what may be started again."""
     command = [sys.executable, "-m", "dgm_jax.main", "--lost_after=6"]
-    longer = {"train.duration": "1000000 steps", "data.validation": 0}
+    longer = {"train.duration": "300000 steps", "data.validation": 0}
     command += _flags(tmp_path / "run", {**MNIST, **longer})
     for killed in (1, 0):
         address, files = _address(), [tmp_path / f"{killed}-{i}" for i in range(2)]

@@ -11,7 +11,7 @@ import pytest
 
 from dgm_jax import config as configs
 from dgm_jax import interruption, sharding, train, train_step, writers
-from dgm_jax.checkpoint import Checkpoints
+from dgm_jax.checkpoint import Checkpoints, abstract
 from dgm_jax.core import Aux, Player, UserError
 from dgm_jax.data import order
 from dgm_jax.experiment import initial_state, prepare
@@ -190,7 +190,7 @@ def test_the_checkpoint_that_was_best_is_kept_and_given_back(tiny_dataset, tmp_p
     assert Checkpoints(workdir.checkpoints).steps[-1] == 120
     like = jax.eval_shape(lambda: state)
     found = train.best_or_newest(
-        workdir, train.abstract(like, sharding.replicated(sharding.make_mesh(1)))
+        workdir, abstract(like, sharding.replicated(sharding.make_mesh(1)))
     )
     assert_close(state, found, 0)
 
