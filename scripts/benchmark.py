@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,12 @@ def measure_speed(case: str, rounds: int, seconds: float) -> dict[str, Any]:
     return {"machine": machine(), "rounds": rounds, "seconds": seconds, "programs": each}
 
 
-def measure_time_to_quality(rounds: int, limit: float) -> dict[str, Any]:
-    """Every program's own recipe, `rounds` times in turn, each round with another seed."""
+def measure_time_to_quality(rounds: int, limit: float) -> Iterator[dict[str, Any]]:
+    """Every program's own recipe, `rounds` times in turn, each round with another seed.
+
+    Yields:
+      The record, after each round.
+    """
     each: dict[str, list[Measured]] = {name: [] for name in RECIPES}
     for seed in range(rounds):
         for name, taken in each.items():
@@ -87,7 +92,8 @@ def measure_time_to_quality(rounds: int, limit: float) -> dict[str, Any]:
             print(f"quality, round {seed + 1}: {name} {cells}", flush=True)
         same = {name: taken[-1] for name, taken in each.items() if name != FLOW}
         refuse_unlike("quality", same)
-    return {"machine": machine(), "rounds": rounds, "limit_seconds": limit, "programs": each}
+        about = {"machine": machine(), "rounds": seed + 1, "limit_seconds": limit}
+        yield {**about, "programs": each}
 
 
 def refuse_unlike(case: str, each: dict[str, Measured], tolerance: float = 0.0) -> None:
@@ -228,15 +234,16 @@ def main() -> None:
     section = SECTIONS["quality" if chosen.quality else "benchmark"]
     if chosen.keep:
         section.check()
+    record: dict[str, Any] = {}
+    # Kept after each round or case, so that nothing measured is lost.
     if chosen.quality:
-        record = measure_time_to_quality(chosen.rounds or 1, chosen.quality_limit)
-        if chosen.keep:
-            section.keep(record)
+        for record in measure_time_to_quality(chosen.rounds or 1, chosen.quality_limit):
+            if chosen.keep:
+                section.keep(record)
     else:
-        record = {}
         for case in chosen.cases:
             record[case] = measure_speed(case, chosen.rounds or 3, chosen.seconds)
-            if chosen.keep:  # after each, so that nothing measured is lost
+            if chosen.keep:
                 section.keep({**section.read(), case: record[case]})
     print("\n" + section.show(record))
 
