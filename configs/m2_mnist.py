@@ -2,7 +2,8 @@
 
 Paper: Kingma et al. 2014, "Semi-supervised Learning with Deep Generative Models".
 Run:   python -m dgm_jax.main --config=configs/m2_mnist.py
-Gives: no number is claimed yet
+Gives: accuracy 0.734 on the test images with 100 labels (seed 0; published 0.880), NLL 93.15 ± 0.23
+       nats (K = 500)
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant
