@@ -1,5 +1,6 @@
 """The loop: where it starts, which checkpoint it keeps, and how it spreads and cuts its work."""
 
+import dataclasses
 import shutil
 import signal
 from contextlib import contextmanager
@@ -205,6 +206,14 @@ def test_an_interruption_does_not_change_which_is_best(tiny_dataset, tmp_path):
     for steps in (10, 30, 60):
         state = run_until(steps, experiment, path)
     assert int(state.step) == int(straight.step) == max(scores, key=scores.get)
+
+
+def test_training_does_not_begin_on_data_outside_their_support(tiny_dataset):
+    """Grey values where bits were promised."""
+    config = dataclasses.replace(tiny_dataset.config, binarisation="none")
+    grey = tiny_dataset._replace(config=config)
+    with pytest.raises(UserError, match=r"needs x in \{0, 1\}"):
+        initial_state(prepared(grey, "made"))
 
 
 def test_a_best_that_is_not_measured_is_refused(tiny_dataset):

@@ -45,14 +45,9 @@ def of_sampling(name: str) -> tuple[str, ...]:
     return getattr(get(name), "SAMPLING", ())
 
 
-def of_measuring(name: str) -> tuple[str, ...]:
-    """A model's fields on which only likelihoods depend."""
-    return getattr(get(name), "MEASURING", ())
-
-
 def of_trained(name: str) -> tuple[str, ...]:
     """A model's fields on which no training depends: a trained model may get other values."""
-    return of_sampling(name) + of_measuring(name)
+    return of_sampling(name) + getattr(get(name), "MEASURING", ())
 
 
 def check(config: Mapping[str, Any], spec: DataSpec) -> None:

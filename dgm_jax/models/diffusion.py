@@ -100,9 +100,7 @@ def check(config: Config, spec: DataSpec) -> None:
         )
     checks.positive(config, "sigma_data", "log_sigma_std", "snr_cap")
     checks.finite(config, "log_sigma_mean")
-    for field, lowest in (("steps", 0), ("sample_steps", 1)):
-        if getattr(config, field) < lowest:
-            raise UserError(f"model.{field}={getattr(config, field)}: must be at least {lowest}")
+    checks.at_least(config, steps=0, sample_steps=1)
 
 
 # (z [B, *event], gamma [B]) -> E[x | z], like z

@@ -12,6 +12,7 @@ from dgm_jax import sharding
 from dgm_jax.core import DataSpec, UserError
 from dgm_jax.models import vqvae
 from dgm_jax.nn import quantise
+from dgm_jax.train_state import num_parameters
 
 PIXELS, ROWS = 4, 16
 SPEC = DataSpec((2, 2, 1), "binary", np.linspace(0.2, 0.8, PIXELS).reshape(2, 2, 1))
@@ -187,6 +188,8 @@ def test_only_a_moving_average_has_a_state_and_padded_rows_do_not_enter_it():
         assert jax.eval_shape(model.players[0].loss_fn, params, BATCH, RNG)[1].state is None
     model = _build(ema_decay=0.8)
     params, loss_fn = _params(model), jax.jit(model.players[0].loss_fn)
+    counted = [num_parameters({**params, "state": state}) for state in (params["state"], {})]
+    assert counted[0] == counted[1]  # no player trains it
     mask = jnp.arange(ROWS) < 11
     _, padded = loss_fn(params, {**BATCH, "mask": mask}, RNG)
     _, alone = loss_fn(params, {"x": BATCH["x"][:11]}, RNG)
