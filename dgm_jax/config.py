@@ -5,7 +5,7 @@ import difflib
 import importlib.util
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,9 +39,10 @@ class TrainConfig:
       keep_best: a number of the validation split, such as `elbo`: the checkpoint where it is best
         is kept as well, and is what is evaluated, sampled and started from. Empty for the last.
       init_from: a work directory whose parameters training starts from, in place of random ones.
-      ramp: numbers of the model that rise linearly from 0 to their value at the start of training,
-        and how long: `"model.beta over 20 epochs"` is KL warm-up (Sønderby et al. 2016). Several
-        are separated by commas.
+      ramp: numbers of the model that go linearly to their value at the start of training, from 0 or
+        from what is said, and how long: `"model.beta over 20 epochs"` is KL warm-up (Sønderby et
+        al. 2016), `"model.temperature from 2 over 10 epochs"` an annealing. Several are separated
+        by commas.
       compute_dtype: in which layers multiply in training: `float32`, `tensorfloat32` (float32 whose
         factors are rounded to 10 bits, on accelerators that have it; elsewhere float32) or
         `bfloat16` (a CPU without such instructions is slower). Parameters are float32, and so is
@@ -108,8 +109,8 @@ def variant(config: ConfigDict, arg: str | None, **variants: Mapping[str, Any]) 
       UserError: no such variant; lists those that there are.
     """
     smoke = {**_SMOKE, **variants.get("smoke", {})}
-    if config.data.dataset in data.GENERATED:
-        del smoke["data.source"]  # there is nothing to read
+    if config.data.dataset in (*data.GENERATED, *data.FILES):
+        del smoke["data.source"]  # there is one only
     variants = {**variants, "smoke": smoke}
     if not arg:
         return config
@@ -157,7 +158,7 @@ def load_sweep(path: str) -> list[dict[str, Any]]:
     """The members that a config file's `sweep()` gives: overrides by dotted path.
 
     Raises:
-      UserError: no such file, or it has no sweep.
+      UserError: no such file, it has no sweep, or one of something else.
     """
     filename, _, _ = path.partition(":")
     module = _module(filename)
@@ -165,7 +166,14 @@ def load_sweep(path: str) -> list[dict[str, Any]]:
         raise UserError(
             f"{filename} has no function sweep(): write one, or give --sweep='field=value,value'"
         )
-    return list(module.sweep())
+    found = module.sweep()
+    members = list(found) if isinstance(found, Iterable) else [found]
+    if not all(isinstance(member, Mapping) for member in members):
+        raise UserError(
+            f"{filename}: sweep() must give a list of dictionaries of overrides, such as "
+            "[{'model.beta': 0.5}, {'model.beta': 1.0}]"
+        )
+    return members
 
 
 def _module(filename: str) -> ModuleType:

@@ -6,10 +6,11 @@ no model by name.
 Conventions, used throughout the project:
 
 * `params`: `dict[str, PyTree]`, one entry per player, e.g. `{"vae": ...}`. Variables that no
-  player trains (an EMA codebook) live in an entry `"state"`.
+  player trains (an EMA codebook) live in an entry `"state"`: float arrays, averaged as parameters
+  are for what is evaluated.
 * `batch`: dict of arrays with a leading axis B. `x` is `[B, *event]`, float32, of tokens int32.
-  Optional: `label` int32
-  `[B]`, `mask` bool `[B]` (the row is real, not padding), `id` int32 `[B]` (index in the split).
+  Optional: `label` int32 `[B]`, `mask` bool `[B]` (the row is real, not padding), `id` int32 `[B]`
+  (index in the split).
 * `rng`: one typed key. Keys are derived by purpose, step and id (see `rng.py`), never stored.
 * A *cost* is lower-is-better, a *log-likelihood* or a bound on one is higher-is-better; both are
   in nats per example.
@@ -188,11 +189,16 @@ class Model(NamedTuple):
         Raises:
           UserError: this family has no such thing; names what it has.
         """
-        if (found := getattr(self, name)) is None:
-            optional = [field for field, usual in self._field_defaults.items() if usual is None]
-            there = [field for field in optional if getattr(self, field) is not None]
-            raise UserError(f"this model has no {name}; it has: {', '.join(there)}")
+        if not (found := getattr(self, name)):
+            raise UserError(f"this model has no {name}; it has: {', '.join(self.abilities)}")
         return found
+
+    @property
+    def abilities(self) -> list[str]:
+        """What it can be asked for: its log-likelihoods by name, and the fields that are there."""
+        optional = [field for field, usual in self._field_defaults.items() if usual is None]
+        there = [field for field in optional if getattr(self, field) is not None]
+        return [*self.log_likelihood_fns, *there]
 
     @property
     def loss_fn(self) -> Callable[[Params, Batch, jax.Array], tuple[jax.Array, Aux]]:
@@ -201,9 +207,32 @@ class Model(NamedTuple):
         return player.loss_fn
 
 
+def disjoint(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of all parts.
+
+    Raises:
+      UserError: two of them have one of the same name, of which one would be lost.
+    """
+    found: dict[str, Any] = {}
+    for part in parts:
+        if twice := found.keys() & part.keys():
+            raise UserError(
+                f"the model gives two numbers the name {min(twice)!r}: give each term, scalar and "
+                "log-likelihood a name of its own, other than 'loss'"
+            )
+        found |= part
+    return found
+
+
 def masked_mean(values: jax.Array, batch: Batch) -> jax.Array:
-    """Mean of `values` `[B]` over the real rows of `batch` (all rows without a mask) -> `[]`."""
+    """Mean of `values` `[B]` over the real rows of `batch` (all rows without a mask) -> `[]`.
+
+    Raises:
+      UserError: the mask leaves no row. A traced mask is not looked at: the mean is then NaN.
+    """
     if "mask" not in batch:
         return jnp.mean(values)
     mask = batch["mask"]
+    if not isinstance(mask, jax.core.Tracer) and not np.any(mask):
+        raise UserError(f"batch['mask'] leaves none of the {len(mask)} rows: there is no mean")
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.sum(mask)

@@ -1,5 +1,6 @@
 """A config made concrete: checked, with its state, its compiled steps and their speed."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -79,33 +80,39 @@ class Experiment(NamedTuple):
         return min(self.config.train.steps_per_dispatch, self.num_steps)
 
     def model_at(self, step: jax.Array) -> Model:
-        """The model of one step: each field that `train.ramp` names still on its way up.
+        """The model of one step: each field that `train.ramp` names still on its way.
 
         Args:
           step: int32 `[]`, from 0; may be traced.
         """
         fields = self._model_fields
-        for field, length in self.ramps.items():
-            fields[field] = fields[field] * jnp.minimum(1.0, step / length)
+        for field, (start, length) in self.ramps.items():
+            fields[field] = start + (fields[field] - start) * jnp.minimum(1.0, step / length)
         model = models.build(fields, self.dataset.spec)
         return precision.training_in(model, self.config.train.compute_dtype)
 
     @property
-    def ramps(self) -> dict[str, int]:
-        """Fields of the model that rise linearly from 0, each with its number of steps."""
+    def ramps(self) -> dict[str, tuple[float, int]]:
+        """Fields of the model that go linearly to their value, from where and in how many steps."""
         found = {}
-        for ramp in filter(None, self.config.train.ramp.split(",")):
-            field, _, length = ramp.strip().partition(" over ")
-            value = self.config.model.get(field.removeprefix("model."))
-            if not field.startswith("model.") or not isinstance(value, float):
+        for ramp in (text.strip() for text in self.config.train.ramp.split(",") if text):
+            way, _, length = ramp.partition(" over ")
+            path, _, start = way.partition(" from ")
+            field = path.removeprefix("model.")
+            is_real = isinstance(self.config.model.get(field), float)
+            if not path.startswith("model.") or not is_real or not _is_number(start or "0"):
                 raise UserError(
-                    f"train.ramp={ramp.strip()!r}: name a field of the model that is a real "
-                    "number, and how long it rises, such as 'model.beta over 20 epochs'"
+                    f"train.ramp={ramp!r}: name a field of the model that is a real number, from "
+                    "where it goes to its value if not from 0, and how long, such as "
+                    "'model.beta over 20 epochs' or 'model.beta from 5 over 20 epochs'"
                 )
-            if field.removeprefix("model.") in found:
-                raise UserError(f"train.ramp={self.config.train.ramp!r}: {field} is there twice")
-            found[field.removeprefix("model.")] = configs.num_steps(
-                length, f"train.ramp={ramp.strip()!r}: length", self.steps_per_epoch, multiple=1
+            if field in found:
+                raise UserError(f"train.ramp={self.config.train.ramp!r}: {path} is there twice")
+            found[field] = (
+                float(start or 0),
+                configs.num_steps(
+                    length, f"train.ramp={ramp!r}: length", self.steps_per_epoch, multiple=1
+                ),
             )
         return found
 
@@ -167,16 +174,24 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh: Mesh | None = None)
     )
     for field in ("validate_every", "checkpoint_every"):
         experiment.steps(field)  # raises where the text makes no sense
-    for field in experiment.ramps:  # likewise
+    for field, (start, _) in experiment.ramps.items():  # likewise
         try:
-            models.check({**config.model, field: 0.0}, dataset.spec)
+            models.check({**config.model, field: start}, dataset.spec)
         except UserError as error:
-            raise UserError(f"train.ramp: model.{field} would rise from 0, but {error}") from None
+            text = f"train.ramp: model.{field} would go from {start:g}, but {error}"
+            raise UserError(text) from None
     if not train.checkpoint_minutes >= 0:
         raise UserError(f"train.checkpoint_minutes={train.checkpoint_minutes}: at least 0")
     if train.keep_best:
         _check_keep_best(experiment)
     return experiment
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _check_keep_best(experiment: Experiment) -> None:

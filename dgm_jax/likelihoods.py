@@ -283,13 +283,17 @@ def refuse_outside_support(x: jax.Array, spec: DataSpec) -> None:
     if isinstance(x, jax.core.Tracer):
         return
     x = np.asarray(x)
-    if spec.support == "binary" and not np.isin(x, (0, 1)).all():
-        raise UserError("a Bernoulli decoder needs x in {0, 1}, and this batch has other values")
-    if spec.support == "uint8" and not ((x >= 0) & (x <= 255) & (x == np.round(x))).all():
-        raise UserError("x must be whole numbers from 0 to 255, and this batch has other values")
-    if spec.support == "tokens" and not ((x >= 0) & (x < spec.vocabulary)).all():
-        raise UserError(
-            f"tokens must be from 0 to {spec.vocabulary - 1}, and this batch has others"
-        )
-    if spec.support == "real" and not np.isfinite(x).all():
-        raise UserError("x must be finite, and this batch has other values")
+    within, allowed = {
+        "binary": (np.isin(x, (0, 1)), "x must be in {0, 1}"),
+        "uint8": (
+            (x >= 0) & (x <= 255) & (x == np.round(x)),
+            "x must be whole numbers from 0 to 255",
+        ),
+        "tokens": (
+            (x >= 0) & (x < spec.vocabulary),
+            f"tokens must be from 0 to {spec.vocabulary - 1}",
+        ),
+        "real": (np.isfinite(x), "x must be finite"),
+    }[spec.support]
+    if not within.all():
+        raise UserError(f"{allowed}, and this batch has the value {x[~within][0]}")

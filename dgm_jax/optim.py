@@ -1,6 +1,7 @@
 """From the `optimizer` section to an optax chain. Every number may be traced."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from dgm_jax.core import Params, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """AdamW or Muon with global-norm clipping, linear warm-up and linear decay to zero.
+    """AdamW or Muon with global-norm clipping, linear warm-up and a decay to zero.
 
     Attributes:
       name: `adamw`, or `muon`: arrays of two axes, and of four as matrices from all axes but one to
@@ -24,6 +25,7 @@ class Config:
         a large batch or many draws.
       learning_rate: at the end of the warm-up.
       warmup: fraction of training over which the learning rate rises from 0.
+      schedule: how it falls afterwards: `linear` or `cosine`, to 0 at the end, or `constant`.
       b1: of AdamW: decay of the first moment.
       b2: of AdamW: decay of the second moment.
       eps: of AdamW: added to the square root of the second moment.
@@ -38,6 +40,7 @@ class Config:
     name: str = "adamw"
     learning_rate: float = 1e-3
     warmup: float = 0.01
+    schedule: str = "linear"
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -49,6 +52,13 @@ class Config:
 
 NAMES = ("adamw", "muon")
 
+# From the part of the decay that is over, 0 to 1, to what is left of the learning rate.
+SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + jnp.cos(jnp.pi * done)) / 2,  # Loshchilov & Hutter 2017, eq. 5
+    "constant": jnp.ones_like,
+}
+
 
 def check(config: Config) -> None:
     """Refuse values that make no sense.
@@ -56,8 +66,9 @@ def check(config: Config) -> None:
     Raises:
       UserError: names the field, its value and its range.
     """
-    if config.name not in NAMES:
-        raise UserError(f"optimizer.name={config.name!r}: choose one of {', '.join(NAMES)}")
+    for field, allowed in (("name", NAMES), ("schedule", SCHEDULES)):
+        if (value := getattr(config, field)) not in allowed:
+            raise UserError(f"optimizer.{field}={value!r}: choose one of {', '.join(allowed)}")
     for field, low, high in (
         ("learning_rate", 0, float("inf")),
         ("warmup", 0, 1),
@@ -77,7 +88,7 @@ def check(config: Config) -> None:
 
 
 def schedule(config: Config, num_steps: int) -> optax.Schedule:
-    """Learning rate as a function of the step: linear warm-up, then linear decay to zero.
+    """Learning rate as a function of the step: linear warm-up, then the decay.
 
     Written out because optax's own refuses a traced warm-up length.
     """
@@ -86,7 +97,7 @@ def schedule(config: Config, num_steps: int) -> optax.Schedule:
     def learning_rate(step: jax.Array) -> jax.Array:
         rise = jnp.minimum(1.0, (step + 1) / jnp.maximum(warmup_steps, 1.0))
         done = jnp.clip((step - warmup_steps) / jnp.maximum(num_steps - warmup_steps, 1), 0, 1)
-        return config.learning_rate * rise * (1 - done)
+        return config.learning_rate * rise * SCHEDULES[config.schedule](done)
 
     return learning_rate
 
@@ -96,8 +107,9 @@ def build(config: Config, num_steps: int) -> optax.GradientTransformation:
     rate = schedule(config, num_steps)
     rule = optax.adamw(
         rate,
-        b1=config.b1,
-        b2=config.b2,
+        # As arrays, so that 1 - b2 is the same number whether b2 is traced or not.
+        b1=jnp.asarray(config.b1),
+        b2=jnp.asarray(config.b2),
         eps=config.eps,
         weight_decay=config.weight_decay,
         mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
@@ -184,5 +196,5 @@ def update_ema(average: Params, params: Params, step: jax.Array, decay: float) -
       decay: the asymptotic decay.
     """
     # 1 - min(decay, (1 + t) / (10 + t)), without the cancellation that the sum would suffer.
-    rate = jnp.maximum(1 - decay, 9 / (10 + step))
+    rate = jnp.maximum(1 - jnp.asarray(decay), 9 / (10 + step))
     return jax.tree.map(lambda a, p: a + rate * (p - a), average, params)

@@ -201,7 +201,7 @@ def save_traversals(
 
 
 def save_learning_curve(path: Path, rows: list[dict]) -> None:
-    """A panel for the loss and each quantity that validation has too, all of them in nats."""
+    """A panel for the loss, in whatever unit it has, and for each term of validation, in nats."""
     held_out = {name.partition("/")[2] for row in rows for name in row if "validation/" in name}
     curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
@@ -219,7 +219,7 @@ def save_learning_curve(path: Path, rows: list[dict]) -> None:
         low, high = np.percentile(shown, [0, 99])
         margin = 0.05 * (high - low) + 1e-3
         axes.set_ylim(low - margin, high + margin)
-        axes.set(xlabel="step", ylabel="nats per example", title=what)
+        axes.set(xlabel="step", ylabel="" if what == "loss" else "nats per example", title=what)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.savefig(path)

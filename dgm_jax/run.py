@@ -71,12 +71,13 @@ def _train(experiment: Experiment, workdir: Workdir, started: float) -> None:
     seconds["pictures"] = time.monotonic() - began
     seconds["this process"] = time.monotonic() - started
     written = [*workdir.files(), workdir.results.name]
-    result = write_result(workdir.results, trained, dataset, found, seconds, written, speed, texts)
+    where = (seconds, written, config.eval.split, speed, texts)
+    result = write_result(workdir.results, trained, dataset, found, *where)
     _say_table(found, result, workdir)
 
 
 def evaluate_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
-    """Measure the best or newest checkpoint on the test split; write `evaluation.json`.
+    """Measure the best or newest checkpoint on `eval.split`; write `evaluation.json`.
 
     Args:
       workdir: of the trained model.
@@ -88,7 +89,8 @@ def evaluate_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
     found = _likelihoods(restored, dataset, mesh)
     seconds = {"evaluation": time.monotonic() - began}
     path = workdir.path / "evaluation.json"
-    result = write_result(path, restored, dataset, found, seconds, [path.name])
+    split = restored.config.eval.split
+    result = write_result(path, restored, dataset, found, seconds, [path.name], split)
     _say_table(found, result, workdir)
 
 
@@ -212,8 +214,11 @@ def data_of(workdir: Workdir, config: ConfigDict) -> data.Dataset:
 
 
 def _likelihoods(trained: Trained, dataset: data.Dataset, mesh: Mesh) -> dict[str, metrics.Metric]:
-    """How likely the model finds the test split."""
+    """How likely the model finds the split `eval.split`."""
     config = trained.config
+    if not trained.model.log_likelihood_fns:
+        has = ", ".join(trained.model.abilities)
+        say(f"{config.model.name} has no likelihood: its costs are measured. It has: {has}")
     section = configs.section(config, "eval")
     evaluate = likelihood.compile_evaluation(trained.model, dataset, section, mesh)
     return evaluate(trained.params, config.seed)
@@ -226,16 +231,17 @@ def write_result(
     found: dict[str, metrics.Metric],
     seconds: dict[str, float],
     written: list[str],
+    split: str = "test",
     speed: dict[str, float] | None = None,
     texts: Sequence[str] = (),
     judge: str | None = None,
 ) -> dict[str, Any]:
-    """Write what was measured on the test split, with all that says what it is about."""
+    """Write what was measured on `split`, with all that says what it is about."""
     result = results.collect(
         found,
         dataset.card,
         trained.config,
-        split="test",
+        split=split,
         step=trained.step,
         num_parameters=num_parameters(trained.params),
         seconds=seconds,

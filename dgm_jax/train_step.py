@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from dgm_jax import optim, sharding
-from dgm_jax.core import Batch, Model, Params, Player, UserError, masked_mean
+from dgm_jax.core import Batch, Model, Params, Player, UserError, disjoint, masked_mean
 from dgm_jax.data import dataset as data
 from dgm_jax.data.order import batch_ids
 from dgm_jax.rng import stream
@@ -117,7 +117,7 @@ def _gradient(player: Player, params: Params, batch: Batch, rng: jax.Array) -> t
 
     (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(params[player.name])
     terms = {name: masked_mean(term, batch) for name, term in aux.terms.items()}
-    return grads, {"loss": loss, **aux.scalars, **terms}, aux.state
+    return grads, disjoint({"loss": loss}, aux.scalars, terms), aux.state
 
 
 def _gradient_by_parts(

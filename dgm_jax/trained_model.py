@@ -17,6 +17,7 @@ from dgm_jax.experiment import abstract_state
 from dgm_jax.progress import Progress
 from dgm_jax.rng import stream
 from dgm_jax.train import best_or_newest
+from dgm_jax.train_state import TrainState
 from dgm_jax.workdir import Workdir, check_writable
 
 _AT_ONCE = 100  # samples, or a few more
@@ -45,6 +46,11 @@ def restore(path: str | Path, given: ConfigDict | None = None) -> Trained:
     Raises:
       UserError: no work directory, one that is damaged or of another config, or nothing trained.
     """
+    return _restore(path, given)[0]
+
+
+def _restore(path: str | Path, given: ConfigDict | None = None) -> tuple[Trained, TrainState]:
+    """As `restore`, and the state that it is from."""
     workdir = Workdir(Path(path))
     config, card = workdir.load_config(given), workdir.load_card()
     spec = data.spec_of_card(card, workdir.load_mean())
@@ -57,11 +63,14 @@ def restore(path: str | Path, given: ConfigDict | None = None) -> Trained:
     state = best_or_newest(workdir, like)
     if state is None:
         raise UserError(f"{path} has no checkpoint yet: train first (--mode=train)")
-    return Trained(config, model, state.eval_params, spec, int(state.step))
+    return Trained(config, model, state.eval_params, spec, int(state.step)), state
 
 
 def start_of(config: ConfigDict) -> Callable[[], Params] | None:
     """What gives the parameters of `train.init_from`; None where training starts from random ones.
+
+    They are the averaged ones, but for what no player trains: the mean of a Markov chain's states
+    is none of its states.
 
     Raises:
       UserError: when it is asked, as `restore`.
@@ -70,7 +79,9 @@ def start_of(config: ConfigDict) -> Callable[[], Params] | None:
 
     def params() -> Params:
         try:
-            return restore(origin).params
+            trained, state = _restore(origin)
+            kept = {"state": state.params["state"]} if "state" in state.params else {}
+            return {**trained.params, **kept}
         except UserError as error:
             raise UserError(f"train.init_from: {error}") from error
 

@@ -114,9 +114,11 @@ class Workdir(NamedTuple):
     def finished(self) -> bool:
         """Whether there is nothing left to do.
 
-        Why a sweep's member failed is written before its parameters have a checkpoint of their own.
+        Why a sweep's member failed is written before its parameters have a checkpoint of their own,
+        which has its name, a number, once it is whole.
         """
-        return self.results.exists() or (self.failure.exists() and self.checkpoints.exists())
+        kept = any(path.name.isdigit() for path in self.checkpoints.glob("*"))
+        return self.results.exists() or (self.failure.exists() and kept)
 
     def files(self) -> list[str]:
         """Names of what is there to be looked at, sorted."""

@@ -163,7 +163,7 @@ def _by_data() -> dict[str, list[tuple[str, list[dict]]]]:
     found: dict[str, dict[tuple, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for path in sorted((DOCS / "results").glob("*.json")):
         run = results.load(path)
-        if _likelihood(run):
+        if _likelihood(run) and run["split"] == "test":
             same = {name: value for name, value in run["data"].items() if name != "source"}
             card, num_samples = json.dumps(same, sort_keys=True), _num_samples(run)
             name = path.stem.rpartition("-seed")[0]

@@ -637,9 +637,9 @@ def leave_out_what_takes_long() -> None:
     report._learning_curves = report._rate_distortion = report._against = lambda path, *rest: path
     results.git_revision = lambda: None
 
-    def compile_evaluation(model, dataset, config, mesh, split="test", show=True):
+    def compile_evaluation(model, dataset, config, mesh, show=True):
         terms = likelihood.elbo_terms(model, config.elbo_samples)
-        measure = passes.compile_pass(terms, dataset, split, config.batch_size, mesh)
+        measure = passes.compile_pass(terms, dataset, config.split, config.batch_size, mesh)
         return lambda params, seed: passes.summarise(measure(params, seed), config.elbo_samples)
 
     likelihood.compile_evaluation = compile_evaluation

@@ -467,6 +467,8 @@ VALUES = {
     "train.ramp='seed over 3 steps'": ("train.ramp", "real number"),
     "train.ramp='model.beta over 3 weeks'": ("train.ramp", "100 epochs"),
     "train.ramp='model.beta'": ("train.ramp", "100 epochs"),
+    "train.ramp='model.beta from x over 3 steps'": ("train.ramp", "from where"),
+    "train.ramp='model.beta from inf over 3 steps'": ("train.ramp", "from where"),
     "train.ramp='model.beta over 3 steps,model.beta over 4 steps'": ("twice",),
     "train.duration='100'": ("train.duration", "100 epochs"),
     "train.duration=''": ("train.duration", "100 epochs"),
@@ -525,7 +527,7 @@ def test_a_value_that_makes_no_sense(tmp_path, capsys, value):
 def test_a_ramp_of_what_cannot_be_zero(tmp_path):
     ramp = {"train.ramp": "model.temperature over 3 steps", "train.batch_size": 40}
     config = configs.override(configs.experiment("discrete_vae"), ramp)
-    words = r"train\.ramp: model\.temperature would rise from 0, but model\.temperature=0\.0"
+    words = r"train\.ramp: model\.temperature would go from 0, but model\.temperature=0\.0"
     with pytest.raises(UserError, match=words):
         run.train_mode(config, Workdir(tmp_path / "run"))
 

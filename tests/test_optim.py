@@ -47,6 +47,16 @@ def test_schedule_without_warmup_starts_at_the_top(x64):
     np.testing.assert_allclose(jax.vmap(rate)(jnp.arange(11)), expected, rtol=1e-12, atol=1e-15)
 
 
+def test_the_other_schedules(x64):
+    """Half a cosine, which has fallen by half at the middle and by 1/4 at a third; and no decay."""
+    config = optim.Config(learning_rate=0.3, warmup=0.1, schedule="cosine")
+    ours = jax.vmap(optim.schedule(config, 1000))(jnp.array([49, 100, 400, 550, 1000]))
+    np.testing.assert_allclose(ours, [0.15, 0.3, 0.225, 0.15, 0], rtol=1e-12, atol=1e-15)
+    constant = optim.schedule(dataclasses.replace(config, schedule="constant"), 1000)
+    ours = jax.vmap(constant)(jnp.array([49, 100, 550, 1000]))
+    np.testing.assert_allclose(ours, [0.15, 0.3, 0.3, 0.3], rtol=1e-12)
+
+
 def test_traced_numbers_give_the_same_schedule():
     """Bit for bit: the warm-up is a power of two, which float32 and Python's floats share."""
 
@@ -248,6 +258,7 @@ def test_ema_is_linear_in_what_it_averages(x64):
     ("field", "value"),
     [
         ("name", "sgd"),
+        ("schedule", "step"),
         *(("learning_rate", v) for v in (-1e-3, math.inf, math.nan)),
         *((f, v) for f in ("warmup", "b1", "b2", "ema") for v in (-0.1, 1.0, math.nan)),
         *(("weight_decay", v) for v in (-0.1, math.inf, math.nan)),

@@ -77,6 +77,7 @@ def test_a_learning_curve_has_what_is_in_nats(tmp_path, monkeypatch):
     pictures.save_learning_curve(tmp_path / "curve.png", rows)
     ((_, axes),) = seen
     assert [each.get_title() for each in axes] == ["loss", "rate"]
+    assert [each.get_ylabel() for each in axes] == ["", "nats per example"]
 
 
 def test_originals_are_as_bright_as_their_reconstructions(monkeypatch):

@@ -212,7 +212,7 @@ def test_training_does_not_begin_on_data_outside_their_support(tiny_dataset):
     """Grey values where bits were promised."""
     config = dataclasses.replace(tiny_dataset.config, binarisation="none")
     grey = tiny_dataset._replace(config=config)
-    with pytest.raises(UserError, match=r"needs x in \{0, 1\}"):
+    with pytest.raises(UserError, match=r"x must be in \{0, 1\}"):
         initial_state(prepared(grey, "made"))
 
 

@@ -162,13 +162,14 @@ def test_untrained_state_is_replaced_not_optimised():
     assert float(state.params["state"]) == 11.0
 
 
-def test_a_ramp_rises_from_nothing_to_the_value(tiny_dataset):
-    """KL warm-up: the loss of step t weighs the rate by β min(1, t / length)."""
+@pytest.mark.parametrize(("start", "said"), [(0.0, ""), (3.0, " from 3")])
+def test_a_ramp_goes_from_its_start_to_the_value(tiny_dataset, start, said):
+    """The loss of step t weighs the rate by s + (β - s) min(1, t / length); s = 0 is KL warm-up."""
     values = {
         "train.batch_size": BATCH,
         "train.duration": "10 steps",
         "train.steps_per_dispatch": 10,
-        "train.ramp": "model.beta over 4 steps",
+        "train.ramp": f"model.beta{said} over 4 steps",
         "model.beta": 0.5,
         "model.latents": 3,
         "model.encoder": (8,),
@@ -176,13 +177,13 @@ def test_a_ramp_rises_from_nothing_to_the_value(tiny_dataset):
         "eval.batch_size": 8,
     }
     experiment = prepare(configs.override(configs.experiment("vae"), values), tiny_dataset)
-    assert experiment.ramps == {"beta": 4}
+    assert experiment.ramps == {"beta": (start, 4)}
     steps = compile_train_steps(
         experiment.model_at, experiment.optimizer, 0.0, tiny_dataset, BATCH, 10, experiment.mesh
     )
     split = tiny_dataset.splits["train"]
     arrays = {"x": jnp.asarray(split.x), "labels": jnp.asarray(split.labels)}
     _, rows = steps(initial_state(experiment).replace(ema=None), arrays)
-    beta = 0.5 * np.minimum(1, np.arange(10) / 4)
+    beta = start + (0.5 - start) * np.minimum(1, np.arange(10) / 4)
     expected = rows["vae/distortion"] + beta * rows["vae/rate"]
     np.testing.assert_allclose(rows["vae/loss"], expected, rtol=1e-6)

@@ -312,7 +312,8 @@ def train_batch(
 
     Args:
       dataset: for its binarisation and seed; its arrays are not touched.
-      images: uint8 `[N, *event]`, the training images on the device.
+      images: `[N, *event]`, `Split.x` of the training split on the device; uint8 where they are
+        binarised.
       labels: int32 `[N]`.
       ids: int32 `[B]`.
       rng: this step's key, for dynamic binarisation.

@@ -21,15 +21,16 @@ _TIMEOUT_SECONDS = 5.0  # to connect, and between two pieces of an answer
 
 
 class LabelledArrays(NamedTuple):
-    """A labelled image data set in memory, each split in canonical order.
+    """A data set in memory, with labels where it has them.
 
     Attributes:
-      train_x: uint8 `[N, H, W, C]`, 0 to 255. Sorted: shuffle before taking a part.
-      train_labels: int32 `[N]`, from 0.
-      test_x: uint8 `[M, H, W, C]`.
+      train_x: images uint8 `[N, H, W, C]`, 0 to 255, or vectors float32 `[N, D]`. Those of
+        `image_sets` are in canonical order, which is sorted: shuffle before taking a part.
+      train_labels: int32 `[N]`, from 0; -1 where there are none.
+      test_x: the same, `[M, ...]`.
       test_labels: int32 `[M]`.
-      source: `"tfds"`, `"download"` (both complete) or `"embedded"` (4,500 and 500 of MNIST's
-        training images: a stand-in, its test numbers are not MNIST's).
+      source: `"tfds"`, `"download"` (both complete), `"embedded"` (4,500 and 500 of MNIST's
+        training images: a stand-in, its test numbers are not MNIST's), `"generator"` or `"file"`.
       sha256: hex fingerprint of the four arrays; equal exactly when they are.
     """
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dgm_jax import metrics, sharding
-from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
+from dgm_jax.core import Batch, DataSpec, Model, Params, UserError, disjoint
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import aggregate, passes
 from dgm_jax.evaluators.passes import PerExample, by_example
@@ -24,6 +24,8 @@ class Config:
     """The `eval` section.
 
     Attributes:
+      split: what the likelihood is measured on: `test`, or `validation` where models are chosen by
+        the number. Features, quality and annealed importance sampling are of the test split.
       num_samples: K of the importance-weighted bound, per example.
       elbo_samples: draws that the ELBO and its terms are averaged over, per example.
       batch_size: examples evaluated at once; changes speed and memory, not results.
@@ -36,6 +38,7 @@ class Config:
       ais_chains: of the same, for each example.
     """
 
+    split: str = "test"
     num_samples: int = 5000
     elbo_samples: int = 10
     batch_size: int = 40
@@ -45,15 +48,20 @@ class Config:
     ais_chains: int = 16
 
 
+SPLITS = ("test", "validation")
+
+
 def check(config: Config, mesh: Mesh) -> None:
     """Refuse values that make no sense.
 
     Raises:
       UserError: names the field and its value.
     """
+    if config.split not in SPLITS:
+        raise UserError(f"eval.split={config.split!r}: choose one of {', '.join(SPLITS)}")
     for field in dataclasses.fields(config):
         value, least = getattr(config, field.name), int(field.name != "aggregate_examples")
-        if value < least:
+        if field.name != "split" and value < least:
             raise UserError(f"eval.{field.name}={value}: must be at least {least}")
     sharding.check_batch("eval.batch_size", config.batch_size, mesh.size)
 
@@ -71,12 +79,11 @@ def elbo_terms(model: Model, num_samples: int) -> PerExample:
     """
 
     def one_draw(params: Params, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        found: dict[str, jax.Array] = {}
-        for player in model.players:
-            found |= player.terms(params, batch, key)
-        for name, fn in model.log_likelihood_fns.items():
-            found[name] = fn(params, batch, key)
-        return found
+        log_likelihoods = {
+            name: fn(params, batch, key) for name, fn in model.log_likelihood_fns.items()
+        }
+        terms = (player.terms(params, batch, key) for player in model.players)
+        return disjoint(*terms, log_likelihoods)
 
     def per_example_means(params: Params, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:
         draws = jax.vmap(lambda s: by_example(one_draw, params, batch, keys, s))
@@ -182,24 +189,28 @@ def compile_evaluation(
     dataset: data.Dataset,
     config: Config,
     mesh: Mesh,
-    split: str = "test",
     show: bool = True,
 ) -> Callable[[Params, int], dict[str, metrics.Metric]]:
-    """Everything that can be said about a model's likelihood on a split.
+    """Everything that can be said about a model's likelihood on the split `config.split`.
 
     Args:
       model: what to evaluate.
       dataset: where the split is.
       config: the `eval` section.
       mesh: the devices.
-      split: its name.
       show: whether progress is shown.
+
+    Raises:
+      UserError: the split has no examples.
 
     Returns:
       `(params, seed of all draws) ->` metrics by name: each term and each log-likelihood, the
       importance-weighted bound and its bits/dim, active units; those that the model has. Compiled
       once however often it is called.
     """
+    split = config.split
+    if not len(dataset.splits[split]):
+        raise UserError(f"eval.split={split!r} needs data.{split} above 0")
 
     def whole(fn: PerExample, title: str) -> Callable[[Params, int], dict[str, np.ndarray]]:
         run = passes.compile_pass(fn, dataset, split, config.batch_size, mesh)

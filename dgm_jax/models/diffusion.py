@@ -217,6 +217,8 @@ def draw(
 def build(config: Config, spec: DataSpec) -> Model:
     """Diffusion as pure functions; see `core.Model` for their contracts."""
     net, is_vdm = Denoiser(config), config.objective == "vdm"
+    if spec.support != "binary":  # Bayes' rule makes use of what each bit is on the average
+        spec = denoisers.with_one_mean(spec)
     schedule = Schedule(config.schedule, (config.gamma_min, config.gamma_max))
 
     def gamma_of(params: Params) -> Gamma:

@@ -32,6 +32,8 @@ class Config:
         every run. The labels of the others are in no gradient; the metric `classification` is the
         mean over all.
       alpha: weight of the classifier's cost on the labelled examples.
+      beta: weight of the rate of z; 1 gives a bound on log p(x). As long as z is dear, the decoder
+        is told what it can be by y, and learns to heed it.
       latents: L, dimensions of z.
       network: `mlp` or `conv`.
       classifier: widths of the hidden layers of q(y | x), or channels of its stages.
@@ -43,6 +45,7 @@ class Config:
 
     labelled: int = 100
     alpha: float = 0.1
+    beta: float = 1.0
     latents: int = 50
     network: str = "mlp"
     classifier: tuple[int, ...] = (500,)
@@ -65,7 +68,7 @@ def check(config: Config, spec: DataSpec) -> None:
             f"model.labelled={config.labelled}: between 0 and the {spec.num_examples:,} "
             "training examples"
         )
-    checks.at_least(config, latents=1, alpha=0)
+    checks.at_least(config, latents=1, alpha=0, beta=0)
     checks.widths(config, "classifier", "encoder", "decoder")
     networks.check(config.network, config.activation, spec)
     likelihoods.check(config.likelihood, spec)
@@ -149,7 +152,9 @@ def build(config: Config, spec: DataSpec) -> Model:
         distortion, rate = jax.vmap(given, out_axes=1)(jnp.arange(num_classes), keys)
         return bound.classify(x), distortion, rate
 
-    def unlabelled_terms(log_q: jax.Array, distortion: jax.Array, rate: jax.Array) -> dict:
+    def unlabelled_terms(
+        log_q: jax.Array, distortion: jax.Array, rate: jax.Array
+    ) -> dict[str, jax.Array]:
         """The ELBO's terms with y summed over (eq. 7): KL(q(y | x) ‖ p(y)) is part of the rate."""
         q = jnp.exp(log_q)
         return {
@@ -158,19 +163,20 @@ def build(config: Config, spec: DataSpec) -> Model:
         }
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
-        """Eqs. 6 to 9, per example of the whole training split."""
+        """Eqs. 6 to 9, per example of the whole training split, with z's rate weighed by beta."""
         log_q, distortion, rate = every_label(bind(params), batch["x"], rng)
         terms = unlabelled_terms(log_q, distortion, rate)
+        weighed = unlabelled_terms(log_q, distortion, config.beta * rate)
         own = batch["label"][:, None]
 
         def at_label(values: jax.Array) -> jax.Array:
             return jnp.take_along_axis(values, own, axis=1)[:, 0]
 
         classification = -at_label(log_q)
-        labelled = at_label(distortion + rate) + math.log(num_classes)
+        labelled = at_label(distortion + config.beta * rate) + math.log(num_classes)
         labelled += config.alpha * classifier_weight * classification
         is_told = jnp.asarray(told)[batch["id"]]
-        cost = jnp.where(is_told, labelled, terms["distortion"] + terms["rate"])
+        cost = jnp.where(is_told, labelled, sum(weighed.values()))
         return masked_mean(cost, batch), Aux(terms={**terms, "classification": classification})
 
     def elbo(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:

@@ -32,7 +32,7 @@ def x64():
 
 def _dataset(num, seed=0):
     images = np.random.default_rng(seed).integers(0, 256, (num, 2, 2, 1), dtype=np.uint8)
-    split = data.Split("any", images, np.zeros(num, np.int32), None)
+    split = data.Split("any", images, np.zeros(num, np.int32), np.zeros((num, 0), np.int32))
     spec = DataSpec((2, 2, 1), "uint8", images.mean(0))
     splits = dict.fromkeys(("validation", "test"), split)
     return data.Dataset(data.Config(binarisation="none"), splits, spec, {})
@@ -412,6 +412,19 @@ def test_evaluate_of_a_model_with_an_exact_likelihood():
     assert all(metric.num_samples is None for metric in found.values())  # nothing is drawn
     np.testing.assert_allclose(found["log_prob"].value, exact, rtol=1e-10)
     np.testing.assert_allclose(found["bits_per_dim"].value, -exact / (D * math.log(2)), rtol=1e-10)
+
+
+def test_the_split_is_the_one_that_the_config_names():
+    dataset, mesh = _dataset(37), sharding.make_mesh()
+    dataset = dataset._replace(splits={**dataset.splits, "validation": _dataset(5).splits["test"]})
+    chosen = dataclasses.replace(SMALL, split="validation")
+    found = likelihood.compile_evaluation(_linear_gaussian(WRONG), dataset, chosen, mesh)(PARAMS, 0)
+    assert found["importance_weighted_bound"].num_examples == 5
+    dataset.splits["validation"] = dataset.splits["test"].part("validation", np.arange(0))
+    with pytest.raises(UserError, match=r"eval\.split='validation' needs data\.validation above 0"):
+        likelihood.compile_evaluation(_linear_gaussian(WRONG), dataset, chosen, mesh)
+    with pytest.raises(UserError, match=r"eval\.split='train': choose one of test, validation"):
+        likelihood.check(dataclasses.replace(SMALL, split="train"), mesh)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

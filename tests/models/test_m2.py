@@ -93,16 +93,17 @@ def test_weights_are_unbiased():
 
 
 def test_a_labelled_example_costs_its_own_class_and_the_classifier():
-    """distortion + rate + log C, and α N / N_labelled times -log q(y | x); the others the ELBO."""
+    """distortion + β rate + log C, and α N / N_labelled times -log q(y | x); the others all y."""
     params, told = _params(), _told()
     assert 2 <= told.sum() <= 4  # of the four labelled ones, those among the first eight
     _, distortion, rate = _integrals(params)
     log_q = np.asarray(_build().classify(params, BATCH)).T
     own = (LABEL, np.arange(8))
-    labelled = distortion[own] + rate[own] + np.log(CLASSES)
-    summed = np.sum(np.exp(log_q) * (distortion + rate + log_q + np.log(CLASSES)), axis=0)
-    for alpha in (0.0, 0.7):
-        model = _build(alpha=alpha)
+    for alpha, beta in ((0.0, 1.0), (0.7, 3.0)):
+        cost = distortion + beta * rate
+        labelled = cost[own] + np.log(CLASSES)
+        summed = np.sum(np.exp(log_q) * (cost + log_q + np.log(CLASSES)), axis=0)
+        model = _build(alpha=alpha, beta=beta)
         classifier = alpha * NUM / FIELDS["labelled"] * -log_q[own]
         exact = np.where(told, labelled + classifier, summed).mean()
         _assert_mean(_draws(lambda key, m=model: m.loss_fn(params, BATCH, key)[0]), exact)
@@ -137,6 +138,7 @@ def test_samples_of_a_class_have_its_mean():
         ("labelled", 11),
         ("latents", 0),
         ("alpha", -0.1),
+        ("beta", -0.1),
         ("alpha", float("nan")),
         ("classifier", ()),
         ("encoder", (0,)),
