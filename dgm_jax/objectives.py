@@ -130,14 +130,15 @@ def renyi(draws: Draws, options: Options) -> jax.Array:
     expectation and in the limit of K.
     """
     power, log_w = 1 - options.alpha, draws.log_weights(options.beta)
-    usual = _log_mean_exp(power * log_w) / power
+    divisor = jnp.where(power == 0, 1.0, power)  # α may pass 1 on its way: the ELBO
+    usual = _log_mean_exp(power * log_w) / divisor
     # Near α = 1 the bound is the mean of log w and little more, of which a quotient of two small
     # numbers would have lost the digits.
     mean = jnp.mean(log_w, axis=0)
     small = power * (log_w - mean[None])
     near = jnp.max(jnp.abs(small), axis=0) < 0.1
     rest = jnp.log1p(jnp.mean(jnp.expm1(jnp.where(near[None], small, 0.0)), axis=0))
-    return -jnp.where(near, mean + rest / power, usual)
+    return -jnp.where(near, mean + rest / divisor, usual)
 
 
 def free_bits(draws: Draws, options: Options) -> jax.Array:
@@ -248,8 +249,8 @@ def check(name: str, num_samples: int, options: Options) -> None:
         raise UserError(
             f"model.num_samples={num_samples}: {name!r} compares draws with each other: at least 2"
         )
-    if name == "tcvae" and num_samples != 1:
-        raise UserError(f"model.num_samples={num_samples}: 'tcvae' uses one draw per example")
+    if name in ("tcvae", "infovae") and num_samples != 1:
+        raise UserError(f"model.num_samples={num_samples}: {name!r} uses one draw per example")
     checks.at_least(options, beta=0, free_nats=0, mmd_weight=0)
     if not math.isfinite(options.alpha) or (name == "renyi" and options.alpha == 1):
         raise UserError(

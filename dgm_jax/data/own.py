@@ -1,4 +1,4 @@
-"""Images or vectors of one's own, from the arrays of an .npz file."""
+"""Images or vectors of one's own, from the arrays of an .npz file or from folders of images."""
 
 from pathlib import Path
 
@@ -7,22 +7,28 @@ import numpy as np
 from dgm_jax.core import UserError
 from dgm_jax.data.sources import LabelledArrays, fingerprint
 from dgm_jax.files import read_arrays, reason
+from dgm_jax.progress import Progress
 
 _MOST_BYTES = 2**33
 _MOST_CLASSES = 10_000
 NAMES = ("train_x", "train_labels", "test_x", "test_labels")
 _HINT = (
     "save uint8 images [N, H, W], [N, H, W, 1] or [N, H, W, 3], or float vectors [N, D], by "
-    "numpy.savez(path, train_x=..., test_x=...), with labels also train_labels and test_labels"
+    "numpy.savez(path, train_x=..., test_x=...), with labels also train_labels and test_labels; or "
+    "give a folder with the images in its folders train and test, or in one there for each class"
 )
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
 def load(path: str) -> LabelledArrays:
-    """What the file at `path` holds; labels are -1 where it holds none.
+    """What the file or folder at `path` holds; labels are -1 where it holds none.
 
-    Its arrays are `train_x` and `test_x`: uint8 images `[N, H, W]` or `[N, H, W, 1 or 3]`, from
-    black 0 to white 255, or float vectors `[N, D]`; and with labels `train_labels` and
+    A file's arrays are `train_x` and `test_x`: uint8 images `[N, H, W]` or `[N, H, W, 1 or 3]`,
+    from black 0 to white 255, or float vectors `[N, D]`; and with labels `train_labels` and
     `test_labels`, whole numbers `[N]` from 0.
+
+    A folder holds images of one size in `train` and `test`, or there in a folder for each class,
+    which are numbered in the order of their names. They are grey if all of them are.
 
     Raises:
       UserError: it cannot be read, or holds something else; says what.
@@ -30,7 +36,8 @@ def load(path: str) -> LabelledArrays:
     if not path:
         raise UserError(f"data.path='': name the file that data.dataset='arrays' reads: {_HINT}")
     try:
-        found = read_arrays(Path(path), _MOST_BYTES)
+        where = Path(path)
+        found = _read_folder(where) if where.is_dir() else read_arrays(where, _MOST_BYTES)
     except Exception as error:  # a damaged file makes zipfile and numpy raise almost anything
         raise UserError(f"data.path={path!r} cannot be read ({reason(error)}): {_HINT}") from error
     if (wrong := _what_is_wrong(found)) is not None:
@@ -42,6 +49,46 @@ def load(path: str) -> LabelledArrays:
         labels = found.get(f"{split}_labels", np.full(len(x), -1))
         arrays += [x, labels.astype(np.int32)]
     return LabelledArrays(*arrays, "file", fingerprint(tuple(arrays)))
+
+
+def _read_folder(folder: Path) -> dict[str, np.ndarray]:
+    """The arrays that a file would hold.
+
+    Raises:
+      ValueError, OSError: it does not hold such images; says which is wrong.
+    """
+    from PIL import Image  # where it is needed: few data sets are folders
+
+    classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
+    paths = {
+        split: sorted(p for p in (folder / split).rglob("*") if p.suffix.lower() in _SUFFIXES)
+        for split in ("train", "test")
+    }
+    all_paths = [path for of_split in paths.values() for path in of_split]
+    colours, size = set(), None
+    for path in all_paths:
+        with Image.open(path) as image:  # its header
+            colours.add(image.mode)
+            size = size or image.size
+            if image.size != size:
+                this, first = (each.relative_to(folder) for each in (path, all_paths[0]))
+                raise ValueError(f"{this} is {image.size}, and {first} {size}")
+    mode, found = "L" if colours <= {"1", "L"} else "RGB", {}
+    with Progress("reading images", len(all_paths)) as progress:
+        for split, of_split in paths.items():
+            images = []
+            for path in of_split:
+                with Image.open(path) as image:
+                    images.append(np.asarray(image.convert(mode)))
+                progress.advance(1)
+            found[f"{split}_x"] = np.array(images, np.uint8)
+            if classes:
+                names = [path.relative_to(folder / split).parts[0] for path in of_split]
+                if unknown := set(names) - set(classes):
+                    raise ValueError(f"train has no class {min(unknown)!r}, and {split} has")
+                numbers = [classes.index(name) for name in names]
+                found[f"{split}_labels"] = np.array(numbers, np.int32)
+    return found
 
 
 def _what_is_wrong(found: dict[str, np.ndarray]) -> str | None:

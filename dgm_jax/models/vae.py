@@ -72,7 +72,12 @@ class Config:
     @property
     def options(self) -> Options:
         """The numbers of the objective."""
-        return Options(self.beta, self.alpha, self.free_nats, self.mmd_weight)
+        return Options(
+            beta=self.beta,
+            alpha=self.alpha,
+            free_nats=self.free_nats,
+            mmd_weight=self.mmd_weight,
+        )
 
 
 def check(config: Config, spec: DataSpec) -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
@@ -72,6 +73,47 @@ def test_a_class_that_is_held_out_is_still_one(tmp_path):
 def test_two_files_are_two_data_sets(tmp_path):
     marks = [_load(tmp_path, train_x=x, test_x=x).card["sha256"] for x in (IMAGES, IMAGES[::-1])]
     assert marks[0] != marks[1]
+
+
+def _folder(tmp_path, images, by_class=True):
+    """The images in order as a folder, two of three for training: class "b" is after "a"."""
+    for i, image in enumerate(images):
+        folder = tmp_path / ("test" if i % 3 == 2 else "train") / ("ab"[i % 2] if by_class else ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    return data.Config("arrays", path=str(tmp_path), validation=0, binarisation="none")
+
+
+def test_a_folder_holds_images_in_a_folder_for_each_class(tmp_path):
+    found = data.load(_folder(tmp_path, IMAGES))
+    order = [i for i in range(30) if i % 3 < 2]
+    order = sorted(order, key=lambda i: (i % 2, i))  # as the folders are
+    np.testing.assert_array_equal(found.splits["train"].x[..., 0], IMAGES[order])
+    np.testing.assert_array_equal(found.splits["train"].labels, np.array(order) % 2)
+    np.testing.assert_array_equal(found.splits["test"].labels, [0] * 5 + [1] * 5)
+    assert found.spec.num_classes == 2
+
+
+def test_a_folder_without_classes_in_colour_if_one_image_is(tmp_path):
+    images = [IMAGES[0], np.stack(3 * [IMAGES[1]], axis=-1) // (1, 2, 3), IMAGES[2]]
+    found = data.load(_folder(tmp_path, [image.astype(np.uint8) for image in images], False))
+    assert found.spec.event_shape == (6, 4, 3) and found.spec.num_classes == 0
+    np.testing.assert_array_equal(found.splits["train"].x[1], images[1])
+    np.testing.assert_array_equal(found.splits["test"].x[0], np.stack(3 * [IMAGES[2]], axis=-1))
+
+
+def test_what_is_wrong_with_a_folder_is_said(tmp_path):
+    config = _folder(tmp_path, IMAGES[:6])
+    Image.fromarray(IMAGES[0].T).save(tmp_path / "test" / "a" / "zz.png")
+    with pytest.raises(UserError, match=r"zz\.png is \(6, 4\), and train.a.00\.png \(4, 6\)"):
+        data.load(config)
+    (tmp_path / "test" / "a" / "zz.png").unlink()
+    (tmp_path / "test" / "a").rename(tmp_path / "test" / "c")
+    with pytest.raises(UserError, match=r"train has no class 'c', and test has"):
+        data.load(config)
+    (tmp_path / "test").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"test_x is empty.*folders train and test"):
+        data.load(config)
 
 
 GOOD = {"train_x": IMAGES, "test_x": IMAGES}
