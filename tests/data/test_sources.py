@@ -19,11 +19,16 @@ import fuzz
 import numpy as np
 import pytest
 
+from dgm_jax import config as configs
+from dgm_jax import sharding
 from dgm_jax.core import UserError
+from dgm_jax.data import dataset as data
 from dgm_jax.data import image_sets, sources
+from dgm_jax.experiment import compile_steps, initial_state, prepare, training_arrays
 
 load_mnist = functools.partial(image_sets.load, "mnist")
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+REPO = Path(__file__).resolve().parents[2]
+DATA = REPO.parent / "shared" / "data"
 TFDS_DIR = DATA / "tensorflow_datasets"
 RAW_DIR = DATA / "mnist_raw"
 TRAIN_FILE = "mnist-train.array_record-00000-of-00001"
@@ -182,6 +187,30 @@ def test_colour_images_are_read_with_their_labels(cifar10):
         assert sorted(order[:6]) == list(range(6))
         np.testing.assert_array_equal(labels[order], order)
         np.testing.assert_array_equal(read, images[order])
+
+
+@pytest.mark.parametrize(
+    ("name", "smaller"),
+    [
+        ("topdown", {"layers": (0, 1, 0, 0, 1), "channels": 8, "width": 8}),
+        ("diffusion", {"channels": (16, 16, 16), "blocks": 1, "depth": 1}),
+    ],
+)
+def test_the_configs_of_cifar10_take_their_first_steps(cifar10, name, smaller):
+    values = {f"model.{field}": value for field, value in smaller.items()} | {
+        "data.validation": 2,
+        "train.batch_size": 4,
+        "train.duration": "2 steps",
+        "train.steps_per_dispatch": 2,
+        "eval.batch_size": 2,
+    }
+    config = configs.load(str(REPO / f"configs/{name}_cifar10.py"), values)
+    dataset = data.load(configs.section(config, "data"))
+    made = prepare(config, dataset, sharding.make_mesh(1))
+    _, rows = compile_steps(made)(initial_state(made), training_arrays(made))
+    loss = rows[f"{name}/loss"]
+    assert loss.shape == (2,) and np.isfinite(loss).all()
+    assert loss[0] > 32 * 32 * 3  # nats: 1.4 bits/dim and more
 
 
 def test_another_number_or_shape_of_images_is_damage(cifar10, tmp_path, monkeypatch):
