@@ -15,13 +15,22 @@ from dgm_jax import metrics, models, processes, results, sharding, writers
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.data import text
-from dgm_jax.evaluators import ais, likelihood
+from dgm_jax.evaluators import ais
 from dgm_jax.experiment import Experiment, measure_speed, prepare
 from dgm_jax.progress import Progress, say
 from dgm_jax.rng import stream
 from dgm_jax.train import train
 from dgm_jax.train_state import num_parameters
-from dgm_jax.trained_model import Trained, density, draw, encoder, reopen, start_of
+from dgm_jax.trained_model import (
+    Trained,
+    density,
+    draw,
+    encode,
+    encoder,
+    evaluate,
+    reopen,
+    start_of,
+)
 from dgm_jax.workdir import Workdir, write, write_json, write_text
 
 # Seconds of training beside which those that `measure_speed` takes are little.
@@ -60,7 +69,7 @@ def _train(experiment: Experiment, workdir: Workdir, started: float) -> None:
     state, seconds = train(experiment, workdir, start_of(config))
     began = time.monotonic()
     trained = Trained(config, experiment.model, state.eval_params, dataset.spec, int(state.step))
-    found = _likelihoods(trained, dataset, experiment.mesh)
+    found = evaluate(trained, dataset, experiment.mesh)
     seconds["evaluation"] = time.monotonic() - began
     trained = trained._replace(params=jax.tree.map(processes.on_host, trained.params))
     if not processes.is_first():
@@ -83,10 +92,10 @@ def evaluate_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
       workdir: of the trained model.
       given: as in `trained_model.restore`.
     """
-    restored, mesh = reopen(workdir, given), sharding.make_mesh()
+    restored = reopen(workdir, given)
     dataset = data_of(workdir, restored.config)
     began = time.monotonic()
-    found = _likelihoods(restored, dataset, mesh)
+    found = evaluate(restored, dataset)
     seconds = {"evaluation": time.monotonic() - began}
     path = workdir.path / "evaluation.json"
     split = restored.config.eval.split
@@ -149,8 +158,7 @@ def features_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
     encoder(restored)  # raises where there is none
     dataset = data_of(workdir, config)
     began = time.monotonic()
-    where = (dataset, config.eval.batch_size, sharding.make_mesh(), config.seed)
-    codes = features.encode(model, restored.params, *where)
+    codes = encode(restored, dataset)
     layers = features.layers(codes, model.layer_sizes)
     labels = {split: dataset.splits[split].labels for split in codes}
     factors = {split: dataset.splits[split].factors for split in codes}
@@ -163,6 +171,7 @@ def features_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
         say(f"{workdir.path / 'features.npz'} is written; without labels there is nothing to judge")
         return
     raw = features.pixels(dataset)
+    where = (dataset, config.eval.batch_size, sharding.make_mesh(), config.seed)
     judged = {
         config.model.name: codes,
         **layers,
@@ -211,17 +220,6 @@ def data_of(workdir: Workdir, config: ConfigDict) -> data.Dataset:
     dataset = load_data(config)
     workdir.check_card(dataset.card)
     return dataset
-
-
-def _likelihoods(trained: Trained, dataset: data.Dataset, mesh: Mesh) -> dict[str, metrics.Metric]:
-    """How likely the model finds the split `eval.split`."""
-    config = trained.config
-    if not trained.model.log_likelihood_fns:
-        has = ", ".join(trained.model.abilities)
-        say(f"{config.model.name} has no likelihood: its costs are measured. It has: {has}")
-    section = configs.section(config, "eval")
-    evaluate = likelihood.compile_evaluation(trained.model, dataset, section, mesh)
-    return evaluate(trained.params, config.seed)
 
 
 def write_result(

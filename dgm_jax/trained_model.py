@@ -1,4 +1,4 @@
-"""A trained model: brought back from its work directory, and asked for samples and densities."""
+"""A trained model: brought back from its work directory, and asked for all that it can do."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
@@ -14,7 +15,8 @@ from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood
 from dgm_jax.experiment import abstract_state
-from dgm_jax.progress import Progress
+from dgm_jax.metrics import Metric
+from dgm_jax.progress import Progress, say
 from dgm_jax.rng import stream
 from dgm_jax.train import best_or_newest
 from dgm_jax.train_state import TrainState
@@ -121,6 +123,38 @@ def draw(trained: Trained, num: int, seed: int) -> dict[str, np.ndarray]:
             parts.append(jax.device_get(one_batch(params, i)))
             progress.advance(min(batch_size, num - i * batch_size))
     return {name: np.concatenate([part[name] for part in parts])[:num] for name in parts[0]}
+
+
+def evaluate(
+    trained: Trained, dataset: data.Dataset, mesh: Mesh | None = None
+) -> dict[str, Metric]:
+    """How likely the model finds the split `eval.split`, and its other numbers of it, by name.
+
+    Args:
+      trained: the model.
+      dataset: where the split is.
+      mesh: of the devices; all that there are by default.
+    """
+    config, mesh = trained.config, mesh or sharding.make_mesh()
+    if not trained.model.log_likelihood_fns:
+        has = ", ".join(trained.model.abilities)
+        say(f"{config.model.name} has no likelihood: its costs are measured. It has: {has}")
+    section = configs.section(config, "eval")
+    measure = likelihood.compile_evaluation(trained.model, dataset, section, mesh)
+    return measure(trained.params, config.seed)
+
+
+def encode(trained: Trained, dataset: data.Dataset) -> dict[str, np.ndarray]:
+    """The features of the splits `train` and `test`, each float32 `[N, F]` in the split's order.
+
+    Raises:
+      UserError: as `encoder`.
+    """
+    from dgm_jax.evaluators import features  # scikit-learn
+
+    encoder(trained)
+    where = (dataset, trained.config.eval.batch_size, sharding.make_mesh(), trained.config.seed)
+    return features.encode(trained.model, trained.params, *where)
 
 
 def encoder(trained: Trained) -> Callable[[Params, Batch, jax.Array], jax.Array]:

@@ -559,7 +559,7 @@ def test_a_directory_that_is_not_writable(tmp_path, monkeypatch, there):
 
 def test_what_could_not_be_written_is_not_computed(unfinished, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
-    monkeypatch.setattr(run, "_likelihoods", lambda *args: pytest.fail("it was computed"))
+    monkeypatch.setattr(run, "evaluate", lambda *args: pytest.fail("it was computed"))
     with pytest.raises(UserError, match=r"not writable.*--workdir"):
         run.evaluate_mode(Workdir(unfinished))
 

@@ -293,6 +293,7 @@ def test_the_python_example_of_the_readme_runs(finished, tmp_path, monkeypatch):
     exec(example, names)
     assert names["losses"].shape == (jax.device_count(),) and np.isfinite(names["losses"]).all()
     assert names["images"].shape == (16, 28, 28, 1)
+    assert len(names["codes"]) == 500 and names["elbo"].shape == (64,)
 
 
 def test_evaluate_prints_the_very_numbers_that_training_printed(finished, env):
