@@ -174,7 +174,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh: Mesh | None = None)
     )
     for field in ("validate_every", "checkpoint_every"):
         experiment.steps(field)  # raises where the text makes no sense
-    for field, (start, _) in experiment.ramps.items():  # likewise
+    for field, (start, _) in experiment.ramps.items():  # raises where a text makes no sense
         try:
             models.check({**config.model, field: start}, dataset.spec)
         except UserError as error:

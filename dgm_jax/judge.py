@@ -117,7 +117,7 @@ def quality_mode(
             progress.advance(1, name)
     copying = quality.copying(near.distance, fresh.distance)
     found["samples/copying"] = Metric(copying, "of 1", num_examples=num)
-    if dataset.toy is not None and dataset.toy.has_modes:
+    if dataset.toy is not None:
         modes = quality.modes(samples["x"], dataset.toy)
         found |= {f"samples/{name}": metric for name, metric in modes.items()}
     if "label" in judged["test"] and dataset.spec.num_classes:
@@ -272,7 +272,7 @@ def _of_onnx(path: Path, scale: float) -> Judge:
                 try:
                     output = session.run(None, {given.name: np.asarray(prepare(padded))})[0]
                     parts.append(output.reshape(batch_size, -1)[: len(part)])
-                except Exception as error:  # as above
+                except Exception as error:  # one of onnxruntime
                     raise UserError(f"--judge={path} cannot be run ({error})") from error
                 progress.advance(len(part))
         return {"codes": np.concatenate(parts)}

@@ -178,7 +178,7 @@ def train(
         if (signum := max(heard(asked_to_stop() or 0), heard(0))) > _SAVE:
             raise Interrupted(signum, interruption.saved_at(done))
     if config.train.keep_best:
-        del state  # likewise
+        del state  # the devices may not hold two
         state = best_or_newest(workdir, experiment.abstract_state)
     return state, log.seconds
 

@@ -30,9 +30,9 @@ class Toy(NamedTuple):
     sigma: float | None
 
     @property
-    def has_modes(self) -> bool:
-        """Whether the parts are Gaussians that hardly overlap, one for each label."""
-        return self.sigma is not None and len(self.centres) == self.labels.max() + 1
+    def num_labels(self) -> int:
+        """How many modes there are: Gaussians, moons or squares."""
+        return int(self.labels.max()) + 1
 
     def draw(self, rng: np.random.Generator, num: int) -> tuple[np.ndarray, np.ndarray]:
         """`num` points, float32 `[num, 2]`, and their labels, int32 `[num]`."""

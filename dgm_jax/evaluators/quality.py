@@ -164,18 +164,19 @@ def evaluate(found: np.ndarray, data: np.ndarray) -> dict[str, Metric]:
 
 
 def modes(points: np.ndarray, toy: Toy) -> dict[str, Metric]:
-    """Of points `[N, 2]` of a toy that has modes: those found, and the share of points in one.
+    """Of points `[N, 2]`: the modes of a toy that they find, and the share of them in one.
 
-    A point is in a mode when it lies within three standard deviations of its centre, as 98.9 % of
-    the data do; a mode is found when a fifth of its fair share of the points is in it.
+    Its modes are what has a label of its own. A point is in one when it lies in one of its squares,
+    or within three standard deviations of one of its Gaussians, as 98.9 % of the data do that come
+    from single ones; a mode is found when a fifth of its fair share of the points is in it.
     """
-    distance, mode = KDTree(toy.centres).query(points)
-    inside = distance <= 3 * toy.sigma
-    counts = np.bincount(mode[inside], minlength=len(toy.centres))
-    covered = int(np.sum(counts >= len(points) / (5 * len(toy.centres))))
-    num = len(points)
+    norm, reach = (np.inf, 0.5) if toy.sigma is None else (2, 3 * toy.sigma)
+    distance, nearest = KDTree(toy.centres).query(points, p=norm)
+    inside, num = distance <= reach, len(points)
+    counts = np.bincount(toy.labels[nearest][inside], minlength=toy.num_labels)
+    covered = int(np.sum(counts >= num / (5 * toy.num_labels)))
     return {
-        "modes": Metric(float(covered), f"of {len(toy.centres)}", num_examples=num),
+        "modes": Metric(float(covered), f"of {toy.num_labels}", num_examples=num),
         "in_a_mode": Metric(float(inside.mean()), "of 1", num_examples=num),
     }
 

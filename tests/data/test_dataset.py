@@ -293,7 +293,7 @@ def test_a_data_set_that_there_is_not():
 def test_toys_are_points_with_a_known_density():
     found = data.load(data.Config(dataset="grid", binarisation="none", validation=100))
     assert (found.spec.support, found.spec.event_shape) == ("real", (2,))
-    assert found.spec.num_classes == 25 and found.spec.scale == 1 and found.toy.has_modes
+    assert found.spec.num_classes == 25 and found.spec.scale == 1 and found.toy.num_labels == 25
     batch = data.some(found, "validation", 7)
     assert (
         batch["x"].dtype == np.float32 and np.isin(batch["x"], found.splits["validation"].x).all()

@@ -52,8 +52,8 @@ def test_labels_tell_the_part(toy):
         assert nearest.max() < (0.71 if toy.sigma is None else 5 * toy.sigma)
 
 
-def test_which_have_modes():
-    assert [name for name in toys.NAMES if toys.get(name).has_modes] == ["eight_gaussians", "grid"]
+def test_how_many_modes_there_are():
+    assert [toys.get(name).num_labels for name in toys.NAMES] == [2, 8, 8, 25]
     assert len(toys.get("grid").centres) == 25 and toys.get("mnist") is None
 
 

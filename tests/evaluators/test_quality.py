@@ -81,16 +81,30 @@ def test_neighbourhoods_of_data_and_more_data():
     assert found.coverage == pytest.approx(1 - 2**-5, abs=0.01)
 
 
-def test_a_dropped_mode_costs_recall_and_bad_samples_cost_precision():
-    """Data in two far clusters; samples in one of them, and as many in a place without data."""
-    left, right = normal(1000, 2, -50), normal(1000, 2, 50, seed=1)
-    data = np.concatenate([left, right])
-    samples = np.concatenate([normal(1000, 2, -50, seed=2), normal(1000, 2, [0, 90], seed=3)])
+def test_dropped_modes_cost_recall_and_bad_samples_cost_precision():
+    """Data in four far clusters; samples in one of them, and a third as many without data."""
+    centres = [[-50, 0], [50, 0], [0, -50], [0, 50]]
+    data = np.concatenate([normal(1000, 2, at, seed=i) for i, at in enumerate(centres)])
+    samples = np.concatenate([normal(900, 2, [-50, 0], seed=4), normal(300, 2, 90, seed=5)])
     found = quality.neighbourhoods(samples, data)
-    assert found.precision == pytest.approx(0.5, abs=0.03)
-    assert found.recall == pytest.approx(0.5, abs=0.03)
-    assert found.coverage == pytest.approx(0.5 * (1 - 2**-5), abs=0.02)
-    assert found.density == pytest.approx(0.5, abs=0.03)
+    assert found.precision == pytest.approx(0.75, abs=0.03)
+    assert found.recall == pytest.approx(0.25, abs=0.03)
+    assert found.coverage == pytest.approx(0.25 * (1 - 1.9**-5), abs=0.02)
+    assert found.density == pytest.approx(0.75, abs=0.03)
+
+
+def test_neighbourhoods_of_six_points_each():
+    """On a line, by hand: reach to the third neighbour of their own set, or to the fifth."""
+    data, samples = np.arange(6.0)[:, None], 7.5 + 2 * np.arange(6.0)[:, None]
+    # Third neighbours are 3, 2, 2, 2, 2, 3 away, and 6, 4, 4, 4, 4, 6; the data's fifth ones
+    # 5, 4, 3, 3, 4, 5.
+    expected = (
+        1 / 6,  # 7.5 alone is within 3 of 5
+        4 / 6,  # 2, 3, 4 and 5 are within 6 of 7.5
+        3 / 30,  # 7.5 and 9.5 are within 5 of 5, and 7.5 within 4 of 4
+        2 / 6,  # those two
+    )
+    assert quality.neighbourhoods(samples, data) == pytest.approx(expected)
 
 
 def test_neighbourhoods_do_not_depend_on_how_they_are_cut(monkeypatch):
@@ -140,3 +154,14 @@ def test_modes_of_a_toy():
     noise = np.random.default_rng(1).uniform(-5, 5, (5000, 2))
     area = 25 * np.pi * 0.15**2 / 100
     assert quality.modes(noise, toy)["in_a_mode"].value == pytest.approx(area, abs=0.006)
+
+
+def test_modes_that_are_moons_or_squares():
+    board, moons = toys.get("checkerboard"), toys.get("two_moons")
+    points, label = board.draw(np.random.default_rng(0), 5000)
+    assert quality.modes(points, board)["in_a_mode"].value == 1
+    assert quality.modes(points[label != 3], board)["modes"].value == 7
+    noise = np.random.default_rng(1).uniform(-2, 2, (5000, 2))  # half of the board is black
+    assert quality.modes(noise, board)["in_a_mode"].value == pytest.approx(0.5, abs=0.035)
+    points, label = moons.draw(np.random.default_rng(0), 5000)
+    assert [quality.modes(x, moons)["modes"].value for x in (points, points[label == 0])] == [2, 1]
