@@ -12,7 +12,7 @@ Turner 2016 (Rényi); Mnih & Rezende 2016 (VIMCO); Jang et al. 2017, Maddison et
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import jax
@@ -225,24 +225,62 @@ OBJECTIVES: dict[str, Callable[[Draws, Options], jax.Array]] = {
     "infovae": infovae,
 }
 
-# Those that need no closed form of single latents: any hierarchy can be trained on them.
-LAYERED = ("elbo", "stl", "iwae", "dreg")
+# What an objective needs of its draws that not every model's have.
+_NEEDS = {
+    "elbo": ("reparameterised",),
+    "elbo_monte_carlo": ("reparameterised",),
+    "stl": ("reparameterised", "log_posterior_at"),
+    "iwae": ("reparameterised",),
+    "dreg": ("reparameterised", "log_posterior_at"),
+    "vimco": ("log_posterior_at",),
+    "gumbel_softmax": ("relaxed",),
+    "straight_through": ("relaxed",),
+    "renyi": ("reparameterised",),
+    "free_bits": ("reparameterised", "rate"),
+    "tcvae": ("reparameterised", "log_posterior_pairs"),
+    "infovae": ("reparameterised", "draw_prior"),
+}
+DRAWS_MAY_HAVE = {
+    "reparameterised": "z that can be differentiated in the posterior's parameters",
+    "log_posterior_at": "log q(z | x) at given z",
+    "relaxed": "discrete latents",
+    "rate": "the rate of each latent in closed form",
+    "log_posterior_pairs": "q(z | x) latent by latent",
+    "draw_prior": "one vector z, to hold against draws from its prior",
+}
 
-# Objectives that evaluate log q(z | x) at z of their own, the rate of each latent, or discrete z
-# between its values.
-NEED_DENSITY = ("stl", "dreg", "vimco")
-NEED_RATE = ("free_bits",)
-NEED_RELAXED = ("gumbel_softmax", "straight_through")
+# What the draws of a hierarchy have.
+LAYERED = ("reparameterised", "log_posterior_at")
 
 
-def check(name: str, num_samples: int, options: Options) -> None:
+def usable(provided: Collection[str]) -> list[str]:
+    """The objectives of a model whose draws have `provided`: names of `DRAWS_MAY_HAVE`."""
+    return [name for name, needs in _NEEDS.items() if set(needs) <= set(provided)]
+
+
+def check(
+    name: str, num_samples: int, options: Options, provided: Collection[str], of: str
+) -> None:
     """Refuse an objective, K or numbers that make no sense.
 
+    Args:
+      name: of the objective.
+      num_samples: K.
+      options: its numbers.
+      provided: what the model's draws have: names of `DRAWS_MAY_HAVE`.
+      of: what it is that has no more.
+
     Raises:
-      UserError: names the field, its value and what is allowed.
+      UserError: names the field, its value and what is allowed, with the reason.
     """
+    allowed = ", ".join(usable(provided))
     if name not in OBJECTIVES:
-        raise UserError(f"model.objective={name!r}: choose one of {', '.join(OBJECTIVES)}")
+        raise UserError(f"model.objective={name!r}: choose one of {allowed}")
+    if missing := [DRAWS_MAY_HAVE[need] for need in _NEEDS[name] if need not in provided]:
+        raise UserError(
+            f"model.objective={name!r} needs {' and '.join(missing)}, which {of} does not have: "
+            f"choose one of {allowed}"
+        )
     if num_samples < 1:
         raise UserError(f"model.num_samples={num_samples}: an objective needs K of at least 1")
     if name in ("vimco", "renyi") and num_samples < 2:
@@ -256,19 +294,6 @@ def check(name: str, num_samples: int, options: Options) -> None:
         raise UserError(
             f"model.alpha={options.alpha}: give a finite order other than 1, which is the ELBO"
         )
-
-
-def check_layered(name: str, num_samples: int, options: Options) -> None:
-    """As `check`, of a hierarchy.
-
-    Raises:
-      UserError: names the field, its value and what is allowed.
-    """
-    if name not in LAYERED:
-        raise UserError(
-            f"model.objective={name!r}: for a hierarchy choose one of {', '.join(LAYERED)}"
-        )
-    check(name, num_samples, options)
 
 
 @jax.custom_vjp

@@ -1,8 +1,12 @@
 """What every model and every config must keep; both are found, not listed."""
 
 import ast
+import dataclasses
+import functools
+import json
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +16,11 @@ import tiny
 from conftest import REPO, on_one_device
 
 from dgm_jax import config as configs
-from dgm_jax import models, run, writers
+from dgm_jax import labels, models, run, sharding, writers
 from dgm_jax.core import Batch, Model, Params, UserError, masked_mean
 from dgm_jax.data import dataset as data
+from dgm_jax.data import image_sets, shapes, text
+from dgm_jax.data.sources import LabelledArrays
 from dgm_jax.evaluators import likelihood
 from dgm_jax.experiment import abstract_state, prepare
 from dgm_jax.train_step import init_state
@@ -31,7 +37,10 @@ FEWER |= {"sample_steps": 2}  # one step of a fresh mean flow draws nothing but 
 @pytest.fixture(params=models.names(), scope="module")
 def fields(request):
     """The default fields of a model, with fewer layers."""
-    fields = models.defaults(request.param)
+    return _fewer(models.defaults(request.param))
+
+
+def _fewer(fields):
     return fields | {n: few for n, few in FEWER.items() if isinstance(fields.get(n), type(few))}
 
 
@@ -236,6 +245,30 @@ def test_functions_return_what_they_promise(case, dataset):
         assert jax.eval_shape(model.reconstruct, params, batch, rng).shape == (BATCH, *event)
 
 
+CONDITIONAL = [name for name in models.names() if "conditional" in models.defaults(name)]
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_a_sample_follows_its_label_and_no_other(name):
+    """The same draws under other labels are others, and under the same label the same."""
+    fields = _fewer(models.defaults(name)) | {"conditional": True}
+    dataset = tiny.accepted_by(fields)
+    model, batch = models.build(fields, dataset.spec), data.some(dataset, "test", BATCH)
+    like = jax.eval_shape(model.init, jax.random.key(0), batch)
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(lambda p: jnp.float32(0.3 * rng.normal(size=p.shape)), like)
+
+    @jax.jit
+    def drawn(label):
+        with mock.patch.object(labels, "in_turn", lambda *_: {"label": label}):
+            return model.sample(params, jax.random.key(1), len(label))["x"]
+
+    label = np.arange(64) % 4
+    changed = np.asarray(drawn(label) != drawn(0 * label)).reshape(64, -1).any(axis=1)
+    share = [changed[label == c].mean() for c in range(4)]
+    assert share[0] == 0 and min(share[1:]) > 0
+
+
 def test_asked_for_what_it_lacks_a_model_says_what_it_has(case):
     model = case.model
     optional = {name for name, usual in Model._field_defaults.items() if usual is None}
@@ -278,6 +311,40 @@ def test_config_is_short_and_says_how_to_run_it(path):
     assert f"--config=configs/{path.name}" in ast.get_docstring(ast.parse(text))
 
 
+def _variants(path):
+    """A config's own name, and those of all the variants that it says it has."""
+    with pytest.raises(UserError) as refused:
+        configs.load(f"{path}:?")
+    _, _, there = str(refused.value).partition(" it has: ")
+    return [path.name, *(f"{path.name}:{variant}" for variant in there.split(", "))]
+
+
+@functools.cache
+def _data_of(section):
+    """What a config's data section names, with blank images: of these nothing is read or drawn."""
+    if section.dataset in text.NAMES:
+        section = dataclasses.replace(section, source="embedded")
+    shape = (32, 32, 3) if section.dataset == "cifar10" else (28, 28, 1)
+    x, label = np.zeros((10_000, *shape), np.uint8), np.arange(10_000) % 10
+    blank = LabelledArrays(x, label, x, label, "blank", "0" * 64)
+    with (
+        mock.patch.object(image_sets, "load", lambda *_, **__: blank),
+        mock.patch.object(shapes, "render", lambda of: np.zeros((len(of), *shape), np.uint8)),
+    ):
+        return data.load(section)
+
+
+@pytest.mark.parametrize("name", [name for path in CONFIGS for name in _variants(path)])
+def test_every_variant_is_legal_and_its_parameters_have_shapes(name):
+    config = configs.load(f"{REPO}/configs/{name}")
+    dataset = _data_of(configs.section(config, "data"))
+    experiment = prepare(config, dataset, sharding.make_mesh(1))
+    if not name.endswith(":smoke"):  # those are trained, below
+        x = jax.ShapeDtypeStruct((1, *dataset.spec.event_shape), dataset.spec.dtype)
+        batch = {"x": x, "label": jax.ShapeDtypeStruct((1,), jnp.int32)}
+        assert jax.eval_shape(experiment.model.init, jax.random.key(0), batch)
+
+
 def _by_duration(path):
     """One of each kind of data runs with all tests; the others in a job of their own."""
     quick = ("gan_grid", "flow_toy", "transformer_shakespeare", "made_mnist")
@@ -286,7 +353,7 @@ def _by_duration(path):
 
 
 @pytest.mark.parametrize("path", [_by_duration(path) for path in CONFIGS])
-def test_smoke_variant_trains_evaluates_and_draws(path, tmp_path):
+def test_smoke_variant_trains_evaluates_and_draws(path, tmp_path, capsys):
     quick = {"train.duration": "100 steps", "eval.num_samples": 5, "eval.elbo_samples": 1}
     config = configs.load(f"{path}:smoke", quick)
     with on_one_device():
@@ -294,8 +361,12 @@ def test_smoke_variant_trains_evaluates_and_draws(path, tmp_path):
     result = Workdir(tmp_path / "run").results.read_text()
     assert "NaN" not in result and "Infinity" not in result
     assert (tmp_path / "run" / "learning_curve.png").exists()
-    if models.build(config.model, data.load(configs.section(config, "data")).spec).sample:
+    spec = data.load(configs.section(config, "data")).spec
+    if models.build(config.model, spec).sample:
         assert list((tmp_path / "run").glob("prior_samples.*"))
+    if spec.support == "tokens":
+        texts = (tmp_path / "run" / "prior_samples.txt").read_text().split(f"\n{'-' * 40}\n")
+        assert json.loads(result)["samples"] == texts[:3] and texts[0] in capsys.readouterr().out
     rows = [r for r in writers.read(Workdir(tmp_path / "run").metrics) if "seconds" in r]
     losses = [name for name in rows[0] if name.endswith("/loss")]
     if len(losses) == 1:  # where players play against each other, no loss need fall

@@ -28,6 +28,7 @@ GAN, MADE = "models/gan.py", "models/made.py"
 QUALITY = "evaluators/quality.py"
 ATTENTION, MASKED = "nn/attention.py", "models/masked_diffusion.py"
 ENERGY = "models/energy.py"
+VAE, HVAE, LATENT_VARIABLE = "models/vae.py", "models/hvae.py", "latent_variable.py"
 PRIORS, POSTERIORS = ("nn/priors.py", "nn/posteriors.py")
 BIJECTIONS, TRANSFORMS, FLOW = "nn/bijections.py", "nn/transforms.py", "models/flow.py"
 DIFFUSION, MATCHING, MEAN_FLOW = (
@@ -268,6 +269,71 @@ MUTANTS = {
     "label's density left out of the weight": Mutant(
         "models/m2.py", "- log_q_z[0] - log_q_y", "- log_q_z[0]", "models/test_m2.py",
     ),
+    "layers' names reversed": Mutant(
+        DRAWS, 'f"rate_{i + 1}": jnp', 'f"rate_{len(log_q) - i}": jnp', "models/test_hvae.py",
+    ),
+    "priors of the other layer": Mutant(
+        HVAE, "[*inner, jnp.sum(standard_gaussian_log_prob(z[-1]), axis=-1)]",
+        "[jnp.sum(standard_gaussian_log_prob(z[-1]), axis=-1), *inner]", "models/test_hvae.py",
+    ),
+    "priors of the other level": Mutant(
+        "models/two_level.py", "return [lower, bound.log_prior_2(z[1])]",
+        "return [bound.log_prior_2(z[1]), lower]", "models/test_two_level.py",
+    ),
+    "a layer's posterior that looks at itself": Mutant(
+        HVAE, "(bound.pixels(x)[None], *z[:-1])",
+        "(bound.pixels(x)[None], *jax.tree.map(jnp.zeros_like, z[:-1]))",
+        "models/test_hierarchies.py",
+    ),
+    "a hierarchy that is not held": Mutant(
+        HVAE, "held if detached else bound", "bound", "models/test_hierarchies.py",
+    ),
+    "free bits of all layers together": Mutant(
+        "models/topdown.py", "rate=rate,  # of each", "rate=rate.sum(-1, keepdims=True),  #",
+        "models/test_topdown.py",
+    ),
+    "a loss of one draw": Mutant(
+        LATENT_VARIABLE, "draws = draw(params, batch, rng, num_samples)",
+        "draws = draw(params, batch, rng, 1)", "models/test_hierarchies.py",
+    ),
+    "a loss of the usual numbers": Mutant(
+        LATENT_VARIABLE, "OBJECTIVES[objective](draws, options)",
+        "OBJECTIVES[objective](draws, Options())", "models/test_hierarchies.py",
+    ),
+    # The VAE.
+    "the rate to N(0, I) whatever the prior": Mutant(
+        VAE, 'config.posterior == "diagonal" and config.prior == "standard"',
+        'config.posterior == "diagonal"', "models/test_vae.py",
+    ),
+    "pairs the wrong way round": Mutant(
+        VAE, "gaussian_log_prob(z[:, None], mu[None], log_sigma[None])",
+        "gaussian_log_prob(z[None], mu[:, None], log_sigma[:, None])", "models/test_vae.py",
+    ),
+    "a posterior that is not held": Mutant(
+        VAE, "jax.lax.stop_gradient(context) if detached else context", "context",
+        "models/test_hierarchies.py",
+    ),
+    "divergence from N(0, I) whatever the prior": Mutant(
+        VAE, "lambda: vae.draw_prior(prior_rng, len(x))",
+        "lambda: jax.random.normal(prior_rng, (len(x), config.latents))", "models/test_vae.py",
+    ),
+    "numbers in each other's place": Mutant(
+        VAE, "alpha=self.alpha,\n            free_nats=self.free_nats",
+        "alpha=self.free_nats,\n            free_nats=self.alpha", "models/test_vae.py",
+    ),
+    "encoded as the first class": Mutant(
+        VAE, "context = vae.context(x, label)",
+        "context = vae.context(x, None if label is None else 0 * label)", "models/test_vae.py",
+    ),
+    "decoded as the first class": Mutant(
+        VAE, "vae.outputs(z, label, x), flat",
+        "vae.outputs(z, None if label is None else 0 * label, x), flat", "models/test_vae.py",
+    ),
+    "samples of the first class": Mutant(
+        VAE, "likelihoods.draw(likelihood, x_rng, vae.outputs(z, label), spec)",
+        "likelihoods.draw(likelihood, x_rng, vae.outputs(z, None if label is None else 0 * label),"
+        " spec)", "models/test_vae.py",
+    ),
     # Discrete latents.
     "no gradient past the quantiser": Mutant(
         "nn/quantise.py", "(v - jax.lax.stop_gradient(v))  # the bracket is 0",
@@ -454,7 +520,8 @@ MUTANTS = {
         GAN, "(h) * label, axis=1)", "(h), axis=1)", "models/test_gan.py"
     ),
     "average without its warm-up": Mutant(
-        "optim.py", "rate = jnp.maximum(1 - decay, 9 / (10 + step))", "rate = 1 - decay",
+        "optim.py", "rate = jnp.maximum(1 - jnp.asarray(decay), 9 / (10 + step))",
+        "rate = 1 - jnp.asarray(decay)",
         "test_optim.py",
     ),
     # Tokens.

@@ -8,6 +8,7 @@ enumerations where they can be: the draws are then the nodes, one set of K in ea
 import functools
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -536,8 +537,9 @@ def test_renyi_bounds_tend_to_the_elbo_at_order_one():
     closest = _cost("renyi", MODEL, WRONG, EPS, Options(alpha=1 - 1e-6))
     np.testing.assert_allclose(closest, -log_w.mean(0), rtol=0, atol=1e-6 * log_w.var(0).max())
     # However near: a quotient of differences would have lost its digits here.
-    closest = _cost("renyi", MODEL, WRONG, EPS, Options(alpha=1 - 1e-13))
-    np.testing.assert_allclose(closest, -log_w.mean(0), rtol=1e-11)
+    for alpha in (1 - 1e-13, 1.0):
+        closest = _cost("renyi", MODEL, WRONG, EPS, Options(alpha=alpha))
+        np.testing.assert_allclose(closest, -log_w.mean(0), rtol=1e-11)
 
 
 def test_renyi_of_order_minus_one_is_an_upper_bound_and_iwae_a_lower_one():
@@ -624,6 +626,33 @@ def test_tcvae_weighs_the_total_correlation_and_nothing_else():
     expected = plain + (betas[:, None] - 1) * correlation
     np.testing.assert_allclose(found[:, REAL == 1], expected[:, REAL == 1], rtol=1e-12)
     assert np.abs(correlation).min() > 0.1
+
+
+def test_the_total_correlation_of_a_gaussian_is_the_closed_form():
+    """½ (Σ_l log C_ll - log |C|) of q(z) = N(0, C), and (L - 1) log N more of N examples: eq. S6
+    has 1/N once in log q(z) and L times in Σ_l log q(z_l).
+
+    x at the middles of 150 equal parts of a standard Gaussian, noise of ±1, exact for squares.
+    """
+    a, s, num, latents = np.array([0.9, -0.6, 0.5]), 0.8, 150, 3
+    x = stats.norm.ppf((np.arange(num) + 0.5) / num)
+    noise = np.array(list(itertools.product((-1.0, 1.0), repeat=latents)))
+    mu, eps = np.repeat(x, len(noise))[:, None] * a, np.tile(noise, (num, 1))[None]
+    posterior = {"mu": mu, "log_sigma": np.full(mu.shape, math.log(s))}
+    model = {"w": np.zeros((1, latents)), "b": np.zeros(1), "log_s": np.array(0.0)}
+
+    @jax.jit
+    def correlation(posterior, num_examples):
+        weight = jnp.ones(len(mu))
+        draws = _draws(model, posterior, eps, mu[:, :1], weight=weight, num_examples=num_examples)
+        costs = [objectives.tcvae(draws, Options(beta=beta)) for beta in (2.0, 1.0)]
+        return jnp.mean(costs[0] - costs[1])
+
+    covariance = np.outer(a, a) * np.mean(x**2) + s**2 * np.eye(latents)
+    expected = 0.5 * (np.log(np.diag(covariance)).sum() - np.linalg.slogdet(covariance)[1])
+    one, many = (float(correlation(posterior, num)) for num in (1, 1000))
+    np.testing.assert_allclose(one, expected, rtol=5e-3)
+    np.testing.assert_allclose(many - one, (latents - 1) * math.log(1000), rtol=1e-12)
 
 
 def test_tcvae_does_not_see_padding():
@@ -716,6 +745,8 @@ def test_infovae_adds_the_weighted_divergence_to_the_elbo():
 
 # Pieces.
 
+EVERYTHING = tuple(objectives.DRAWS_MAY_HAVE)
+
 
 @pytest.mark.parametrize("event", [(), (4,), (4, 5)])
 def test_scale_gradient_is_the_identity_with_its_gradient_scaled_row_by_row(event):
@@ -745,6 +776,7 @@ def test_scale_gradient_is_the_identity_with_its_gradient_scaled_row_by_row(even
         ("renyi", 5, {"alpha": 1}, r"model\.alpha=1: "),
         ("renyi", 5, {"alpha": math.nan}, r"model\.alpha=nan: "),
         ("tcvae", 2, {}, r"model\.num_samples=2: "),
+        ("infovae", 2, {}, r"model\.num_samples=2: "),
         ("free_bits", 1, {"free_nats": -0.5}, r"model\.free_nats=-0\.5: "),
         ("free_bits", 1, {"free_nats": math.nan}, r"model\.free_nats=nan: "),
         ("infovae", 1, {"mmd_weight": -10.0}, r"model\.mmd_weight=-10\.0: "),
@@ -753,15 +785,33 @@ def test_scale_gradient_is_the_identity_with_its_gradient_scaled_row_by_row(even
 )
 def test_check_refuses_a_bad_value_by_its_name(name, num_samples, fields, message):
     with pytest.raises(UserError, match=message) as error:
-        objectives.check(name, num_samples, Options(**fields))
+        objectives.check(name, num_samples, Options(**fields), EVERYTHING, "it")
     assert "\n" not in str(error.value)
 
 
 def test_check_accepts_every_objective_and_the_edges_of_what_is_allowed():
     for name in OBJECTIVES:
-        for num_samples in {"vimco": (2,), "renyi": (2,), "tcvae": (1,)}.get(name, (1, 2)):
-            objectives.check(name, num_samples, Options())
+        several = {"vimco": (2,), "renyi": (2,), "tcvae": (1,), "infovae": (1,)}
+        for num_samples in several.get(name, (1, 2)):
+            objectives.check(name, num_samples, Options(), EVERYTHING, "it")
             edges = Options(beta=0.0, alpha=-1.0, free_nats=0.0, mmd_weight=0.0)
-            objectives.check(name, num_samples, edges)
+            objectives.check(name, num_samples, edges, EVERYTHING, "it")
             if name != "renyi":
-                objectives.check(name, num_samples, Options(alpha=1.0))
+                objectives.check(name, num_samples, Options(alpha=1.0), EVERYTHING, "it")
+
+
+def test_what_the_draws_do_not_have_is_said_with_what_can_be_used():
+    """Each objective is refused exactly where one of its needs is taken away."""
+    for name in OBJECTIVES:
+        for missing in EVERYTHING:
+            provided = [each for each in EVERYTHING if each != missing]
+            if name in objectives.usable(provided):
+                continue
+            what = re.escape(objectives.DRAWS_MAY_HAVE[missing])
+            with pytest.raises(UserError, match=rf"{name}' needs {what}, which it does not have"):
+                objectives.check(name, 1, Options(), provided, "it")
+    of_hierarchies = ["elbo", "elbo_monte_carlo", "stl", "iwae", "dreg", "vimco", "renyi"]
+    assert objectives.usable(objectives.LAYERED) == of_hierarchies
+    relaxed = ["vimco", "gumbel_softmax", "straight_through"]
+    assert objectives.usable(("relaxed", "log_posterior_at")) == relaxed
+    assert objectives.usable(EVERYTHING) == list(OBJECTIVES)

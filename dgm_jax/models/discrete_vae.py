@@ -26,7 +26,7 @@ from dgm_jax.nn.autoregressive import AutoregressiveCategorical
 from dgm_jax.nn.precision import Dense
 from dgm_jax.objectives import Options
 
-OBJECTIVES = (*objectives.NEED_RELAXED, "vimco")
+_PROVIDED = ("relaxed", "log_posterior_at")
 PRIORS = ("uniform", "autoregressive")
 
 
@@ -44,7 +44,7 @@ class Config:
       likelihood: one of `likelihoods.LIKELIHOODS`.
       prior: one of `PRIORS`.
       prior_hidden: widths of the hidden layers of an autoregressive prior's masked network.
-      objective: one of `OBJECTIVES`.
+      objective: `gumbel_softmax`, `straight_through` or `vimco`.
       num_samples: K, posterior draws per example in the objective; VIMCO needs 2.
       temperature: τ of the relaxed draws; they are discrete in the limit of 0.
       beta: weight of the rate; 1 gives a bound on log p(x).
@@ -75,8 +75,9 @@ def check(config: Config, spec: DataSpec) -> None:
     checks.widths(config, "encoder", "decoder", "prior_hidden")
     networks.check(config.network, config.activation, spec)
     likelihoods.check(config.likelihood, spec)
-    checks.one_of(config, prior=PRIORS, objective=OBJECTIVES)
-    objectives.check(config.objective, config.num_samples, Options(beta=config.beta))
+    checks.one_of(config, prior=PRIORS)
+    given = (config.objective, config.num_samples, Options(beta=config.beta))
+    objectives.check(*given, _PROVIDED, "a discrete z")
     checks.positive(config, "temperature")
 
 

@@ -31,9 +31,10 @@ class Config:
       width: of the two hidden layers between a layer of latents and what lies below it, likewise.
       activation: `gated`, or one of `nn.mlp.ACTIVATIONS`.
       likelihood: one of `likelihoods.LIKELIHOODS`.
-      objective: one of `objectives.LAYERED`.
+      objective: one of `objectives.usable(objectives.LAYERED)`.
       num_samples: K, posterior draws per example in the objective.
       beta: weight of the rate; 1 gives a bound on log p(x).
+      alpha: order of the Rényi bound.
     """
 
     latents: tuple[int, ...] = (100, 50)
@@ -43,6 +44,12 @@ class Config:
     objective: str = "elbo"
     num_samples: int = 1
     beta: float = 1.0
+    alpha: float = 0.0
+
+    @property
+    def options(self) -> Options:
+        """The numbers of the objective."""
+        return Options(beta=self.beta, alpha=self.alpha)
 
 
 def check(config: Config, spec: DataSpec) -> None:
@@ -58,7 +65,8 @@ def check(config: Config, spec: DataSpec) -> None:
         )
     networks.check("mlp", config.activation, spec)
     likelihoods.check(config.likelihood, spec)
-    objectives.check_layered(config.objective, config.num_samples, Options(beta=config.beta))
+    has = objectives.LAYERED
+    objectives.check(config.objective, config.num_samples, config.options, has, "a hierarchy")
 
 
 class Net(nn.Module):
@@ -185,7 +193,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         draw_joint=draw_joint,
         objective=config.objective,
         num_samples=config.num_samples,
-        options=Options(beta=config.beta),
+        options=config.options,
         init=init,
         encode=encode,
         layer_sizes=config.latents,

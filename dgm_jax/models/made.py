@@ -56,6 +56,8 @@ def check(config: Config, spec: DataSpec) -> None:
     likelihoods.check(config.likelihood, spec)
     if spec.num_dims < 2:
         raise UserError(f"model.name='made' needs at least two pixels, and x is {spec.event_shape}")
+    if config.orders > (most := math.factorial(min(spec.num_dims, 9))):
+        raise UserError(f"model.orders={config.orders}: at most {most:,}, as many as there are")
     labels.check(config.conditional, spec)
 
 
@@ -84,7 +86,7 @@ class Net(nn.Module):
 def build(config: Config, spec: DataSpec) -> Model:
     """MADE as pure functions; see `core.Model` for their contracts."""
     likelihood = likelihoods.LIKELIHOODS[config.likelihood]()
-    orders = [_order(i, spec.num_dims) for i in range(config.orders)]
+    orders = _orders(config.orders, spec.num_dims)
     nets = [Net(config, spec.mean.ravel()[order]) for order in orders]
 
     def outputs(i: int, params: Params, x: jax.Array, label: jax.Array | None) -> jax.Array:
@@ -154,6 +156,12 @@ def build(config: Config, spec: DataSpec) -> Model:
     )
 
 
-def _order(i: int, num: int) -> np.ndarray:
-    """The i-th order of `num` pixels, int `[num]`."""
-    return np.random.default_rng(i).permutation(num) if i else np.arange(num)
+def _orders(count: int, num: int) -> list[np.ndarray]:
+    """`count` orders of `num` pixels, no two alike, the first row by row: each int `[num]`."""
+    found, seed = [np.arange(num)], 0
+    while len(found) < count:
+        seed += 1
+        order = np.random.default_rng(seed).permutation(num)
+        if not any(np.array_equal(order, other) for other in found):
+            found.append(order)
+    return found

@@ -48,9 +48,11 @@ class Config:
       width: channels inside a block.
       activation: one of `nn.mlp.ACTIVATIONS`.
       likelihood: one of `likelihoods.LIKELIHOODS`.
-      objective: one of `objectives.LAYERED`, or `free_bits`, of which each layer has its own.
+      objective: one of `objectives.usable(objectives.LAYERED)`, or `free_bits`, of which each layer
+        has its own.
       num_samples: K, posterior draws per example in the objective.
       beta: weight of the rate; 1 gives a bound on log p(x).
+      alpha: order of the Rényi bound.
       free_nats: λ of `free_bits`, nats per layer.
     """
 
@@ -63,12 +65,13 @@ class Config:
     objective: str = "elbo"
     num_samples: int = 1
     beta: float = 1.0
+    alpha: float = 0.0
     free_nats: float = 0.5
 
     @property
     def options(self) -> Options:
         """The numbers of the objective."""
-        return Options(beta=self.beta, free_nats=self.free_nats)
+        return Options(beta=self.beta, alpha=self.alpha, free_nats=self.free_nats)
 
 
 def check(config: Config, spec: DataSpec) -> None:
@@ -91,10 +94,8 @@ def check(config: Config, spec: DataSpec) -> None:
         )
     networks.check("conv", config.activation, spec)
     likelihoods.check(config.likelihood, spec)
-    if config.objective == "free_bits":
-        objectives.check("free_bits", config.num_samples, config.options)
-    else:
-        objectives.check_layered(config.objective, config.num_samples, config.options)
+    has = (*objectives.LAYERED, "rate")  # of a layer in place of a latent
+    objectives.check(config.objective, config.num_samples, config.options, has, "a hierarchy")
 
 
 class Layer(nn.Module):

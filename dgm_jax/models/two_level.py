@@ -39,9 +39,10 @@ class Config:
       components: of a mixture prior; pseudo-inputs of a VampPrior.
       flow_steps: of a flow prior.
       flow_width: of its hidden layers.
-      objective: one of `objectives.LAYERED`.
+      objective: one of `objectives.usable(objectives.LAYERED)`.
       num_samples: K, posterior draws per example in the objective.
       beta: weight of the rate; 1 gives a bound on log p(x).
+      alpha: order of the Rényi bound.
     """
 
     latents: tuple[int, int] = (40, 40)
@@ -55,6 +56,12 @@ class Config:
     objective: str = "stl"
     num_samples: int = 1
     beta: float = 1.0
+    alpha: float = 0.0
+
+    @property
+    def options(self) -> Options:
+        """The numbers of the objective."""
+        return Options(beta=self.beta, alpha=self.alpha)
 
 
 def check(config: Config, spec: DataSpec) -> None:
@@ -71,7 +78,8 @@ def check(config: Config, spec: DataSpec) -> None:
     flow = (config.flow_steps, config.flow_width)
     priors.check(config.prior, config.latents[1], config.components, *flow, spec.support)
     likelihoods.check(config.likelihood, spec)
-    objectives.check_layered(config.objective, config.num_samples, Options(beta=config.beta))
+    has = objectives.LAYERED
+    objectives.check(config.objective, config.num_samples, config.options, has, "a hierarchy")
 
 
 class Joined(nn.Module):
@@ -228,7 +236,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         draw_joint=draw_joint,
         objective=config.objective,
         num_samples=config.num_samples,
-        options=Options(beta=config.beta),
+        options=config.options,
         init=init,
         encode=encode,
         layer_sizes=config.latents,

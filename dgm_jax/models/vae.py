@@ -93,32 +93,9 @@ def check(config: Config, spec: DataSpec) -> None:
     flow = (config.flow_steps, config.flow_width)
     priors.check(config.prior, config.latents, config.components, *flow, spec.support)
     likelihoods.check(config.likelihood, spec)
-    objectives.check(config.objective, config.num_samples, config.options)
-    _check_pairs(config, spec)
-
-
-def _check_pairs(config: Config, spec: DataSpec) -> None:
-    """Refuse choices that do not go together, with the reason."""
-    objective, prior, posterior = config.objective, config.prior, config.posterior
-    if objective in objectives.NEED_RELAXED:
-        raise UserError(
-            f"model.objective={objective!r} is for discrete latents: model.name='discrete_vae'"
-        )
-    if objective in objectives.NEED_DENSITY and not POSTERIORS[posterior].evaluable:
-        raise UserError(
-            f"model.objective={objective!r} needs log q(z | x) at given z, and "
-            f"model.posterior={posterior!r} knows it of its own draws only"
-        )
-    if objective in objectives.NEED_RATE and (posterior, prior) != ("diagonal", "standard"):
-        raise UserError(
-            f"model.objective={objective!r} needs the rate of each latent in closed form: "
-            f"posterior 'diagonal' and prior 'standard', not {posterior!r} and {prior!r}"
-        )
-    if objective == "tcvae" and posterior != "diagonal":
-        raise UserError(
-            f"model.objective='tcvae' needs q(z | x) latent by latent: posterior 'diagonal', "
-            f"not {posterior!r}"
-        )
+    prior, posterior = config.prior, config.posterior
+    of = f"a vae with posterior {posterior!r} and prior {prior!r}"
+    objectives.check(config.objective, config.num_samples, config.options, _provided(config), of)
     if prior == "vamp" and posterior != "diagonal":
         raise UserError(
             f"model.prior='vamp' is a mixture of posteriors of the 'diagonal' kind, "
@@ -127,6 +104,19 @@ def _check_pairs(config: Config, spec: DataSpec) -> None:
     if prior == "vamp" and config.conditional:
         raise UserError("model.prior='vamp' has pseudo-inputs without labels: not conditional")
     labels.check(config.conditional, spec)
+
+
+def _provided(config: Config) -> list[str]:
+    """What the draws have that objectives may need."""
+    is_diagonal = config.posterior == "diagonal"
+    found = {
+        "reparameterised": True,
+        "draw_prior": True,
+        "log_posterior_at": POSTERIORS[config.posterior].evaluable,
+        "log_posterior_pairs": is_diagonal,
+        "rate": is_diagonal and config.prior == "standard",
+    }
+    return [name for name, is_there in found.items() if is_there]
 
 
 class Net(nn.Module):

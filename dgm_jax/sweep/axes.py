@@ -19,10 +19,22 @@ from dgm_jax.core import UserError
 
 Member = dict[str, Any]  # values by dotted path
 
+_MOST_MEMBERS = 10_000
+
 
 def grid(axes: Mapping[str, Sequence[Any]]) -> list[Member]:
-    """Every combination of the values of each field, the last field varying fastest."""
+    """Every combination of the values of each field, the last field varying fastest.
+
+    Raises:
+      UserError: there are too many.
+    """
+    _check_size(math.prod(len(values) for values in axes.values()))
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def _check_size(num: int) -> None:
+    if num > _MOST_MEMBERS:
+        raise UserError(f"a sweep has at most {_MOST_MEMBERS:,} members, and this one {num:,}")
 
 
 class Uniform(NamedTuple):
@@ -105,7 +117,7 @@ def parse(text: str, config: ConfigDict) -> list[Member]:
       config: the config that is varied: a value is read as its field's type.
 
     Raises:
-      UserError: an unknown field, a value of another type, or nothing to vary.
+      UserError: an unknown field, a value of another type, nothing to vary, or too many members.
     """
     return grid({path: _values(path, t, now) for path, (t, now) in _fields(text, config).items()})
 
@@ -154,10 +166,11 @@ def _fields(text: str, config: ConfigDict) -> dict[str, tuple[str, Any]]:
     return found
 
 
-def _values(path: str, text: str, current: Any) -> list[Any]:
+def _values(path: str, text: str, current: Any) -> Sequence[Any]:
     """The values in a text, each of the type of `current`."""
-    if isinstance(current, int) and (span := re.fullmatch(r"(-?\d+):(-?\d+)", text)):
-        found = list(range(int(span[1]), int(span[2])))
+    # No more digits than `len` can count.
+    if isinstance(current, int) and (span := re.fullmatch(r"(-?\d{1,18}):(-?\d{1,18})", text)):
+        found = range(int(span[1]), int(span[2]))
         if not found:
             raise UserError(f"--sweep: {path}={text} has no numbers in it")
         return found
@@ -199,10 +212,12 @@ def complete(config: ConfigDict, members: Sequence[Member]) -> list[Member]:
       members: possibly with different fields.
 
     Raises:
-      UserError: no members, an unknown field, a value of another type, or two equal members.
+      UserError: no members or too many, an unknown field, a value of another type, or two equal
+        members.
     """
     if not members:
         raise UserError("the sweep is empty: it has no members")
+    _check_size(len(members))
     paths = dict.fromkeys(path for member in members for path in member)
     found: dict[tuple, int] = {}
     for i, member in enumerate(members):

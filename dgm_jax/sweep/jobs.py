@@ -1,12 +1,13 @@
 """The programs of a sweep as jobs of a cluster, by submitit (the extra `sweep`)."""
 
+import ast
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from dgm_jax.progress import Progress, say
 
 # Seconds; clusters kill what is left of a job they take away after KillWait, 30 s by default.
 _KILL_WAIT = 600
+# Minutes that a job may take; submitit's own limit would be five, and it knows no "for ever".
+_LIMITS = {"slurm": 24 * 60, "local": 100 * 365 * 24 * 60}
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 # Seconds between two looks at a cluster's queue: it answers everybody.
 _PAUSE = 15.0
@@ -26,33 +29,43 @@ _PAUSE = 15.0
 class Job:
     """Runs one program of a sweep; a preempted job is queued again and goes on."""
 
-    def __init__(self, folder: Path, program: int, on_cluster: bool) -> None:
-        """The program of that number of the sweep in `folder`."""
-        self._folder, self._program, self._on_cluster = folder, program, on_cluster
+    def __init__(self, command: Sequence[str], on_cluster: bool) -> None:
+        """`command` trains, ends with status 0 when it has, and saves when it gets SIGTERM."""
+        self._command, self._on_cluster = command, on_cluster
         self._devices = os.environ.get(_VISIBLE)
 
     def __call__(self) -> None:
         """Run it in a process of its own: submitit keeps the signals of this one."""
-        command = [sys.executable, "-m", "dgm_jax.main", "--mode=sweep"]
-        command += [f"--workdir={self._folder}", f"--program={self._program}"]
+        from submitit import JobEnvironment
+
         environment = dict(os.environ)
         if not self._on_cluster:  # where submitit would hide all devices
             environment.pop(_VISIBLE, None)
             environment |= {} if self._devices is None else {_VISIBLE: self._devices}
+        # All processes of a job get the signal that its time is nearly over, which is for this one;
+        # what is ignored stays so in the other.
+        warning = signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
+        handler = signal.signal(warning, signal.SIG_IGN)
         # In a session of its own no Ctrl-C reaches it twice.
-        process = subprocess.Popen(command, env=environment, start_new_session=not self._on_cluster)
+        process = subprocess.Popen(
+            self._command, env=environment, start_new_session=not self._on_cluster
+        )
+        signal.signal(warning, handler)
         try:
             status = process.wait()
-        except KeyboardInterrupt:
-            # This process is killed in a second. The other saves what it has, and ends by itself.
-            process.send_signal(signal.SIGINT)
-            status = process.wait()
-        if status in (TRY_AGAIN, -signal.SIGTERM):
+        except BaseException:  # Ctrl-C, or the end that submitit makes of a job queued again
+            # It saves what it has, and ends by itself, though this process be killed in a second.
+            # A cluster tells it too, and of two signals the second would end it at once.
+            if not self._on_cluster:
+                process.terminate()
+            process.wait()
+            raise
+        if self._on_cluster and status in (TRY_AGAIN, -signal.SIGTERM):
             # The cluster takes the job away: it will kill this process as well and queue the job
             # again. To return now would say that the job has failed.
             time.sleep(_KILL_WAIT)
         if status:
-            raise RuntimeError(f"exit status {status}: {' '.join(command)}")
+            raise RuntimeError(f"exit status {status}: {' '.join(self._command)}")
 
     def checkpoint(self) -> Any:
         """What to queue when the job is preempted: the same, which resumes."""
@@ -70,8 +83,9 @@ def run(folder: Path, unfinished: Callable[[], list[int]], launcher: str) -> Non
     Args:
       folder: of the sweep; logs go to `jobs` in it.
       unfinished: tells the numbers of the programs that are not finished.
-      launcher: `local`, processes of this machine side by side, or `slurm`, an array of jobs;
-        with submitit's parameters behind it: `slurm;slurm_partition=gpu;gpus_per_node=1`.
+      launcher: `local`, processes of this machine, one after another or, with `local;parallel=4`,
+        as many side by side; or `slurm`, an array of jobs. Submitit's parameters may follow:
+        `slurm;slurm_partition=gpu;gpus_per_node=1`.
 
     Raises:
       UserError: submitit is not installed, an option is none of its, the jobs are refused, or have
@@ -81,32 +95,42 @@ def run(folder: Path, unfinished: Callable[[], list[int]], launcher: str) -> Non
     if not unfinished():
         return
     logs = folder.absolute() / "jobs"
-    executor, on_cluster = _executor(launcher, logs), launcher.startswith("slurm")
+    executor, at_once = _executor(launcher, logs)
+    on_cluster = launcher.startswith("slurm")
     with interruption.noted() as asked_to_stop:
         left = _in_the_queue(_known(logs)) if on_cluster else set()
         if left:
             say(f"waiting     for {len(left)} jobs of an earlier command, logs in {logs}")
             left = _wait(left, _in_the_queue, asked_to_stop, _PAUSE)
-        jobs, programs = [], [] if asked_to_stop() else unfinished()
-        if programs:
+        jobs: dict[int, Any] = {}
+        programs = [] if asked_to_stop() else unfinished()
+        while programs and not asked_to_stop():
+            some, programs = programs[:at_once], programs[at_once:]
             with _refused(launcher), executor.batch():
-                own = [Job(folder.absolute(), i, on_cluster) for i in programs]
-                jobs = [executor.submit(job) for job in own]
-            say(f"submitted   {len(jobs)} jobs, first {jobs[0].job_id}, logs in {logs}")
+                new = {i: executor.submit(Job(_command(folder, i), on_cluster)) for i in some}
+            jobs |= new
+            say(f"submitted   {len(new)} jobs, first {new[some[0]].job_id}, logs in {logs}")
             if on_cluster:
-                left = _wait({job.job_id for job in jobs}, _in_the_queue, asked_to_stop, _PAUSE)
+                ids = {job.job_id for job in new.values()}
+                left = _wait(ids, _in_the_queue, asked_to_stop, _PAUSE)
             else:
-                left = _wait(set(jobs), _running, asked_to_stop)
+                left = _wait(set(new.values()), _running, asked_to_stop)
         if signum := asked_to_stop():
             left = left if on_cluster else _stop(left, folder)
             raise Interrupted(signum, _what_goes_on(left, on_cluster, logs))
     if failed := unfinished():
-        names = ", ".join(job.job_id for i, job in zip(programs, jobs, strict=True) if i in failed)
+        names = ", ".join(job.job_id for i, job in jobs.items() if i in failed)
         raise UserError(f"{len(failed)} of {len(jobs)} jobs failed ({names}): see {logs}")
 
 
-def _executor(launcher: str, logs: Path) -> Any:
-    """What submits jobs."""
+def _command(folder: Path, program: int) -> list[str]:
+    """What trains the program of that number of the sweep in `folder`."""
+    command = [sys.executable, "-m", "dgm_jax.main", "--mode=sweep"]
+    return [*command, f"--workdir={folder.absolute()}", f"--program={program}"]
+
+
+def _executor(launcher: str, logs: Path) -> tuple[Any, int]:
+    """What submits jobs, and how many at once."""
     try:
         import submitit
     except ImportError as error:
@@ -115,11 +139,14 @@ def _executor(launcher: str, logs: Path) -> Any:
     cluster, _, options = launcher.partition(";")
     if cluster not in ("local", "slurm"):
         raise UserError(f"--launcher={launcher!r}: choose local or slurm")
+    given = {"timeout_min": _LIMITS[cluster], **_parse(options)}
+    at_once = given.pop("parallel", 1) if cluster == "local" else sys.maxsize
+    if type(at_once) is not int or at_once < 1:
+        raise UserError(f"--launcher={launcher!r}: parallel={at_once!r} is no number of jobs")
     with _refused(launcher):
         executor = submitit.AutoExecutor(folder=logs, cluster=cluster)
-        # submitit's own limit would be five minutes.
-        executor.update_parameters(**{"timeout_min": 24 * 60, **_parse(options)})
-    return executor
+        executor.update_parameters(**given)
+    return executor, at_once
 
 
 @contextmanager
@@ -127,7 +154,7 @@ def _refused(launcher: str) -> Iterator[None]:
     """What submitit and sbatch have against a launcher, in one line."""
     try:
         yield
-    except (NameError, TypeError, RuntimeError) as error:
+    except (AssertionError, NameError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"--launcher={launcher!r}: {' '.join(str(error).split())}") from error
 
 
@@ -173,9 +200,12 @@ def _stop(jobs: set, folder: Path) -> set:
     """
     for job in jobs:
         job.cancel()
-    long_enough = interruption.every(60.0)
+    # One that is still starting may not hear it; one that has heard it ends within seconds.
+    unheard, long_enough = interruption.every(10.0), interruption.every(60.0)
     while ((jobs := _running(jobs)) or _at_work(folder)) and not long_enough():
         time.sleep(0.1)
+        for job in jobs if unheard() else ():
+            job.cancel()
     return jobs
 
 
@@ -203,6 +233,13 @@ def _what_goes_on(left: set, on_cluster: bool, logs: Path) -> str:
 
 
 def _parse(options: str) -> dict[str, Any]:
-    """`"a=1;b=text"` -> `{"a": 1, "b": "text"}`."""
+    """`"a=1;b=7.5;c=text"` -> `{"a": 1, "b": 7.5, "c": "text"}`."""
     pairs = [part.partition("=") for part in options.split(";") if part.strip()]
-    return {name.strip(): int(v) if v.isdigit() else v for name, _, v in pairs}
+    return {name.strip(): _value(text.strip()) for name, _, text in pairs}
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

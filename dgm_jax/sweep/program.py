@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from dgm_jax import config as configs
-from dgm_jax import interruption, writers
+from dgm_jax import interruption, sharding, writers
 from dgm_jax.checkpoint import Checkpoints, abstract
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
@@ -21,7 +21,6 @@ from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.experiment import Experiment, prepare, training_arrays
 from dgm_jax.interruption import Interrupted
 from dgm_jax.progress import Progress, say
-from dgm_jax.sharding import make_mesh, replicated
 from dgm_jax.train import NonFiniteError, refuse_non_finite
 from dgm_jax.train_state import TrainState
 from dgm_jax.train_step import Metrics, init_state, train_steps
@@ -47,21 +46,25 @@ class Outcome(NamedTuple):
 def group(members: Sequence[ConfigDict]) -> list[list[int]]:
     """Indices of members that one program can train, in the order of the first of each.
 
-    They may differ in the seed and in real numbers of the model and the optimizer.
+    They may differ in the seed, in real numbers of the model and the optimizer, and in how they are
+    evaluated at the end.
     """
     found: dict[str, list[int]] = {}
     for i, config in enumerate(members):
         fields = configs.fields(config)
-        rest = {path: value for path, value in fields.items() if not _is_number(path, value)}
+        rest = {path: value for path, value in fields.items() if not _may_differ(path, value)}
         averaged = config.optimizer.ema > 0  # a shape: whether there is an average at all
         found.setdefault(repr((rest, averaged)), []).append(i)
     return list(found.values())
 
 
-def _is_number(path: str, value: Any) -> bool:
+def _may_differ(path: str, value: Any) -> bool:
     """Whether members of one program may differ in a field."""
-    traced = isinstance(value, float) and path.partition(".")[0] in ("model", "optimizer")
-    return traced or path == "seed"
+    return _is_traced(path, value) or path == "seed" or path.startswith("eval.")
+
+
+def _is_traced(path: str, value: Any) -> bool:
+    return isinstance(value, float) and path.startswith(("model.", "optimizer."))
 
 
 def numbers_of(members: Sequence[ConfigDict]) -> Numbers:
@@ -70,7 +73,7 @@ def numbers_of(members: Sequence[ConfigDict]) -> Numbers:
     return {
         path: np.array([column[path] for column in columns], np.float32)
         for path, value in columns[0].items()
-        if isinstance(value, float) and len({column[path] for column in columns}) > 1
+        if _is_traced(path, value) and len({column[path] for column in columns}) > 1
     }
 
 
@@ -84,8 +87,8 @@ def check(config: ConfigDict, dataset: data.Dataset) -> Experiment:
     for field in absent:
         if value := configs.value_of(config, field):
             raise UserError(f"{field}={value!r}: there is no such thing in a sweep; leave it out")
-    experiment = prepare(config, dataset, make_mesh(1))
-    mesh = make_mesh()  # whose devices share the members, and the batches of an evaluation
+    experiment = prepare(config, dataset, sharding.make_mesh(1))
+    mesh = sharding.make_mesh()  # whose devices share the batches of an evaluation
     likelihood.check(configs.section(config, "eval"), mesh)
     return experiment._replace(mesh=mesh)
 
@@ -103,6 +106,9 @@ def train(
     finite on the validation split as it was then; the others go on. Who has failed by the time of
     a checkpoint is in the work directories: the checkpoint does not say it.
 
+    As in `train.train` the next dispatch is started before the metrics of the previous one are
+    fetched; which members go on is known on the devices.
+
     Args:
       members: configs of one `group`, each passed by `check`.
       dataset: what all are trained on.
@@ -114,7 +120,7 @@ def train(
       Interrupted: SIGTERM or Ctrl-C came; what was reached is saved.
     """
     experiment, num = check(members[0], dataset), len(members)
-    state, run_steps, arrays = compile_members(experiment, members)
+    state, run_steps, inputs = compile_members(experiment, members)
     checkpoints = Checkpoints(folder)
     # Checkpoints are without the padding, and fit any number of devices.
     own = lambda state: jax.tree.map(lambda a: a[:num], state)  # noqa: E731
@@ -130,19 +136,28 @@ def train(
     validate = _compile_validation(experiment, members)
     every = {name: experiment.steps(name) for name in ("validate_every", "checkpoint_every")}
     overdue = interruption.every(60 * experiment.config.train.checkpoint_minutes)
+    going, pending = _padded(log.going, state.step.sharding), None
     with interruption.noted() as asked_to_stop:
         try:
             for step in range(first, experiment.num_steps, experiment.steps_per_dispatch):
-                state, measured, finite = run_steps(state, arrays, log.going(len(state.step)))
+                state, measured, going = run_steps(state, inputs, going)
+                if pending is not None:
+                    log.dispatch(*pending)
                 done = step + experiment.steps_per_dispatch
-                last = done == experiment.num_steps
-                log.dispatch(done, *jax.device_get((measured, finite)))
-                if validate is not None and (done % every["validate_every"] == 0 or last):
-                    log.validation(done, validate(state, [config.seed for config in members]))
-                ended = last or None not in log.failures  # nothing left to train
+                pending = done, measured, going
                 # Only now: while metrics were waited for it may have come.
                 signum = asked_to_stop()
-                if done % every["checkpoint_every"] == 0 or ended or signum or overdue():
+                last = done == experiment.num_steps
+                ended = last or not log.going.any()  # nothing left to train
+                validating = validate and (done % every["validate_every"] == 0 or last)
+                saving = done % every["checkpoint_every"] == 0 or ended or signum or overdue()
+                if validating or saving:
+                    log.dispatch(*pending)
+                    pending = None
+                if validating:
+                    log.validation(done, validate(state, [config.seed for config in members]))
+                    going = _padded(log.going, state.step.sharding)
+                if saving:
                     log.keep_failures()
                     checkpoints.save(own(state))
                 if ended or signum:
@@ -157,20 +172,22 @@ def train(
     return [Outcome(s, log.seconds, f) for s, f in zip(each, log.failures, strict=True)]
 
 
-def _padded(values: jax.Array, sharding: NamedSharding) -> jax.Array:
+def _padded(values: jax.Array | np.ndarray, place: NamedSharding) -> jax.Array:
     """`[M, ...]` -> the same with the last repeated, as many as the devices can share equally."""
-    rows = np.arange(len(values) + -len(values) % sharding.mesh.size)
-    return jax.device_put(np.asarray(values)[np.minimum(rows, len(values) - 1)], sharding)
+    rows = np.arange(len(values) + -len(values) % place.mesh.size)
+    return jax.device_put(np.asarray(values)[np.minimum(rows, len(values) - 1)], place)
 
 
 def compile_members(experiment: Experiment, members: Sequence[ConfigDict]) -> tuple:
-    """The first state of all members, K updates of each as one jitted function, and its data.
+    """The first state of all members, K updates of each as one jitted function, and its inputs.
 
-    The function takes the state, the data, and which members go on, bool `[M]`, M with the
-    padding; all, where it is left out.
+    The function takes the state, the inputs, and which members go on, bool `[M]`, M with the
+    padding; all, where it is left out. The inputs are the numbers in which the members differ and
+    the data: other numbers are the same program. It returns the state, metrics `[M, K]`, and which
+    members go on.
     """
     # The devices share the members equally: copies of the last fill up the last share.
-    mesh = experiment.mesh
+    mesh = sharding.make_mesh(len(members))
     padded = [*members, *[members[-1]] * (-len(members) % mesh.size)]
     by_member = NamedSharding(mesh, PartitionSpec("data"))
     numbers = jax.device_put(numbers_of(padded), by_member)
@@ -202,16 +219,17 @@ def compile_members(experiment: Experiment, members: Sequence[ConfigDict]) -> tu
         return after, measured, finite
 
     def run_steps(
-        state: TrainState, arrays: Any, going: jax.Array | bool = True
+        state: TrainState, inputs: Any, going: jax.Array | bool = True
     ) -> tuple[TrainState, Metrics, jax.Array]:
+        numbers, arrays = inputs
         after, measured, finite = jax.vmap(steps_of_one, (0, 0, None))(numbers, state, arrays)
+        going &= finite
         keep = jax.vmap(lambda good, new, old: jnp.where(good, new, old))
-        kept = jax.tree.map(lambda new, old: keep(finite & going, new, old), after, state)
-        return kept, measured, finite
+        return jax.tree.map(lambda *leaves: keep(going, *leaves), after, state), measured, going
 
     state = jax.jit(jax.vmap(initial), out_shardings=by_member)(numbers, seeds)
     run = jax.jit(run_steps, donate_argnums=0, out_shardings=by_member)
-    return state, run, training_arrays(experiment)
+    return state, run, (numbers, training_arrays(experiment._replace(mesh=mesh)))
 
 
 def _compile_validation(experiment: Experiment, members: Sequence[ConfigDict]) -> Any:
@@ -233,7 +251,7 @@ def _compile_validation(experiment: Experiment, members: Sequence[ConfigDict]) -
         for i, seed in enumerate(seeds):
             member = jax.tree.map(lambda a, i=i: a[i], whole)
             # Once, not for every batch.
-            found.append(run(jax.device_put(member, replicated(experiment.mesh)), seed))
+            found.append(run(jax.device_put(member, sharding.replicated(experiment.mesh)), seed))
         return found
 
     return validate
@@ -257,8 +275,9 @@ class _Log:
         self._mark = time.monotonic(), time.process_time()
         self._progress = Progress(title, experiment.num_steps, start=step)
 
-    def dispatch(self, step: int, measured: dict[str, np.ndarray], finite: np.ndarray) -> None:
-        """A row for each member; metrics are `[M, K]`, `finite` bool `[M]`, M with the padding."""
+    def dispatch(self, step: int, measured: Metrics, going: jax.Array) -> None:
+        """A row for each member; metrics are `[M, K]`, `going` bool `[M]`, M with the padding."""
+        measured, going = jax.device_get((measured, going))
         now, num = (time.monotonic(), time.process_time()), len(self._writers)
         elapsed = now[0] - self._mark[0]
         for name, after, before in zip(self.seconds, now, self._mark, strict=True):
@@ -276,7 +295,7 @@ class _Log:
             except NonFiniteError as error:  # its text advises what a sweep does not have
                 self._note(i, step, f"{error.what} not finite at step {error.step:,}")
                 continue
-            if not finite[i]:
+            if not going[i]:
                 self._note(i, step, f"a parameter is not finite after step {step:,}")
                 continue
             row = {name: float(np.mean(values)) for name, values in own.items()}
@@ -305,10 +324,10 @@ class _Log:
             else:
                 writer.write(step, {f"validation/{n}": m.value for n, m in means.items()})
 
-    def going(self, num: int) -> np.ndarray:
-        """Which members have not failed: bool `[num]`, the last repeated for the padding."""
-        there = [failure is None for failure in self.failures]
-        return np.pad(there, (0, num - len(there)), mode="edge")
+    @property
+    def going(self) -> np.ndarray:
+        """Which members have not failed: bool `[M]`."""
+        return np.array([failure is None for failure in self.failures])
 
     def _note(self, i: int, step: int, why: str) -> None:
         self.failures[i], self._new[i] = why, step

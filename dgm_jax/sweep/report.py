@@ -71,7 +71,8 @@ def write(
     pictures = [_learning_curves(folder / "learning_curves.png", rows, short)]
     names = _shown(rows)
     if {"rate", "distortion"} <= set(names):
-        pictures.append(_rate_distortion(folder / "rate_distortion.png", rows, short))
+        title = f"{config.eval.split} split"
+        pictures.append(_rate_distortion(folder / "rate_distortion.png", rows, short, title))
     pictures += [
         _against(folder / f"by_{short[path]}.png", rows, path, names)
         for path in short
@@ -233,7 +234,7 @@ def _learning_curves(path: Path, rows: Sequence[Row], short: Mapping[str, str]) 
     return path
 
 
-def _rate_distortion(path: Path, rows: Sequence[Row], short: Mapping[str, str]) -> Path:
+def _rate_distortion(path: Path, rows: Sequence[Row], short: Mapping[str, str], title: str) -> Path:
     """Distortion against rate; along a dotted line the ELBO is what it says (Alemi et al. 2018)."""
     figure = Figure(figsize=(5, 4.2), dpi=150, layout="constrained")
     panel, colours = figure.subplots(), _colours(rows)
@@ -250,7 +251,7 @@ def _rate_distortion(path: Path, rows: Sequence[Row], short: Mapping[str, str]) 
         left = max(low, level - top)
         panel.text(left, level - left, f" {-level:.4g}", fontsize=6, color="grey", va="top")
     panel.set(xlim=(low, high), ylim=(bottom, top))
-    panel.set(xlabel="rate (nats)", ylabel="distortion (nats)", title="test split")
+    panel.set(xlabel="rate (nats)", ylabel="distortion (nats)", title=title)
     panel.legend(fontsize=7)
     figure.savefig(path)
     return path

@@ -1,5 +1,6 @@
 """From the members of a sweep to their work directories, a table and plots."""
 
+import itertools
 import re
 import resource
 import shutil
@@ -24,8 +25,6 @@ from dgm_jax.sweep.axes import Member
 from dgm_jax.trained_model import Trained
 from dgm_jax.workdir import Workdir, check_writable, is_new, write_json
 
-_MOST_MEMBERS = 10_000
-
 
 def run_sweep(
     folder: Path,
@@ -38,8 +37,6 @@ def run_sweep(
 
     See `mode.sweep_mode`.
     """
-    if len(members) > _MOST_MEMBERS:
-        raise UserError(f"this sweep has {len(members):,} members: make at most {_MOST_MEMBERS:,}")
     results.git_revision()  # of the code that runs, not of what is there hours later
     members = _agreed(folder, config, axes.complete(config, members))
     each = [configs.override(config, member) for member in members]
@@ -47,16 +44,17 @@ def run_sweep(
     groups = program.group(each)
     if only is not None and not 0 <= only < len(groups):
         raise UserError(f"--program={only}: this sweep has the programs 0 to {len(groups) - 1}")
-    largest = max(len(chosen) for chosen in groups)
-    sharding.share_cores(largest, *{config.eval.batch_size for config in each})
     wanted = range(len(groups)) if only is None else [only]
 
     def left() -> list[int]:
         return [i for i in wanted if not all(workdirs[j].finished for j in groups[i])]
 
+    members_left = [each[j] for i in left() for j in groups[i]]
+    largest = max((len(groups[i]) for i in left()), default=1)
+    sharding.share_cores(largest, *{member.eval.batch_size for member in members_left})
     # All of them, before the first trains for hours.
     datasets: dict[str, data.Dataset] = {}
-    for member in (each[j] for i in left() for j in groups[i]):
+    for member in members_left:
         if (section := repr(member.data)) not in datasets:
             datasets[section] = load_data(member)
         program.check(member, datasets[section])
@@ -130,8 +128,6 @@ def read_about(folder: Path) -> tuple[ConfigDict, list[Member]]:
     with files.reading(path, "choose another --workdir"):
         about = files.read_json(path)
         config, members = configs.from_dict(about["config"]), about["members"]
-        if len(members) > _MOST_MEMBERS:
-            raise ValueError(f"it has more than {_MOST_MEMBERS:,} members")
         return config, axes.complete(config, [configs.tuples(m) for m in members])
 
 
@@ -177,16 +173,19 @@ def _finish_all(
     workdirs: Sequence[Workdir],
     outcomes: Sequence[program.Outcome],
 ) -> None:
-    evaluations: dict[str, Callable] = {}
-    with Progress("measuring", len(members)) as progress:
-        for config, workdir, outcome in zip(members, workdirs, outcomes, strict=True):
-            # Members that differ in the seed or the optimizer alone are evaluated by one program.
-            key = repr(config.model)
-            if key not in evaluations:
-                evaluations[key] = _compile_evaluation(config, dataset)
-            if not workdir.results.exists():
-                _finish(config, workdir, dataset, outcome, evaluations[key])
-            progress.advance(1, workdir.path.name)
+    def measured_as(i: int) -> str:
+        return repr((members[i].model, members[i].eval))
+
+    left = [i for i, workdir in enumerate(workdirs) if not workdir.results.exists()]
+    with Progress("measuring", len(left)) as progress:
+        # Members that differ in the seed or the optimizer alone are evaluated by one program; of
+        # several one at a time is kept, since each has its copies of the data.
+        for _, alike in itertools.groupby(sorted(left, key=measured_as), measured_as):
+            first, *_ = same = list(alike)
+            evaluate = _compile_evaluation(members[first], dataset)
+            for i in same:
+                _finish(members[i], workdirs[i], dataset, outcomes[i], evaluate)
+                progress.advance(1, workdirs[i].path.name)
 
 
 def _compile_evaluation(config: ConfigDict, dataset: data.Dataset) -> Callable:
@@ -214,7 +213,7 @@ def _finish(
         try:
             found = evaluate(params, config.seed)
         except UserError as error:
-            failure = f"test split: {error}"
+            failure = f"{config.eval.split} split: {error}"
     if failure is not None:
         say(f"{workdir.path.name}: {failure}")
         write_json(workdir.failure, {"failure": failure, "step": int(outcome.state.step)})
@@ -223,4 +222,4 @@ def _finish(
     model = models.build(config.model, dataset.spec)
     trained = Trained(config, model, state.eval_params, dataset.spec, int(state.step))
     files = [*workdir.files(), workdir.results.name]
-    write_result(workdir.results, trained, dataset, found, seconds, files)
+    write_result(workdir.results, trained, dataset, found, seconds, files, config.eval.split)

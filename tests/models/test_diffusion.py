@@ -507,5 +507,5 @@ def test_check_refuses_a_bad_value_by_its_name(values, words):
 
 
 def test_grey_values_are_refused_where_bits_were_promised():
-    with pytest.raises(UserError, match="other values"):
+    with pytest.raises(UserError, match="has the value"):
         diffusion.build(CONFIG, BIT).init(KEY, {"x": jnp.array([[0.5]])})

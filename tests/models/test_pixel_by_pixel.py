@@ -80,11 +80,12 @@ def _net_of_means(config, spec, order=slice(None)):
 
 def test_orders_are_permutations_the_first_row_by_row():
     """No two are the same, and a run that goes on has those that it began with."""
-    orders = [made._order(i, 20).tolist() for i in range(4)]
+    orders = [order.tolist() for order in made._orders(4, 20)]
     assert orders[0] == list(range(20))
     assert [sorted(order) for order in orders] == [orders[0]] * 4
     assert len(set(map(tuple, orders))) == 4
-    assert orders == [made._order(i, 20).tolist() for i in range(4)]
+    assert orders == [order.tolist() for order in made._orders(4, 20)]
+    assert sorted(order.tolist() for order in made._orders(2, 2)) == [[0, 1], [1, 0]]
 
 
 def test_each_order_is_trained_by_itself_and_their_mixture_is_scored():
@@ -92,8 +93,8 @@ def test_each_order_is_trained_by_itself_and_their_mixture_is_scored():
     spec = SPEC._replace(mean=np.linspace(0.1, 0.9, 9, dtype=np.float32).reshape(3, 3, 1))
     model, params = _model(made, spec)
     config, each = made.Config(**SMALL[made]), []
-    for i, own in enumerate(params["made"].values()):
-        order = made._order(i, 9)
+    orders = made._orders(config.orders, 9)
+    for order, own in zip(orders, params["made"].values(), strict=True):
         x = ALL.reshape(-1, 9)[:, order]
         net = jax.jit(_net_of_means(config, spec, order).apply)
         logits = np.asarray(net({"params": own}, x, None)[..., 0], np.float64)
@@ -117,7 +118,7 @@ def test_a_single_draw_may_be_of_any_order():
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_samples_have_the_probabilities_that_are_scored(family, conditional):
-    """A chi-square over all images, those that are expected less than five times as one."""
+    """A chi-square over all images."""
     model, params = _usual(family, conditional)
     samples = jax.jit(model.sample, static_argnums=2)(params, jax.random.key(3), 30_000)
     index = (np.asarray(samples["x"]).reshape(-1, 9) @ 2.0 ** np.arange(9)[::-1]).astype(int)
@@ -125,12 +126,34 @@ def test_samples_have_the_probabilities_that_are_scored(family, conditional):
     for label in range(3) if conditional else [None]:
         chosen = index if label is None else index[samples["label"] == label]
         batch = {"x": ALL, "label": jnp.full(len(ALL), label or 0)}
-        expected = len(chosen) * np.exp(np.asarray(log_prob(params, batch), np.float64))
-        found, often = np.bincount(chosen, minlength=512), expected > 5
-        observed = [*found[often], found[~often].sum()]
-        wanted = np.array([*expected[often], expected[~often].sum() + 1e-9])
-        wanted *= len(chosen) / wanted.sum()
-        assert stats.chisquare(observed, wanted).pvalue > 1e-3
+        prob = np.exp(np.asarray(log_prob(params, batch), np.float64))
+        assert _p_value(np.bincount(chosen, minlength=512), prob) > 1e-3
+
+
+def _p_value(found, prob):
+    """Of a chi-square of counts; those that are expected less than five times as one."""
+    expected = found.sum() * prob
+    often = expected > 5
+    observed = [*found[often], found[~often].sum()]
+    wanted = np.array([*expected[often], expected[~often].sum() + 1e-9])
+    return stats.chisquare(observed, wanted * found.sum() / wanted.sum()).pvalue
+
+
+def test_of_points_it_is_a_density_and_samples_have_it():
+    """Of two networks, of which the second begins with the second coordinate."""
+    spec = DataSpec((2,), "real", np.array([0.5, -0.3], np.float32), 100)
+    fields = {"likelihood": "gaussian_mixture", "hidden": (4, 4), "orders": 2}
+    model, params = _model(made, spec, **fields)
+    params = jax.tree.map(lambda p: 0.6 * p, params)  # so that hardly anything is far out
+    edges = np.linspace(-10, 10, 41)
+    axis = np.linspace(-10, 10, 401, dtype=np.float32)[:-1] + 0.025
+    x = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
+    density = np.exp(_log_prob(model)(params, {"x": x})).reshape(40, 10, 40, 10)
+    prob = density.sum(axis=(1, 3)) * 0.05**2
+    np.testing.assert_allclose(prob.sum(), 1, atol=1e-3)
+    samples = jax.jit(model.sample, static_argnums=2)(params, jax.random.key(3), 30_000)["x"]
+    found, _, _ = np.histogram2d(*samples.T, bins=(edges, edges))
+    assert _p_value(found, prob) > 1e-3
 
 
 def test_the_best_of_independent_pixels_is_their_entropy(family):
@@ -173,6 +196,7 @@ def test_grey_pixels_have_a_likelihood_of_256_values(family):
         (made, {"hidden": ()}, "model.hidden"),
         (made, {"hidden": (0,)}, "model.hidden"),
         (made, {"orders": 0}, "model.orders=0"),
+        (made, {"orders": 362_881}, r"model\.orders=362881: at most 362,880"),
         (made, {"activation": "gated"}, "model.activation='gated'"),
         (made, {"likelihood": "categorical"}, "model.likelihood='categorical' needs uint8"),
         (pixelcnn, {"likelihood": "categorical"}, "model.likelihood='categorical' needs uint8"),

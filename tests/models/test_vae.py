@@ -3,6 +3,7 @@
 In double precision, but for the extremes: what is asserted is then sharp to rounding.
 """
 
+import functools
 import itertools
 import math
 
@@ -14,14 +15,20 @@ from scipy import special, stats
 
 from dgm_jax import objectives
 from dgm_jax.core import DataSpec, UserError
+from dgm_jax.distributions import (
+    bernoulli_log_prob,
+    gaussian_kl_to_standard,
+    gaussian_log_prob,
+)
+from dgm_jax.draws import Draws
 from dgm_jax.models import vae
 
-PIXELS, LATENTS, ROWS = 6, 2, 8
-SPEC = DataSpec(
-    (3, 2, 1), "binary", np.linspace(0.1, 0.9, PIXELS, dtype=np.float32).reshape(3, 2, 1)
-)
+PIXELS, LATENTS, ROWS, NUM, CLASSES = 6, 2, 8, 37, 2
+MEAN = np.linspace(0.1, 0.9, PIXELS, dtype=np.float32).reshape(3, 2, 1)
+SPEC = DataSpec((3, 2, 1), "binary", MEAN, NUM, CLASSES)
 # No two sizes are equal, so that a layer can be told by its shape.
 FIELDS = {"latents": LATENTS, "encoder": (5,), "decoder": (7,)}
+FIELDS |= {"components": 3, "flow_steps": 2, "flow_width": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +50,14 @@ def _params(model):
 
 def _batch(rows=ROWS, seed=0):
     x = np.random.default_rng(seed).integers(0, 2, (rows, *SPEC.event_shape))
-    return {"x": jnp.asarray(x.astype(float))}
+    return {"x": jnp.asarray(x.astype(float)), "label": jnp.arange(rows) // 2 % CLASSES}
+
+
+def _net(params, **fields):
+    return vae.Net(vae.Config(**(FIELDS | fields)), SPEC).bind({"params": params["vae"]})
 
 
 MODEL = _build()
-decode = jax.jit(MODEL.decode)
 loss_and_grad = jax.jit(jax.value_and_grad(MODEL.loss_fn, has_aux=True))
 
 
@@ -60,34 +70,36 @@ def _map_layer(params, width, change):
     return jax.tree.map(lambda p: change(p) if p.shape[-1] == width else p, params)
 
 
-@jax.jit
-def _everything(params, batch, rng):
+@functools.partial(jax.jit, static_argnames="conditional")
+def _everything(params, batch, rng, conditional=False):
     """All that the model says, and what it is made from: mu, log_sigma, z and the logits."""
-    net = vae.Net(vae.Config(**FIELDS), SPEC).bind({"params": params["vae"]})
-    mu, log_sigma = net.context(batch["x"], None)
+    model, net = _build(conditional=conditional), _net(params, conditional=conditional)
+    mu, log_sigma = net.context(batch["x"], batch["label"])
 
     def drawn(key):
         return mu + jnp.exp(log_sigma) * jax.random.normal(key, (1, *mu.shape))[0]
 
     z, other_z = drawn(jax.random.split(rng)[0]), drawn(rng)
-    logits, other_logits = (net.outputs(each, None)[..., 0] for each in (z, other_z))
-    loss, aux = MODEL.loss_fn(params, batch, rng)
+    logits, other_logits = (net.outputs(each, batch["label"])[..., 0] for each in (z, other_z))
+    loss, aux = model.loss_fn(params, batch, rng)
     said = {
         "loss": loss,
         **aux.terms,
-        "elbo": MODEL.log_likelihood_fns["elbo"](params, batch, rng),
-        "log_weight": MODEL.log_weight(params, batch, rng),
-        "encode": MODEL.encode(params, batch, rng),
-        "decode": MODEL.decode(params, z),
-        "reconstruct": MODEL.reconstruct(params, batch, rng),
+        "elbo": model.log_likelihood_fns["elbo"](params, batch, rng),
+        "log_weight": model.log_weight(params, batch, rng),
+        "encode": model.encode(params, batch, rng),
+        "reconstruct": model.reconstruct(params, batch, rng),
     }
+    if not conditional:
+        said["decode"] = model.decode(params, z)
     return said, (mu, log_sigma, z, logits, other_logits)
 
 
-def test_terms_are_sums_over_pixels_and_over_latents():
+@pytest.mark.parametrize("conditional", [False, True])
+def test_terms_are_sums_over_pixels_and_over_latents(conditional):
     """By NumPy and scipy from the networks' outputs; features and pictures come from the same."""
-    batch = _batch()
-    said, outputs = _everything(_params(MODEL), batch, jax.random.key(1))
+    batch, model = _batch(), _build(conditional=conditional)
+    said, outputs = _everything(_params(model), batch, jax.random.key(1), conditional)
     mu, log_sigma, z, logits, other_logits = map(np.asarray, outputs)
     assert logits.dtype == np.float64
     logits, sigma = logits.reshape(batch["x"].shape), np.exp(log_sigma)
@@ -103,9 +115,10 @@ def test_terms_are_sums_over_pixels_and_over_latents():
         "elbo": log_p_x - rate,
         "log_weight": log_p_x + log_ratio,
         "encode": mu,
-        "decode": special.expit(logits),
         "reconstruct": special.expit(other_logits).reshape(batch["x"].shape),
     }
+    if not conditional:
+        expected["decode"] = special.expit(logits)
     assert said.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(said[name], value, rtol=1e-12, err_msg=name)
@@ -180,66 +193,154 @@ def test_the_gradient_is_a_finite_difference():
         np.testing.assert_allclose(slope, (up[0][0] - down[0][0]) / 2e-5, rtol=1e-7)
 
 
-def _exact(params):
-    """All images `[64, *event]` and log p(x) `[64]`, by the trapezoidal rule over z."""
-    x = np.array(list(itertools.product((0, 1), repeat=PIXELS)), np.float64)
+# Priors, posteriors and labels that are told, each at least once.
+CASES = [
+    {},
+    {"prior": "vamp"},
+    {"prior": "realnvp"},
+    {"posterior": "iaf"},
+    {"prior": "mixture", "posterior": "full_covariance"},
+    {"conditional": True},
+]
+IMAGES = np.array(list(itertools.product((0, 1), repeat=PIXELS)), np.float64)
+
+
+@functools.cache
+def _wide(**fields):
+    """Posteriors of sigma about 1.3, and flows and priors not far from where they start.
+
+    A narrow posterior has weights of no finite variance.
+    """
+    params = _params(_build(**fields))["vae"]
+    for part, scale in (("prior", 0.3), ("posterior", 0.1)):
+        params[part] = jax.tree.map(lambda p, s=scale: s * p, params.get(part, {}))
+    head = params["posterior"].get("base", params["posterior"])["Dense_0"]
+    head["bias"] += np.array([0.0, 0.0, 1.0, 1.0]) * (2 if "base" in params["posterior"] else 1)
+    return {"vae": params}
+
+
+@functools.cache
+def _exact(**fields):
+    """log p(x) `[64]` of all images, or log p(x | label) `[128]`: the trapezoidal rule over z."""
     axis = np.linspace(-9, 9, 121)
     z = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, LATENTS)
-    mean = np.asarray(decode(params, z)).reshape(-1, PIXELS)
-    log_p_x_z = np.log(mean) @ x.T + np.log1p(-mean) @ (1 - x).T
-    log_p_z = stats.norm.logpdf(z).sum(1) + 2 * np.log(axis[1] - axis[0])
-    return x.reshape(-1, *SPEC.event_shape), special.logsumexp(log_p_x_z + log_p_z[:, None], axis=0)
+    net, log_cell = _net(_wide(**fields), **fields), 2 * np.log(axis[1] - axis[0])
+    log_p_z = np.asarray(jax.jit(net.log_prior)(z)) + log_cell
+
+    def log_p_x(label):
+        logits = np.asarray(jax.jit(net.outputs)(z, np.full(len(z), label)))[..., 0]
+        log_p_x_z = (
+            special.log_expit(logits) @ IMAGES.T + special.log_expit(-logits) @ (1 - IMAGES).T
+        )
+        return special.logsumexp(log_p_x_z + log_p_z[:, None], axis=0)
+
+    return np.concatenate([log_p_x(label) for label in range(1 + fields.get("conditional", 0))])
 
 
 def _within_five_standard_errors(draws, expected):
     """Means over the first axis, up to 64 of them (by chance one in 30,000 such sets fails)."""
     error = draws.std(axis=0, ddof=1) / math.sqrt(len(draws))
-    return np.all(np.abs(draws.mean(axis=0) - expected) < 5 * error)
+    return np.all(np.abs(draws.mean(axis=0) - expected) < 5 * error + 1e-12)
 
 
-def test_weights_are_unbiased_and_the_loss_is_a_bound():
-    """For all 64 images E[w] = p(x) and E[log w] = -E[loss] < log p(x), over 5,000 draws.
+@pytest.mark.parametrize("fields", CASES)
+def test_weights_are_unbiased_and_the_loss_is_a_bound(fields):
+    """For all 64 images E[w] = p(x) and E[log w] = -E[loss] < log p(x), over 4,000 draws.
 
-    The posterior is made wide, sigma about 1.3: a narrow one has weights of no finite variance.
+    Told a label, p(x | label) of each.
     """
-    params = _params(MODEL)
-    posterior = _map_layer(params["vae"]["posterior"], 2 * LATENTS, lambda p: 0.1 * p)
-    wide = np.array([0.0, 0.0, 1.0, 1.0])
-    params["vae"]["posterior"] = _map_layer(
-        posterior, 2 * LATENTS, lambda p: p + wide if p.ndim == 1 else p
-    )
-    x, log_p_x = _exact(params)
-    np.testing.assert_allclose(special.logsumexp(log_p_x), 0, atol=1e-12)
+    params, model, log_p_x = _wide(**fields), _build(**fields), _exact(**fields)
+    num = len(log_p_x) // len(IMAGES)
+    np.testing.assert_allclose(special.logsumexp(log_p_x), math.log(num), atol=1e-9)
+    x = np.tile(IMAGES.reshape(-1, *SPEC.event_shape), (num, 1, 1, 1))
+    batch = {"x": jnp.asarray(x), "label": jnp.arange(len(x)) // len(IMAGES)}
 
     @jax.jit
     def draw(params, keys):
-        def one(keys):
-            terms = MODEL.loss_fn(params, {"x": x}, keys[1])[1].terms
-            elbo = -terms["distortion"] - terms["rate"]
-            return MODEL.log_weight(params, {"x": x}, keys[0]), elbo
+        def one(key):
+            terms = model.loss_fn(params, batch, key)[1].terms
+            return model.log_weight(params, batch, key), -terms["distortion"] - terms["rate"]
 
         return jax.vmap(one)(keys)
 
-    keys = jax.random.split(jax.random.key(1), (5000, 2))
-    log_w, elbo = map(np.asarray, draw(params, keys))
+    log_w, elbo = jax.device_get(draw(params, jax.random.split(jax.random.key(1), 4000)))
     assert _within_five_standard_errors(np.exp(log_w - log_p_x), 1)
     assert _within_five_standard_errors(log_w - elbo, 0)
     assert np.all(elbo.mean(axis=0) < log_p_x)
 
 
-def test_samples_have_the_models_distribution():
-    """Frequencies of all 64 images against p(x) by quadrature: chi-square."""
-    params = _params(MODEL)
+@pytest.mark.parametrize("fields", [{}, {"prior": "vamp"}, {"conditional": True}])
+def test_samples_have_the_models_distribution(fields):
+    """Frequencies of all 64 images against p(x) by quadrature, or each label's: chi-square."""
+    params, model = _wide(**fields), _build(**fields)
     # Many keys, few samples of each: noise that z and x had in common would show.
-    pairs = jax.jit(jax.vmap(lambda p, key: MODEL.sample(p, key, 2), (None, 0)))
-    drawn = pairs(params, jax.random.split(jax.random.key(3), 20_000))
-    x, mean = (np.asarray(drawn[name]).reshape(-1, PIXELS) for name in ("x", "mean"))
+    pairs = jax.jit(jax.vmap(lambda p, key: model.sample(p, key, 2), (None, 0)))
+    drawn = jax.device_get(pairs(params, jax.random.split(jax.random.key(3), 20_000)))
+    x, mean = (drawn[name].reshape(-1, PIXELS) for name in ("x", "mean"))
     assert np.isin(x, (0, 1)).all()
-    counts = np.bincount(x.astype(int) @ 2 ** np.arange(PIXELS)[::-1], minlength=64)
-    assert stats.chisquare(counts, 40_000 * np.exp(_exact(params)[1])).pvalue > 1e-4
+    label = drawn.get("label", np.zeros((20_000, 2), int)).reshape(-1)
+    index = len(IMAGES) * label + x.astype(int) @ 2 ** np.arange(PIXELS)[::-1]
+    p = np.exp(_exact(**fields))
+    counts = np.bincount(index, minlength=len(p))
+    assert stats.chisquare(counts, 40_000 * p / p.sum()).pvalue > 1e-4
     # And x was drawn from the mean returned beside it.
     assert _within_five_standard_errors((x - mean) / np.sqrt(mean * (1 - mean)), 0)
     assert _within_five_standard_errors((x - mean) ** 2 - mean * (1 - mean), 0)
+
+
+NUMBERS = {"beta": 0.3, "alpha": -0.6, "free_nats": 0.7, "mmd_weight": 5.0}
+
+
+def _draws(params, batch, rng, prior, k):
+    """All that objectives may ask of, put together here."""
+    net, x = _net(params, prior=prior), batch["x"].reshape(1, ROWS, -1)
+    (mu, log_sigma), (z_rng, prior_rng) = net.context(batch["x"], None), jax.random.split(rng)
+    z = mu[None] + jnp.exp(log_sigma)[None] * jax.random.normal(z_rng, (k, *mu.shape))
+    log_p_x_z = jnp.sum(bernoulli_log_prob(net.outputs(z, None)[..., 0], x), axis=-1)
+    log_p_z = net.log_prior(z)
+    log_q = jnp.sum(gaussian_log_prob(z, mu[None], log_sigma[None]), axis=-1)
+    each = [gaussian_log_prob(z[0], mu[j][None], log_sigma[j][None]) for j in range(ROWS)]
+    return Draws(
+        z=z,
+        log_likelihood=log_p_x_z,
+        log_prior=log_p_z,
+        log_posterior=log_q,
+        log_joint_at=lambda z: (log_p_x_z, log_p_z),
+        log_posterior_at=lambda z, detached: log_q,
+        rate=gaussian_kl_to_standard(mu, log_sigma) if prior == "standard" else None,
+        log_posterior_pairs=lambda z: jnp.stack(each, axis=1),
+        draw_prior=lambda: net.draw_prior(prior_rng, ROWS),
+        weight=batch["mask"].astype(float),
+        num_examples=NUM,
+    )
+
+
+RELAXED = ("gumbel_softmax", "straight_through")
+
+
+def test_every_loss_is_its_objective_of_its_own_numbers():
+    """Under a prior of its own where it can be; rows of padding do not count."""
+    batch, rng = _masked_batch(), jax.random.key(2)
+    numbers = {"beta": 0.3, "alpha": -0.6, "free_nats": 0.7, "mmd_weight": 5.0}
+    names = [each for each in objectives.OBJECTIVES if each not in RELAXED]
+    priors = {name: "standard" if name == "free_bits" else "mixture" for name in names}
+    cases = {name: (prior, 3) for name, prior in priors.items()}
+    cases |= dict.fromkeys(("tcvae", "infovae"), ("mixture", 1))
+
+    @jax.jit
+    def both(params):
+        draws = {case: _draws(params, batch, rng, *case) for case in cases.values()}
+        found, expected = {}, {}
+        for name, (prior, k) in cases.items():
+            model = _build(prior=prior, objective=name, num_samples=k, **numbers)
+            found[name] = model.loss_fn(params, batch, rng)[0]
+            objective, options = objectives.OBJECTIVES[name], objectives.Options(**numbers)
+            expected[name] = jnp.mean(objective(draws[prior, k], options)[batch["mask"]])
+        return found, expected
+
+    found, expected = both(_params(_build(prior="mixture")))
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-12, err_msg=name)
 
 
 def test_pixels_in_turn_are_a_distribution_and_the_sampler_draws_it():
@@ -325,7 +426,7 @@ def test_an_encoder_run_wild_gives_finite_loss_and_gradients():
 def test_init_refuses_x_that_is_not_binary(value):
     batch = _batch()
     batch["x"] = batch["x"].at[3, 1, 1, 0].set(value)
-    with pytest.raises(UserError, match=r"x in \{0, 1\}"):
+    with pytest.raises(UserError, match=r"x must be in \{0, 1\}"):
         _build().init(jax.random.key(0), batch)
 
 
@@ -335,7 +436,7 @@ def test_init_refuses_x_that_is_not_binary(value):
         *(("latents", v) for v in (0, -1)),
         *((f, v) for f in ("encoder", "decoder") for v in ((), (0,), (10, -1))),
         ("activation", "swisch"),
-        *(("objective", v) for v in objectives.NEED_RELAXED),
+        *(("objective", v) for v in RELAXED),
         *(("beta", v) for v in (-0.1, math.nan)),
     ],
 )
@@ -344,14 +445,36 @@ def test_check_refuses_a_bad_field_by_its_name(field, value):
         vae.check(vae.Config(**{field: value}), SPEC)
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        *(
+            ({"posterior": "iaf", "objective": name, "num_samples": 2}, "at given z.*'iaf'")
+            for name in ("stl", "dreg", "vimco")
+        ),
+        ({"prior": "mixture", "objective": "free_bits"}, "each latent in closed form"),
+        ({"posterior": "full_covariance", "objective": "free_bits"}, "each latent in closed form"),
+        ({"posterior": "full_covariance", "objective": "tcvae"}, "latent by latent"),
+        ({"posterior": "iaf", "objective": "tcvae"}, "latent by latent"),
+        ({"prior": "vamp", "posterior": "full_covariance"}, "a mixture of posteriors"),
+        ({"prior": "vamp", "conditional": True}, "pseudo-inputs without labels"),
+    ],
+)
+def test_check_refuses_choices_that_do_not_go_together(fields, reason):
+    with pytest.raises(UserError, match=reason):
+        vae.check(vae.Config(**(FIELDS | fields)), SPEC)
+
+
 def test_check_refuses_data_that_is_not_binary():
     with pytest.raises(UserError, match=r"data\.binarisation"):
         vae.check(vae.Config(), SPEC._replace(support="uint8"))
 
 
-def test_check_accepts_the_defaults_and_no_rate():
+def test_check_accepts_the_defaults_no_rate_and_what_is_tested_here():
     vae.check(vae.Config(), SPEC)
     vae.check(vae.Config(beta=0.0), SPEC)
+    for fields in CASES:
+        vae.check(vae.Config(**(FIELDS | fields)), SPEC)
 
 
 def test_pseudo_inputs_are_refused_of_points():

@@ -49,6 +49,23 @@ def test_a_text_is_read_by_the_types_of_its_fields():
     assert axes.parse("model.conditional=True,False", CONFIG)[0] == {"model.conditional": True}
 
 
+@pytest.mark.parametrize("text", ["seed=0:1000000000", "seed=0:200;data.seed=0:200"])
+def test_a_sweep_too_large_is_refused_before_its_members_are_made(text):
+    with pytest.raises(UserError, match=r"10,000 members, and this one (1,000,000,000|40,000)"):
+        axes.parse(text, CONFIG)
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["pass", "return 3", "return {'seed': 1}", "return ['seed']", "yield {'seed': 1}; yield"],
+)
+def test_a_configs_sweep_of_something_else_is_refused(tmp_path, body):
+    path = tmp_path / "mine.py"
+    path.write_text(f"def sweep():\n    {body}\n")
+    with pytest.raises(UserError, match=r"mine.py: sweep\(\) must give a list of dictionaries"):
+        configs.load_sweep(str(path))
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

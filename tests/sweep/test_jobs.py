@@ -51,8 +51,8 @@ BOTH = [("3", "finished", "40"), ("4", "finished", "40")]
 
 
 def test_programs_run_side_by_side_on_this_machine(tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", COMPILING)  # one device, which no member shares with padding
-    sweep.run_sweep(tmp_path / "sweep", _config(), MEMBERS, launcher="local")
+    monkeypatch.setenv("XLA_FLAGS", COMPILING)  # one device
+    sweep.run_sweep(tmp_path / "sweep", _config(), MEMBERS, launcher="local;parallel=2")
     assert _finished(tmp_path / "sweep") == BOTH
     assert len(list((tmp_path / "sweep/jobs").glob("*_submitted.pkl"))) == 2
     # Nothing is left: called again, no job is submitted.
@@ -60,10 +60,42 @@ def test_programs_run_side_by_side_on_this_machine(tmp_path, monkeypatch):
     assert len(list((tmp_path / "sweep/jobs").glob("*_submitted.pkl"))) == 2
 
 
-@pytest.mark.parametrize("launcher", ["cloud", "slurm;no_such_option=1"])
-def test_a_launcher_that_is_none_is_refused(launcher, tmp_path):
-    with pytest.raises(UserError, match=f"--launcher='{launcher}'"):
-        sweep.run_sweep(tmp_path / "sweep", _config(), MEMBERS, launcher=launcher)
+def test_programs_run_one_after_another_where_nobody_says_how_many(tmp_path, monkeypatch):
+    text = f"echo begins >> {tmp_path}/log; sleep 0.5; echo ends >> {tmp_path}/log"
+    monkeypatch.setattr(
+        jobs, "Job", lambda *args: functools.partial(subprocess.call, ["sh", "-c", text])
+    )
+    left = iter([[0, 1], [0, 1], []])
+    jobs.run(tmp_path, lambda: next(left), "local")
+    assert (tmp_path / "log").read_text().split() == ["begins", "ends"] * 2
+
+
+@pytest.mark.parametrize(
+    ("launcher", "says"),
+    [
+        ("cloud", "choose local or slurm"),
+        ("local;no_such_option=1", "Unknown executor 'no'"),
+        ("local;timeout_min=2h", 'but value: "2h"'),
+        ("local;stderr_to_stdout=yes", 'but value: "yes"'),
+        ("local;nodes=2", "only one node"),
+        ("local;parallel=0", "parallel=0 is no number"),
+    ],
+)
+def test_a_launcher_that_is_none_is_refused(launcher, says, tmp_path):
+    with pytest.raises(UserError, match=f"--launcher='{launcher}': .*{says}"):
+        jobs.run(tmp_path, lambda: [0], launcher)
+
+
+def test_the_values_of_a_launcher_are_pythons():
+    values = {
+        "mem_gb": 7.5,
+        "timeout_min": 30,
+        "stderr_to_stdout": True,
+        "slurm_setup": ["module load cuda"],
+        "slurm_time": "2:00:00",
+        "slurm_partition": "gpu",
+    }
+    assert jobs._parse("; ".join(f"{name}={value}" for name, value in values.items())) == values
 
 
 def test_a_program_that_is_none_is_refused(tmp_path):
@@ -137,7 +169,7 @@ def test_processes_of_this_machine_are_stopped_with_the_command(tmp_path, monkey
 
     monkeypatch.setattr(jobs.time, "sleep", interrupt)
     with pytest.raises(Interrupted, match="SIGINT: the same command goes on"):
-        jobs.run(tmp_path, lambda: [0, 1], "local")
+        jobs.run(tmp_path, lambda: [0, 1], "local;parallel=2")
     pids = [int(path.name.partition("_")[0]) for path in tmp_path.glob("jobs/*_submitted.pkl")]
     assert len(pids) == 2
     for pid in pids:
@@ -145,46 +177,76 @@ def test_processes_of_this_machine_are_stopped_with_the_command(tmp_path, monkey
             os.kill(pid, 0)
 
 
-def test_a_process_of_this_machine_saves_though_the_one_that_waits_for_it_is_killed(tmp_path):
-    """As submitit does it: Ctrl-C, and a second later no mercy."""
-    trainer = tmp_path / "trainer"
-    trainer.write_text(
+def _trainer(folder, told):
+    """A program that waits to be told to stop; `told` are the lines of what it does then."""
+    path = folder / "trainer"
+    path.write_text(
         f"#!{sys.executable}\n"
-        "import os, pathlib, signal, time\n"
-        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "import os, pathlib, signal, sys, time\n"
+        f"folder = pathlib.Path({str(folder)!r})\n"
+        "def write(name, text):\n"
+        "    (folder / 'part').write_text(text)\n"
+        "    (folder / 'part').rename(folder / name)\n"
         "def save(*_):\n"
-        "    time.sleep(1.5)\n"
-        "    (folder / 'part').write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
-        "    (folder / 'part').rename(folder / 'saved')\n"
-        "    os._exit(0)\n"
-        "signal.signal(signal.SIGINT, save)\n"
-        "(folder / 'started').touch()\n"
+        f"{told}"
+        f"    os._exit({TRY_AGAIN})\n"
+        "if (folder / 'saved').exists():\n"
+        "    sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "write('started', f'{os.getppid()} {os.getpid()}')\n"
         "time.sleep(60)\n"
     )
-    trainer.chmod(0o755)
+    path.chmod(0o755)
+    return [str(path)]
+
+
+def _comes(path):
+    due = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < due:
+        time.sleep(0.05)
+    return path.exists()
+
+
+@pytest.mark.parametrize("on_cluster", [False, True])
+def test_a_process_saves_though_the_one_that_waits_for_it_is_killed(tmp_path, on_cluster):
+    """As submitit does it: Ctrl-C, and a second later no mercy. A cluster tells both itself."""
+    told = (
+        "    (folder / 'told').open('a').write('once ')\n"
+        "    time.sleep(1.5)\n"
+        "    write('saved', os.environ['CUDA_VISIBLE_DEVICES'])\n"
+    )
     waiting = (
-        "import os, pathlib, sys\n"
+        "import os\n"
         "from dgm_jax.sweep.jobs import Job\n"
         "os.environ['CUDA_VISIBLE_DEVICES'] = '0,1'\n"
-        f"sys.executable, job = {str(trainer)!r}, Job(pathlib.Path('.'), 0, False)\n"
+        f"job = Job({_trainer(tmp_path, told)}, {on_cluster})\n"
         "os.environ['CUDA_VISIBLE_DEVICES'] = ''\n"
         "job()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", waiting], stderr=subprocess.DEVNULL)
-
-    def comes(name):
-        due = time.monotonic() + 60
-        while not (tmp_path / name).exists() and time.monotonic() < due:
-            time.sleep(0.05)
-        return (tmp_path / name).exists()
-
-    assert comes("started")
+    assert _comes(tmp_path / "started")
     process.send_signal(signal.SIGINT)
+    if on_cluster:
+        os.kill(int((tmp_path / "started").read_text().split()[1]), signal.SIGTERM)
     time.sleep(1.0)
     process.kill()
     process.wait()
-    assert comes("saved")
-    assert (tmp_path / "saved").read_text() == "0,1"
+    assert _comes(tmp_path / "saved")
+    assert (tmp_path / "saved").read_text() == ("" if on_cluster else "0,1")
+    assert (tmp_path / "told").read_text() == "once "
+
+
+def test_a_job_at_its_time_limit_saves_and_goes_on(tmp_path):
+    """By submitit's own signal, of which no trainer dies."""
+    command = _trainer(tmp_path, "    write('saved', '')\n")
+    executor, _ = jobs._executor("local", tmp_path / "jobs")
+    job = executor.submit(jobs.Job(command, on_cluster=False))
+    assert _comes(tmp_path / "started")
+    os.kill(int((tmp_path / "started").read_text().split()[0]), signal.SIGUSR2)
+    job.result()
+    assert (tmp_path / "saved").exists()
+    assert "Requeued job" in job.stdout()
 
 
 def test_a_preempted_job_of_a_cluster_is_queued_again_and_resumes(slurm, tmp_path):

@@ -3,17 +3,20 @@
 import json
 import shutil
 import signal
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
+import tiny
 from conftest import on_one_device
 
 from dgm_jax import config as configs
+from dgm_jax import sharding
 from dgm_jax.checkpoint import Checkpoints
 from dgm_jax.core import UserError
-from dgm_jax.experiment import prepare
+from dgm_jax.experiment import compile_steps, prepare, training_arrays
 from dgm_jax.interruption import Interrupted
 from dgm_jax.sweep import program
 from dgm_jax.train import train
@@ -92,6 +95,71 @@ def test_each_member_is_its_solo_run(tiny_dataset, tmp_path):
     assert min(np.abs(a - b).max() for i, a in enumerate(first) for b in first[:i]) > 1e-3
 
 
+# The field that differs, its values, and what else is not as usual.
+KINDS = {
+    "two players": ("gan", "model.penalty_weight", (0.1, 0.5), {"model.network": "mlp"}),
+    "what no player trains": ("vqvae", "model.commitment", (0.25, 1.0), {}),
+    "levels of noise": ("diffusion", "model.gamma_max", (10.0, 6.0), {}),
+    "Muon, parts, and 1 - b2 of few digits": (
+        "vae",
+        "optimizer.b2",
+        (0.999, 0.9999),
+        {"optimizer.name": "muon", "train.num_parts": 3},
+    ),
+}
+SMALL = {
+    **dict.fromkeys(("encoder", "decoder", "generator", "discriminator", "prior_hidden"), (6,)),
+    **dict.fromkeys(("latents", "num_codes", "codebook_size", "code_dim", "width"), 4),
+    "depth": 1,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_members_of_every_kind_are_their_solo_runs(kind):
+    """Two dispatches of the second member; the first is at rest after one of them."""
+    name, path, values, fields = KINDS[kind]
+    base = configs.experiment(name)
+    small = {f"model.{field}": few for field, few in SMALL.items() if field in base.model}
+    steps = {"train.duration": "8 steps", "train.steps_per_dispatch": 4, "train.batch_size": 12}
+    base = configs.override(base, {**small, **steps, "eval.batch_size": 8, **fields})
+    members = [
+        configs.override(base, {path: value, "seed": seed}) for seed, value in enumerate(values)
+    ]
+    dataset = tiny.accepted_by(base.model)
+    of = lambda state, i: jax.tree.map(lambda a: np.array(a[i]), state)  # noqa: E731
+    with on_one_device():
+        state, run, inputs = program.compile_members(program.check(members[0], dataset), members)
+        alone = of(state, 1)
+        state, _, going = run(state, inputs, np.array([True, True]))
+        rested = of(state, 0)
+        assert going.all()
+        state, _, going = run(state, inputs, np.array([False, True]))
+        assert going.tolist() == [False, True]
+        jax.tree.map(np.testing.assert_array_equal, of(state, 0), rested)
+        experiment = prepare(members[1], dataset)
+        run, arrays = compile_steps(experiment), training_arrays(experiment)
+        for _ in range(2):
+            alone = jax.device_put(alone, sharding.replicated(experiment.mesh))
+            alone, _ = run(alone, arrays)
+        assert alone.step == 8
+        _assert_close(of(state, 1), alone, 1e-5)
+
+
+def test_other_numbers_are_the_same_program_on_as_many_devices_as_members(tiny_dataset):
+    """The next round of a search compiles nothing."""
+    texts = []
+    for scale in (1.0, 3.0):
+        members = _configs(
+            {"model.beta": scale, "optimizer.b2": 0.9},
+            {"model.beta": 2 * scale, "seed": int(scale)},
+        )
+        experiment = program.check(members[0], tiny_dataset)
+        state, run, inputs = program.compile_members(experiment, members)
+        texts.append(run.lower(state, inputs).as_text())
+    assert texts[0] == texts[1]
+    assert len(state.step) == state.step.sharding.mesh.size == 2 < jax.device_count()
+
+
 def test_a_failure_after_the_checkpoint_has_not_happened_yet(tmp_path):
     workdir = Workdir(tmp_path)
     assert workdir.load_failure() is None
@@ -100,11 +168,22 @@ def test_a_failure_after_the_checkpoint_has_not_happened_yet(tmp_path):
     assert workdir.load_failure(until=8) == workdir.load_failure() == "it broke"
     assert not workdir.finished  # its parameters are in the program's checkpoint alone
     workdir.checkpoints.mkdir()
+    assert not workdir.finished  # they are being saved
+    (workdir.checkpoints / "8").mkdir()
     assert workdir.finished
 
 
 # A learning rate of 1e36 overflows within a dispatch or two.
 DIVERGING = ({"seed": 1}, {"optimizer.learning_rate": 1e36}, {"seed": 2})
+
+
+@contextmanager
+def _on_two_devices():
+    """Which three members cannot share equally."""
+    two = sharding.make_mesh(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda num=2: two)
+        yield
 
 
 class Trained(NamedTuple):
@@ -120,7 +199,8 @@ def diverged(tiny_dataset, tmp_path_factory):
     path = tmp_path_factory.mktemp("diverged")
     dirs = _workdirs(path / "members", 3)
     members = _configs(*DIVERGING)
-    return Trained(program.train(members, tiny_dataset, dirs, path / "program", None), dirs)
+    with _on_two_devices():
+        return Trained(program.train(members, tiny_dataset, dirs, path / "program", None), dirs)
 
 
 def test_a_member_that_diverges_is_left_as_it_was_and_the_others_go_on(
@@ -153,19 +233,20 @@ def test_an_interrupted_program_goes_on_to_the_same_end(
         save(self, state)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
+    with _on_two_devices(), monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", save_once)
         with pytest.raises(KeyboardInterrupt):
             program.train(members, tiny_dataset, dirs, folder, None)
     assert read(dirs[0].metrics)[-1]["step"] == 100
     shutil.copytree(tmp_path / "parts", tmp_path / "elsewhere")
     shutil.copytree(folder, tmp_path / "elsewhere_program")
-    resumed = program.train(members, tiny_dataset, dirs, folder, None)
+    with _on_two_devices():
+        resumed = program.train(members, tiny_dataset, dirs, folder, None)
     for one, other in zip(resumed, whole, strict=True):
         jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
     assert resumed[1].failure == whole[1].failure
     assert [row["step"] for row in read(dirs[0].metrics)][-1] == 200
-    with on_one_device():  # eight shared the members, the last repeated
+    with on_one_device():  # two shared the members, the last repeated
         dirs = [Workdir(tmp_path / "elsewhere" / str(i)) for i in range(3)]
         rest = program.train(members, tiny_dataset, dirs, tmp_path / "elsewhere_program", None)
     assert [row["step"] for row in read(dirs[0].metrics)][-1] == 200
@@ -228,22 +309,24 @@ def test_a_failure_is_of_the_step_in_which_it_came(tiny_dataset, tmp_path):
 def test_a_signal_is_obeyed_after_the_dispatch_in_which_it_comes(
     tiny_dataset, tmp_path, monkeypatch
 ):
+    """It comes while the metrics of the first are fetched; the second has been started before."""
     dispatch = program._Log.dispatch
 
-    def interrupted(*args):
-        signal.raise_signal(signal.SIGTERM)
-        dispatch(*args)
+    def interrupted(self, step, *args):
+        if step == 50:
+            signal.raise_signal(signal.SIGTERM)
+        dispatch(self, step, *args)
 
     monkeypatch.setattr(program._Log, "dispatch", interrupted)
     members, folder = _configs({"seed": 1}, {"seed": 2}), tmp_path / "program"
     with on_one_device():
-        with pytest.raises(Interrupted, match="stopped after step 50, which is saved"):
+        with pytest.raises(Interrupted, match="stopped after step 100, which is saved"):
             program.train(members, tiny_dataset, _workdirs(tmp_path / "members", 2), folder, None)
-        assert Checkpoints(folder).steps == [50]
+        assert Checkpoints(folder).steps == [100]
         # Also where none is left to train: the next program is not begun.
         members, folder = _configs({"optimizer.learning_rate": 1e36}), tmp_path / "none"
         dirs = _workdirs(tmp_path / "diverging", 1)
-        with pytest.raises(Interrupted, match="stopped after step 50, which is saved"):
+        with pytest.raises(Interrupted, match="stopped after step 100, which is saved"):
             program.train(members, tiny_dataset, dirs, folder, None)
         monkeypatch.undo()
         (outcome,) = program.train(members, tiny_dataset, dirs, folder, None)
@@ -259,6 +342,30 @@ def test_time_goes_on_from_the_member_that_was_trained_longest(tiny_dataset, tmp
     log = program._Log(program.check(_configs({})[0], tiny_dataset), dirs, 100, None)
     log.close()
     assert log.seconds == {"training": 70, "training_cpu": 140}
+
+
+def test_the_next_dispatch_is_started_before_metrics_are_fetched(
+    tiny_dataset, tmp_path, monkeypatch
+):
+    """But for a validation or a checkpoint, which are of a state that has been found finite."""
+    compile_members, order = program.compile_members, []
+
+    def pretended(experiment, members):
+        def run(state, inputs, going):
+            order.append("run")
+            return state, {}, going
+
+        return compile_members(experiment, members)[0], run, None
+
+    monkeypatch.setattr(program, "compile_members", pretended)
+    monkeypatch.setattr(program._Log, "dispatch", lambda self, step, *args: order.append(step))
+    monkeypatch.setattr(program._Log, "validation", lambda self, step, found: order.append("valid"))
+    monkeypatch.setattr(program, "_compile_validation", lambda *args: lambda state, seeds: None)
+    monkeypatch.setattr(Checkpoints, "save", lambda self, state: order.append("save"))
+    members = _configs({"train.checkpoint_every": "150 steps"})
+    program.train(members, tiny_dataset, _workdirs(tmp_path, 1), tmp_path / "program", None)
+    expected = ["run", "run", 50, 100, "valid", "run", 150, "save", "run", 200, "valid", "save"]
+    assert order == expected
 
 
 def test_a_checkpoint_is_due_by_the_clock_too(tiny_dataset, tmp_path, monkeypatch):
@@ -280,9 +387,9 @@ def test_members_of_one_shape_share_a_program():
         {"optimizer.ema": 0.5},
         {"train.batch_size": 32},
         {"model.latents": 4, "seed": 1},
-        {"eval.num_samples": 7},
+        {"eval.num_samples": 7},  # only after training
     )
-    assert program.group(members) == [[0, 1, 3, 5], [2, 7], [4], [6], [8]]
+    assert program.group(members) == [[0, 1, 3, 5, 8], [2, 7], [4], [6]]
     numbers = program.numbers_of([members[i] for i in (0, 1, 3, 5)])
     assert numbers.keys() == {"model.beta", "optimizer.learning_rate", "optimizer.ema"}
     np.testing.assert_allclose(numbers["model.beta"], [1, 1, 2, 1])

@@ -5,15 +5,17 @@ import json
 import math
 import re
 import resource
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from conftest import REPO, on_one_device
 from scipy import stats
 
 from dgm_jax import config as configs
-from dgm_jax import run, sharding
+from dgm_jax import main, run, sharding
 from dgm_jax.core import UserError
 from dgm_jax.sweep import axes, mode, program, report
 from dgm_jax.sweep import run as sweep
@@ -212,6 +214,64 @@ def test_cores_are_shared_as_every_member_can_be_divided(tmp_path, monkeypatch):
     assert asked == [(2, [7, 96])]
 
 
+SWEPT = f"""
+from dgm_jax import config
+
+def get_config(arg=None):
+    fields = {{"model.generator": (8,), "model.discriminator": (8,), "eval.batch_size": 1000}}
+    fields |= {{"train.duration": "20 steps", "train.steps_per_dispatch": 10}}
+    return config.override(config.load("{REPO}/configs/gan_grid.py"), fields)
+
+def sweep():
+    yield {{"optimizer.learning_rate": 0.002}}
+    yield {{"seed": 1}}
+"""
+
+
+def _command(*flags):
+    """What the command line does, in this process."""
+    argv = ["main", *flags]
+    with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", argv)  # where ml_collections looks for fields
+        main.main(main._parse(argv))
+
+
+def _table(folder):
+    with (folder / "sweep.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections'
+def test_the_command_sweeps_what_its_config_or_its_flag_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(main.precision, "multiply_in_full", lambda: None)
+    monkeypatch.setattr(report.Figure, "savefig", lambda self, path: None)
+    (tmp_path / "mine.py").write_text(SWEPT)
+    own, given = tmp_path / "own", tmp_path / "given"
+    flags = (f"--config={tmp_path / 'mine.py'}", "--mode=sweep", "--config.data.validation=0")
+    with on_one_device():
+        _command(*flags, f"--workdir={own}")
+        _command(*flags, f"--workdir={given}", "--sweep=optimizer.learning_rate=0.002,1e-3")
+    rows = {}
+    for folder, seeds in ((own, ("0", "1")), (given, ("0", "0"))):
+        with (folder / "sweep.csv").open() as file:
+            rows[folder] = list(csv.DictReader(file))
+        assert [row["optimizer.learning_rate"] for row in rows[folder]] == ["0.002", "0.001"]
+        for row, seed in zip(rows[folder], seeds, strict=True):
+            assert (row["status"], row["step"]) == ("finished", "20")
+            result = json.loads((folder / "members" / row["member"] / "results.json").read_text())
+            assert str(result["config"]["seed"]) == seed == row.get("seed", "0")
+            assert result["config"]["data"]["validation"] == 0
+            measured = {name: metric["value"] for name, metric in result["metrics"].items()}
+            assert measured and measured == {name: float(row[name]) for name in measured}
+    assert [row["member"] for row in rows[own]] == [
+        "0-learning_rate=0.002-seed=0",
+        "1-learning_rate=0.001-seed=1",
+    ]
+    # The first two are the same run, the others differ in the seed.
+    costs = {folder: [row["discrimination"] for row in rows[folder]] for folder in rows}
+    assert [a == b for a, b in zip(costs[own], costs[given], strict=True)] == [True, False]
+
+
 def test_a_grid_without_a_config_is_refused(finished):
     with pytest.raises(UserError, match="--sweep needs --config"):
         mode.sweep_mode(finished, grid="model.beta=7")
@@ -267,6 +327,58 @@ def test_the_difference_is_taken_seed_by_seed():
     half = stats.t.ppf(0.975, 1) * np.std([0.9, 1.1], ddof=1) / np.sqrt(2)
     assert found == pytest.approx((1.0, half))
     assert report.difference(rows, base, base, "elbo") is None
+
+
+def _two_fields():
+    """Two settings of two fields, the first the config's; two seeds of each."""
+    found = {
+        (1.0, 50): [{"elbo": -10.0, "rate": 0.25}, {"elbo": -12.0, "rate": 0.75}],
+        (2.0, 20): [{"elbo": -11.0, "rate": 0.5}, {"elbo": -14.0, "rate": 0.5}],
+    }
+    return [
+        report.Row(
+            {"model.beta": beta, "model.latents": latents, "seed": seed},
+            (("model.beta", beta), ("model.latents", latents)),
+            Path(str(seed)),
+            {**metrics, "distortion": -metrics["elbo"] - metrics["rate"]},
+            None,
+            1,
+            1.0,
+        )
+        for (beta, latents), each in found.items()
+        for seed, metrics in enumerate(each)
+    ]
+
+
+SHORT = {"model.beta": "beta", "model.latents": "latents", "seed": "seed"}
+
+
+def test_the_table_of_known_numbers():
+    """Of two values the half width is t / 2 of their distance, where t = 12.7062."""
+    rows = _two_fields()
+    lines = report.table(rows, SHORT, report.baseline(rows, configs.experiment("vae"))).splitlines()
+    assert [line for line in lines if line.startswith("|")] == [
+        "| beta | latents | seeds | elbo | rate | distortion |",
+        "|---|---|---|---|---|---|",
+        "| 1 | 50 | 2 | -11.00 ± 12.71 | 0.5000 ± 3.1766 | 10.50 ± 9.53 |",
+        "| 2 | 20 | 2 | -12.50 ± 19.06 (-1.50 ± 6.35) | 0.5000 ± 0.0000 (+0.0000 ± 3.1766) "
+        "| 12.00 ± 19.06 (+1.50 ± 9.53) |",
+    ]
+    assert lines[-1] == "Baseline: beta = 1, latents = 50."
+
+
+def test_the_pictures_of_known_numbers(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(report.Figure, "savefig", lambda figure, path: saved.append(figure))
+    report._rate_distortion(tmp_path / "plane.png", _two_fields(), SHORT, "test split")
+    report._against(tmp_path / "by.png", _two_fields(), "model.latents", ["rate"])
+    (plane,), (by,) = (figure.axes for figure in saved)
+    points = [line.get_xydata().tolist() for line in plane.lines if line.get_linestyle() == "None"]
+    assert points == [[[0.25, 9.75], [0.75, 11.25]], [[0.5, 10.5], [0.5, 13.5]]]
+    assert (plane.get_xlabel(), plane.get_ylabel()) == ("rate (nats)", "distortion (nats)")
+    points = [line.get_xydata().tolist() for line in by.lines]
+    assert points == [[[50, 0.25]], [[50, 0.75]], [[20, 0.5]], [[20, 0.5]]]
+    assert (by.get_xlabel(), by.get_title()) == ("model.latents", "rate")
 
 
 def test_the_baseline_is_the_config_or_else_the_first():
