@@ -31,8 +31,8 @@ class Experiment(NamedTuple):
       dataset: what it is trained and measured on.
       mesh: the devices.
       num_steps: updates until the end.
-      numbers: fields of the model and the optimizer, by dotted path, that replace the config's; may
-        be traced.
+      numbers: fields of the model and the optimizer, by dotted path, and `ramp_lengths`, that
+        replace the config's; may be traced.
     """
 
     config: ConfigDict
@@ -87,6 +87,7 @@ class Experiment(NamedTuple):
         """
         fields = self._model_fields
         for field, (start, length) in self.ramps.items():
+            length = self.numbers.get(f"train.ramp.{field}", length)
             fields[field] = start + (fields[field] - start) * jnp.minimum(1.0, step / length)
         model = models.build(fields, self.dataset.spec)
         return precision.training_in(model, self.config.train.compute_dtype)
@@ -116,6 +117,11 @@ class Experiment(NamedTuple):
             )
         return found
 
+    @property
+    def ramp_lengths(self) -> dict[str, int]:
+        """Steps of each ramp, named as `numbers` may replace them: `train.ramp.<field>`."""
+        return {f"train.ramp.{field}": length for field, (_, length) in self.ramps.items()}
+
     def steps(self, field: str) -> int:
         """A length of the `train` section in steps, a multiple of K."""
         return configs.num_steps(
@@ -142,7 +148,9 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh: Mesh | None = None)
     models.check(config.model, dataset.spec)
     optimizer, mesh = configs.section(config, "optimizer"), mesh or sharding.make_mesh()
     optim.check(optimizer)
-    likelihood.check(configs.section(config, "eval"), mesh)
+    evaluation = configs.section(config, "eval")
+    likelihood.check(evaluation, mesh)
+    likelihood.check_split(evaluation, dataset)
     train, num_train = config.train, len(dataset.splits["train"])
     if train.batch_size > num_train:
         raise UserError(

@@ -66,6 +66,16 @@ def check(config: Config, mesh: Mesh) -> None:
     sharding.check_batch("eval.batch_size", config.batch_size, mesh.size)
 
 
+def check_split(config: Config, dataset: data.Dataset) -> None:
+    """Refuse to measure on a split that these data do not have.
+
+    Raises:
+      UserError: the split has no examples.
+    """
+    if not len(dataset.splits[config.split]):
+        raise UserError(f"eval.split={config.split!r} needs data.{config.split} above 0")
+
+
 def elbo_terms(model: Model, num_samples: int) -> PerExample:
     """Per-example costs of every player and every log-likelihood, averaged over draws.
 
@@ -208,9 +218,8 @@ def compile_evaluation(
       importance-weighted bound and its bits/dim, active units; those that the model has. Compiled
       once however often it is called.
     """
+    check_split(config, dataset)
     split = config.split
-    if not len(dataset.splits[split]):
-        raise UserError(f"eval.split={split!r} needs data.{split} above 0")
 
     def whole(fn: PerExample, title: str) -> Callable[[Params, int], dict[str, np.ndarray]]:
         run = passes.compile_pass(fn, dataset, split, config.batch_size, mesh)

@@ -1,5 +1,6 @@
 """Members that differ only in numbers, trained side by side in one compiled program."""
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,12 +47,13 @@ class Outcome(NamedTuple):
 def group(members: Sequence[ConfigDict]) -> list[list[int]]:
     """Indices of members that one program can train, in the order of the first of each.
 
-    They may differ in the seed, in real numbers of the model and the optimizer, and in how they are
-    evaluated at the end.
+    They may differ in the seed, in real numbers of the model and the optimizer, in the lengths of
+    `train.ramp`, and in how they are evaluated at the end.
     """
     found: dict[str, list[int]] = {}
     for i, config in enumerate(members):
         fields = configs.fields(config)
+        fields["train.ramp"] = re.sub(r" over [^,]*", "", config.train.ramp)
         rest = {path: value for path, value in fields.items() if not _may_differ(path, value)}
         averaged = config.optimizer.ema > 0  # a shape: whether there is an average at all
         found.setdefault(repr((rest, averaged)), []).append(i)
@@ -67,13 +69,17 @@ def _is_traced(path: str, value: Any) -> bool:
     return isinstance(value, float) and path.startswith(("model.", "optimizer."))
 
 
-def numbers_of(members: Sequence[ConfigDict]) -> Numbers:
-    """The real numbers in which members of one program do differ."""
-    columns = [configs.fields(config) for config in members]
+def numbers_of(experiment: Experiment, members: Sequence[ConfigDict]) -> Numbers:
+    """The real numbers in which members of one program, `experiment`, do differ."""
+    columns = []
+    for config in members:
+        fields = configs.fields(config)
+        columns.append({path: value for path, value in fields.items() if _is_traced(path, value)})
+        columns[-1] |= experiment._replace(config=config).ramp_lengths
     return {
         path: np.array([column[path] for column in columns], np.float32)
-        for path, value in columns[0].items()
-        if _is_traced(path, value) and len({column[path] for column in columns}) > 1
+        for path in columns[0]
+        if len({column[path] for column in columns}) > 1
     }
 
 
@@ -190,7 +196,7 @@ def compile_members(experiment: Experiment, members: Sequence[ConfigDict]) -> tu
     mesh = sharding.make_mesh(len(members))
     padded = [*members, *[members[-1]] * (-len(members) % mesh.size)]
     by_member = NamedSharding(mesh, PartitionSpec("data"))
-    numbers = jax.device_put(numbers_of(padded), by_member)
+    numbers = jax.device_put(numbers_of(experiment, padded), by_member)
     seeds = jnp.array([config.seed for config in padded], jnp.int32)
     train_config, dataset = experiment.config.train, experiment.dataset
     batch = data.some(dataset, "train", train_config.batch_size)
@@ -236,7 +242,7 @@ def _compile_validation(experiment: Experiment, members: Sequence[ConfigDict]) -
     """`(state, seeds) -> [{name: float32 [N]}]`, a member after the other; None without a split."""
     if not len(experiment.dataset.splits["validation"]):
         return None
-    numbers = numbers_of(members)
+    numbers = numbers_of(experiment, members)
 
     def terms(member: Any, batch: Any, keys: jax.Array) -> dict[str, jax.Array]:
         model = experiment._replace(numbers=member["numbers"]).model

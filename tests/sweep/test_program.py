@@ -72,8 +72,8 @@ def test_each_member_is_its_solo_run(tiny_dataset, tmp_path):
             "optimizer.clip_norm": 0.5,
         },
     )
-    for config in members:
-        config.train.ramp = "model.beta over 100 steps"
+    for i, config in enumerate(members):
+        config.train.ramp = f"model.beta over {100 + 50 * i} steps"
     dirs = _workdirs(tmp_path / "sweep", len(members))
     outcomes = program.train(members, tiny_dataset, dirs, tmp_path / "programs", None)
     for i, (config, outcome) in enumerate(zip(members, outcomes, strict=True)):
@@ -377,7 +377,7 @@ def test_a_checkpoint_is_due_by_the_clock_too(tiny_dataset, tmp_path, monkeypatc
     assert saved == [50, 100, 150, 200]
 
 
-def test_members_of_one_shape_share_a_program():
+def test_members_of_one_shape_share_a_program(tiny_dataset):
     members = _configs(
         {},
         {"seed": 5},
@@ -388,11 +388,19 @@ def test_members_of_one_shape_share_a_program():
         {"train.batch_size": 32},
         {"model.latents": 4, "seed": 1},
         {"eval.num_samples": 7},  # only after training
+        {"train.ramp": "model.beta over 3 steps"},
+        {"train.ramp": "model.beta over 2 epochs"},
+        {"train.ramp": "model.beta from 2 over 3 steps"},
     )
-    assert program.group(members) == [[0, 1, 3, 5, 8], [2, 7], [4], [6]]
-    numbers = program.numbers_of([members[i] for i in (0, 1, 3, 5)])
+    assert program.group(members) == [[0, 1, 3, 5, 8], [2, 7], [4], [6], [9, 10], [11]]
+    experiment = program.check(members[0], tiny_dataset)
+    numbers = program.numbers_of(experiment, [members[i] for i in (0, 1, 3, 5)])
     assert numbers.keys() == {"model.beta", "optimizer.learning_rate", "optimizer.ema"}
     np.testing.assert_allclose(numbers["model.beta"], [1, 1, 2, 1])
+    experiment = program.check(members[9], tiny_dataset)
+    numbers = program.numbers_of(experiment, [members[9], members[10]])
+    assert numbers.keys() == {"train.ramp.beta"}
+    np.testing.assert_allclose(numbers["train.ramp.beta"], [3, 2 * experiment.steps_per_epoch])
 
 
 def test_a_value_that_makes_no_sense_is_refused(tiny_dataset):
