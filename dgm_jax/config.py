@@ -47,6 +47,8 @@ class TrainConfig:
         factors are rounded to 10 bits, on accelerators that have it; elsewhere float32) or
         `bfloat16` (a CPU without such instructions is slower). Parameters are float32, and so is
         all that is measured.
+      members_per_program: how many members of a sweep train side by side at most, where all that
+        could would not fit in memory, or are to be spread over the jobs of a cluster; 0 for all.
     """
 
     duration: str = "100 epochs"
@@ -60,6 +62,7 @@ class TrainConfig:
     init_from: str = ""
     ramp: str = ""
     compute_dtype: str = "float32"
+    members_per_program: int = 0
 
 
 _SECTIONS = {

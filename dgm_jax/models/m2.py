@@ -29,8 +29,8 @@ class Config:
 
     Attributes:
       labelled: how many training examples the model is told the label of; the same random ones in
-        every run. The labels of the others are in no gradient; the metric `classification` is the
-        mean over all.
+        every run, not as many of each class. The labels of the others are in no gradient; the
+        metric `classification` is the mean over all.
       alpha: weight of the classifier's cost on the labelled examples.
       beta: weight of the rate of z; 1 gives a bound on log p(x). As long as z is dear, the decoder
         is told what it can be by y, and learns to heed it.

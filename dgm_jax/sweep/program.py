@@ -48,7 +48,8 @@ def group(members: Sequence[ConfigDict]) -> list[list[int]]:
     """Indices of members that one program can train, in the order of the first of each.
 
     They may differ in the seed, in real numbers of the model and the optimizer, in the lengths of
-    `train.ramp`, and in how they are evaluated at the end.
+    `train.ramp`, and in how they are evaluated at the end; there are no more of them than
+    `train.members_per_program`.
     """
     found: dict[str, list[int]] = {}
     for i, config in enumerate(members):
@@ -57,7 +58,11 @@ def group(members: Sequence[ConfigDict]) -> list[list[int]]:
         rest = {path: value for path, value in fields.items() if not _may_differ(path, value)}
         averaged = config.optimizer.ema > 0  # a shape: whether there is an average at all
         found.setdefault(repr((rest, averaged)), []).append(i)
-    return list(found.values())
+    groups = []
+    for alike in found.values():
+        most = members[alike[0]].train.members_per_program or len(alike)
+        groups += [alike[start : start + most] for start in range(0, len(alike), most)]
+    return groups
 
 
 def _may_differ(path: str, value: Any) -> bool:
@@ -93,6 +98,8 @@ def check(config: ConfigDict, dataset: data.Dataset) -> Experiment:
     for field in absent:
         if value := configs.value_of(config, field):
             raise UserError(f"{field}={value!r}: there is no such thing in a sweep; leave it out")
+    if (most := config.train.members_per_program) < 0:
+        raise UserError(f"train.members_per_program={most}: at least 1, or 0 for all")
     experiment = prepare(config, dataset, sharding.make_mesh(1))
     mesh = sharding.make_mesh()  # whose devices share the batches of an evaluation
     likelihood.check(configs.section(config, "eval"), mesh)

@@ -403,8 +403,16 @@ def test_members_of_one_shape_share_a_program(tiny_dataset):
     np.testing.assert_allclose(numbers["train.ramp.beta"], [3, 2 * experiment.steps_per_epoch])
 
 
+def test_a_program_has_no_more_members_than_it_may():
+    members = _configs(*({"seed": i, "train.members_per_program": 2} for i in range(5)))
+    assert program.group(members) == [[0, 1], [2, 3], [4]]
+    members = _configs(*({"seed": i} for i in range(5)))
+    assert program.group(members) == [[0, 1, 2, 3, 4]]
+
+
 def test_a_value_that_makes_no_sense_is_refused(tiny_dataset):
     for member, says in (
+        ({"train.members_per_program": -1}, r"train\.members_per_program=-1"),
         ({"model.beta": -1.0}, r"model\.beta=-1"),
         ({"train.init_from": "runs/a"}, r"train\.init_from='runs/a'"),
     ):
