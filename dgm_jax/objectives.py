@@ -11,6 +11,7 @@ Turner 2016 (Rényi); Mnih & Rezende 2016 (VIMCO); Jang et al. 2017, Maddison et
 2019 (DReG); Zhao et al. 2019 (InfoVAE).
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Collection
 from typing import NamedTuple
@@ -251,6 +252,28 @@ DRAWS_MAY_HAVE = {
 
 # What the draws of a hierarchy have.
 LAYERED = ("reparameterised", "log_posterior_at")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The objective of a hierarchy, among the fields of its model. Real numbers may be traced.
+
+    Attributes:
+      objective: one of `usable(LAYERED)`, or what the model says.
+      num_samples: K, posterior draws per example in the objective.
+      beta: weight of the rate; 1 gives a bound on log p(x).
+      alpha: order of the Rényi bound.
+    """
+
+    objective: str = "elbo"
+    num_samples: int = 1
+    beta: float = 1.0
+    alpha: float = 0.0
+
+    @property
+    def options(self) -> Options:
+        """The numbers of the objective."""
+        return Options(beta=self.beta, alpha=self.alpha)
 
 
 def usable(provided: Collection[str]) -> list[str]:

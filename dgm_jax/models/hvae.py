@@ -19,37 +19,23 @@ from dgm_jax.draws import Draws, layered_draws
 from dgm_jax.latent_variable import latent_variable_model
 from dgm_jax.nn import networks
 from dgm_jax.nn.posteriors import Conditional, draw_gaussian
-from dgm_jax.objectives import Options
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """The model's fields. Real numbers may be traced.
+class Config(objectives.Config):
+    """The model's fields; those of the objective are in `objectives.Config`. Reals may be traced.
 
     Attributes:
       latents: dimensions of z_1, ..., z_L, from the data up.
       width: of the two hidden layers between a layer of latents and what lies below it, likewise.
       activation: `gated`, or one of `nn.mlp.ACTIVATIONS`.
       likelihood: one of `likelihoods.LIKELIHOODS`.
-      objective: one of `objectives.usable(objectives.LAYERED)`.
-      num_samples: K, posterior draws per example in the objective.
-      beta: weight of the rate; 1 gives a bound on log p(x).
-      alpha: order of the Rényi bound.
     """
 
     latents: tuple[int, ...] = (100, 50)
     width: tuple[int, ...] = (200, 100)
     activation: str = "tanh"
     likelihood: str = "bernoulli"
-    objective: str = "elbo"
-    num_samples: int = 1
-    beta: float = 1.0
-    alpha: float = 0.0
-
-    @property
-    def options(self) -> Options:
-        """The numbers of the objective."""
-        return Options(beta=self.beta, alpha=self.alpha)
 
 
 def check(config: Config, spec: DataSpec) -> None:

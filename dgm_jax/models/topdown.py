@@ -37,8 +37,8 @@ Latents = tuple[jax.Array, ...]  # z_1, ..., z_L, each [K, B, H, W, latents]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """The model's fields. Real numbers may be traced.
+class Config(objectives.Config):
+    """The model's fields; those of the objective are in `objectives.Config`. Reals may be traced.
 
     Attributes:
       layers: stochastic layers at each resolution, the image's own first, each next one half as
@@ -48,11 +48,7 @@ class Config:
       width: channels inside a block.
       activation: one of `nn.mlp.ACTIVATIONS`.
       likelihood: one of `likelihoods.LIKELIHOODS`.
-      objective: one of `objectives.usable(objectives.LAYERED)`, or `free_bits`, of which each layer
-        has its own.
-      num_samples: K, posterior draws per example in the objective.
-      beta: weight of the rate; 1 gives a bound on log p(x).
-      alpha: order of the Rényi bound.
+      objective: also `free_bits`, of which each layer has its own.
       free_nats: λ of `free_bits`, nats per layer.
     """
 
@@ -62,10 +58,6 @@ class Config:
     width: int = 16
     activation: str = "silu"
     likelihood: str = "bernoulli"
-    objective: str = "elbo"
-    num_samples: int = 1
-    beta: float = 1.0
-    alpha: float = 0.0
     free_nats: float = 0.5
 
     @property

@@ -21,14 +21,13 @@ from dgm_jax.latent_variable import latent_variable_model
 from dgm_jax.nn import networks, priors
 from dgm_jax.nn.mlp import MLP
 from dgm_jax.nn.posteriors import Conditional, draw_gaussian
-from dgm_jax.objectives import Options
 
 Pair = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """The model's fields. Real numbers may be traced.
+class Config(objectives.Config):
+    """The model's fields; those of the objective are in `objectives.Config`. Reals may be traced.
 
     Attributes:
       latents: dimensions of z_1 and z_2.
@@ -39,10 +38,6 @@ class Config:
       components: of a mixture prior; pseudo-inputs of a VampPrior.
       flow_steps: of a flow prior.
       flow_width: of its hidden layers.
-      objective: one of `objectives.usable(objectives.LAYERED)`.
-      num_samples: K, posterior draws per example in the objective.
-      beta: weight of the rate; 1 gives a bound on log p(x).
-      alpha: order of the Rényi bound.
     """
 
     latents: tuple[int, int] = (40, 40)
@@ -54,14 +49,6 @@ class Config:
     flow_steps: int = 4
     flow_width: int = 128
     objective: str = "stl"
-    num_samples: int = 1
-    beta: float = 1.0
-    alpha: float = 0.0
-
-    @property
-    def options(self) -> Options:
-        """The numbers of the objective."""
-        return Options(beta=self.beta, alpha=self.alpha)
 
 
 def check(config: Config, spec: DataSpec) -> None:

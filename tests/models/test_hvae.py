@@ -131,7 +131,7 @@ def test_held_out_terms_are_of_one_draw_and_sum_to_the_elbo():
         ("width", (5,)),
         ("width", (5, -1)),
         ("activation", "swisch"),
-        ("objective", "vimco"),
+        ("objective", "tcvae"),
         ("num_samples", 0),
         ("beta", -1.0),
         ("likelihood", "poisson"),

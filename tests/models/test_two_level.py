@@ -186,7 +186,7 @@ def test_codes_are_decoded_where_they_lie():
         ("likelihood", "gaussian"),
         ("components", 0),
         ("flow_steps", 0),
-        ("objective", "vimco"),
+        ("objective", "tcvae"),
         ("num_samples", 0),
         ("beta", -1.0),
         *(("prior", name) for name in ("none", "realnvp")),  # the latter needs two latents
