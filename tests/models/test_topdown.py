@@ -180,7 +180,7 @@ def test_every_likelihood_and_odd_sides(likelihood):
         *(("layers", v) for v in ((), (0, 0), (1, -1), (0.5,))),
         *((f, 0) for f in ("latents", "channels", "width", "num_samples")),
         *(("activation", v) for v in ("gated", "sine")),
-        *(("objective", v) for v in ("vimco", "tcvae")),
+        *(("objective", v) for v in ("infovae", "tcvae")),
         ("likelihood", "gaussian"),
         ("beta", -1.0),
         ("free_nats", -1.0),
