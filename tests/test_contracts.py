@@ -17,7 +17,7 @@ from conftest import REPO, on_one_device
 
 from dgm_jax import config as configs
 from dgm_jax import labels, models, run, sharding, writers
-from dgm_jax.core import Batch, Model, Params, UserError, masked_mean
+from dgm_jax.core import Batch, Model, Params, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.data import image_sets, shapes, text
 from dgm_jax.data.sources import LabelledArrays
@@ -279,7 +279,10 @@ def test_asked_for_what_it_lacks_a_model_says_what_it_has(case):
         with pytest.raises(UserError) as refused:
             model.require(name)
         missing, _, there = str(refused.value).partition(" it has: ")
-        assert name in missing and set(there.split(", ")) == has
+        assert name in missing and set(there.split(", ")) == has | {*model.log_likelihood_fns}
+    if not model.log_likelihood_fns:
+        with pytest.raises(UserError, match="this model has no log_likelihood_fns; it has: "):
+            model.require("log_likelihood_fns")
 
 
 def test_a_bound_never_exceeds_the_tighter_one(case):
@@ -296,12 +299,6 @@ def test_a_bound_never_exceeds_the_tighter_one(case):
     draws = np.asarray(draws, np.float64)  # equal draws must have their own value as their mean
     error = draws.std(axis=0) * np.sqrt(1 / 1000 + 1 / 500)
     assert (np.abs(draws.mean(axis=0) - elbo) < 5 * error + 1e-4).all()
-
-
-def test_masked_mean():
-    values = jnp.array([1.0, 3.0, np.nan])
-    assert masked_mean(values, {"mask": jnp.array([True, True, False])}) == 2.0
-    assert masked_mean(values[:2], {}) == 2.0
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -362,11 +359,14 @@ def test_smoke_variant_trains_evaluates_and_draws(path, tmp_path, capsys):
     assert "NaN" not in result and "Infinity" not in result
     assert (tmp_path / "run" / "learning_curve.png").exists()
     spec = data.load(configs.section(config, "data")).spec
-    if models.build(config.model, spec).sample:
+    model, said = models.build(config.model, spec), capsys.readouterr().out
+    if model.sample:
         assert list((tmp_path / "run").glob("prior_samples.*"))
+    none = f"{config.model.name} has no likelihood: its costs are measured. It has: "
+    assert (none in said) == (not model.log_likelihood_fns)
     if spec.support == "tokens":
         texts = (tmp_path / "run" / "prior_samples.txt").read_text().split(f"\n{'-' * 40}\n")
-        assert json.loads(result)["samples"] == texts[:3] and texts[0] in capsys.readouterr().out
+        assert json.loads(result)["samples"] == texts[:3] and texts[0] in said
     rows = [r for r in writers.read(Workdir(tmp_path / "run").metrics) if "seconds" in r]
     losses = [name for name in rows[0] if name.endswith("/loss")]
     if len(losses) == 1:  # where players play against each other, no loss need fall

@@ -26,7 +26,7 @@ from dgm_jax.nn.autoregressive import AutoregressiveCategorical
 from dgm_jax.nn.precision import Dense
 from dgm_jax.objectives import Options
 
-_PROVIDED = ("relaxed", "log_posterior_at")
+PROVIDED = ("relaxed", "log_posterior_at")
 PRIORS = ("uniform", "autoregressive")
 
 
@@ -77,7 +77,7 @@ def check(config: Config, spec: DataSpec) -> None:
     likelihoods.check(config.likelihood, spec)
     checks.one_of(config, prior=PRIORS)
     given = (config.objective, config.num_samples, Options(beta=config.beta))
-    objectives.check(*given, _PROVIDED, "a discrete z")
+    objectives.check(*given, PROVIDED, "a discrete z")
     checks.positive(config, "temperature")
 
 
