@@ -30,6 +30,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from dgm_jax import sharding
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+assert jax.device_count() == 8  # JAX has started: no test does it with other flags
 gc.disable()  # `_bounded_memory` collects
 
 REPO = Path(__file__).resolve().parent.parent
