@@ -244,7 +244,7 @@ _NEEDS = {
 DRAWS_MAY_HAVE = {
     "reparameterised": "z that can be differentiated in the posterior's parameters",
     "log_posterior_at": "log q(z | x) at given z",
-    "relaxed": "discrete latents",
+    "relaxed": "discrete latents, as of model.name='discrete_vae'",
     "rate": "the rate of each latent in closed form",
     "log_posterior_pairs": "q(z | x) latent by latent",
     "draw_prior": "one vector z, to hold against draws from its prior",
