@@ -77,9 +77,10 @@ def test_it_starts_where_training_started(tiny_dataset, tmp_path, monkeypatch):
     config = configs.override(configs.experiment("vae"), TINY | {"train.init_from": "there"})
     with on_one_device():
         experiment = prepare(config, tiny_dataset)
-        params = jax.tree.map(lambda p: p + 1.0, initial_state(experiment).params)
+        start = initial_state(experiment)
+        params = jax.tree.map(lambda p: p + 1.0, start.params)
         restored = trained_model.Trained(config, None, params, tiny_dataset.spec, 0)
-        monkeypatch.setattr(trained_model, "restore", {"there": restored}.get)
+        monkeypatch.setattr(trained_model, "_restore", {"there": (restored, start)}.get)
         state = replay._state_before(1, experiment, Workdir(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, state.params, params)
 

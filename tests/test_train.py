@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from dgm_jax import config as configs
-from dgm_jax import interruption, sharding, train, train_step, writers
+from dgm_jax import interruption, sharding, train, train_step, trained_model, writers
 from dgm_jax.checkpoint import Checkpoints, abstract
 from dgm_jax.core import Aux, Player, UserError
 from dgm_jax.data import order
 from dgm_jax.experiment import initial_state, prepare
 from dgm_jax.interruption import Interrupted
 from dgm_jax.models import made
+from dgm_jax.train_state import TrainState
 from dgm_jax.workdir import Workdir
 
 pytestmark = pytest.mark.usefixtures("programs_kept")
@@ -157,6 +158,15 @@ def test_training_starts_from_given_parameters(tiny_dataset, tmp_path):
     assert int(second.step) == 20
     assert_close(first.params, second.params, 1e-7)
     assert_close(first.params, second.ema, 1e-7)
+
+
+def test_training_starts_from_markov_chains_and_not_from_their_average(monkeypatch):
+    config = configs.override(configs.experiment("energy"), {"train.init_from": "there"})
+    averaged, newest = {"energy": 1.0, "state": 2.0}, {"energy": 3.0, "state": 4.0}
+    trained = trained_model.Trained(config, None, averaged, None, 9)
+    state = TrainState(9, 0, newest, {}, averaged)
+    monkeypatch.setattr(trained_model, "_restore", {"there": (trained, state)}.get)
+    assert trained_model.start_of(config)() == {"energy": 1.0, "state": 4.0}
 
 
 def test_parameters_of_another_model_are_refused_by_name(tiny_dataset, tmp_path):
