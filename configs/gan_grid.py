@@ -5,7 +5,8 @@ Papers: Huang et al. 2024, "The GAN is dead; long live the GAN!"; the grid is th
 Run:   python -m dgm_jax.main --config=configs/gan_grid.py
        python -m dgm_jax.main --mode=quality --workdir=runs/gan_grid
 Gives: all 25 modes, and 93.6 % of 5,000 samples within three deviations of one (of the data
-       98.9 %), after 134 s of processor time (seed 0)
+       98.9 %), after 134 s of processor time (seed 0); `:nonsaturating` and `:hinge` all 25
+       (93.7 % and 94.2 %), `:wgan-gp` 19 (46.4 %)
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant
