@@ -291,7 +291,7 @@ def check(
       num_samples: K.
       options: its numbers.
       provided: what the model's draws have: names of `DRAWS_MAY_HAVE`.
-      of: what it is that has no more.
+      of: whose draws they are, to be named in the error.
 
     Raises:
       UserError: names the field, its value and what is allowed, with the reason.

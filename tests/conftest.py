@@ -80,12 +80,17 @@ def _usual_handlers():
 
 
 @contextmanager
-def on_one_device():
-    """One of the eight: what a test of something else than devices need not compile for all."""
-    one = sharding.make_mesh(1)
+def on_devices(num: int):
+    """So many of the eight, whoever asks for how many."""
+    mesh = sharding.make_mesh(num)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda num=1: one)
+        patch.setattr(sharding, "make_mesh", lambda num=None: mesh)
         yield
+
+
+def on_one_device():
+    """What a test of something else than devices need not compile for all."""
+    return on_devices(1)
 
 
 @pytest.fixture(scope="session")

@@ -65,15 +65,19 @@ def _read_folder(folder: Path) -> dict[str, np.ndarray]:
         for split in ("train", "test")
     }
     all_paths = [path for of_split in paths.values() for path in of_split]
-    colours, size = set(), None
-    for path in all_paths:
-        with Image.open(path) as image:  # its header
-            colours.add(image.mode)
-            size = size or image.size
-            if image.size != size:
-                this, first = (each.relative_to(folder) for each in (path, all_paths[0]))
-                raise ValueError(f"{this} is {image.size}, and {first} {size}")
+    colours, size = set(), (0, 0)
+    with Progress("looking at images", len(all_paths)) as progress:
+        for path in all_paths:
+            with Image.open(path) as image:  # its header
+                colours.add(image.mode)
+                size = size if any(size) else image.size
+                if image.size != size:
+                    this, first = (each.relative_to(folder) for each in (path, all_paths[0]))
+                    raise ValueError(f"{this} is {image.size}, and {first} {size}")
+            progress.advance(1)
     mode, found = "L" if colours <= {"1", "L"} else "RGB", {}
+    if (num_bytes := len(all_paths) * size[0] * size[1] * len(mode)) > _MOST_BYTES:
+        raise ValueError(f"its images have {num_bytes:,} bytes, more than {_MOST_BYTES:,}")
     with Progress("reading images", len(all_paths)) as progress:
         for split, of_split in paths.items():
             images = []

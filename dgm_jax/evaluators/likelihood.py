@@ -59,10 +59,10 @@ def check(config: Config, mesh: Mesh) -> None:
     """
     if config.split not in SPLITS:
         raise UserError(f"eval.split={config.split!r}: choose one of {', '.join(SPLITS)}")
-    for field in dataclasses.fields(config):
-        value, least = getattr(config, field.name), int(field.name != "aggregate_examples")
-        if field.name != "split" and value < least:
-            raise UserError(f"eval.{field.name}={value}: must be at least {least}")
+    for name, value in dataclasses.asdict(config).items():
+        least = int(name != "aggregate_examples")
+        if name != "split" and value < least:
+            raise UserError(f"eval.{name}={value}: must be at least {least}")
     sharding.check_batch("eval.batch_size", config.batch_size, mesh.size)
 
 
@@ -210,13 +210,13 @@ def compile_evaluation(
       mesh: the devices.
       show: whether progress is shown.
 
-    Raises:
-      UserError: the split has no examples.
-
     Returns:
       `(params, seed of all draws) ->` metrics by name: each term and each log-likelihood, the
       importance-weighted bound and its bits/dim, active units; those that the model has. Compiled
       once however often it is called.
+
+    Raises:
+      UserError: the split has no examples.
     """
     check_split(config, dataset)
     split = config.split

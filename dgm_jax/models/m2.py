@@ -32,8 +32,7 @@ class Config:
         every run, not as many of each class. The labels of the others are in no gradient; the
         metric `classification` is the mean over all.
       alpha: weight of the classifier's cost on the labelled examples.
-      beta: weight of the rate of z; 1 gives a bound on log p(x). As long as z is dear, the decoder
-        is told what it can be by y, and learns to heed it.
+      beta: weight of the rate of z; 1 gives a bound on log p(x).
       latents: L, dimensions of z.
       network: `mlp` or `conv`.
       classifier: widths of the hidden layers of q(y | x), or channels of its stages.

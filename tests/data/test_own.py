@@ -1,11 +1,14 @@
 """Arrays of one's own: what is in the file is what is trained on, and errors that help."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
+from dgm_jax.data import own
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (30, 6, 4), dtype=np.uint8)
@@ -100,6 +103,14 @@ def test_a_folder_without_classes_in_colour_if_one_image_is(tmp_path):
     assert found.spec.event_shape == (6, 4, 3) and found.spec.num_classes == 0
     np.testing.assert_array_equal(found.splits["train"].x[1], images[1])
     np.testing.assert_array_equal(found.splits["test"].x[0], np.stack(3 * [IMAGES[2]], axis=-1))
+
+
+def test_a_folder_of_more_than_may_be_read_is_refused_by_its_headers(tmp_path, monkeypatch):
+    config = _folder(tmp_path, IMAGES)
+    for most, refused in ((30 * 24, False), (30 * 24 - 1, True)):
+        monkeypatch.setattr(own, "_MOST_BYTES", most)
+        with pytest.raises(UserError, match="720 bytes") if refused else nullcontext():
+            data.load(config)
 
 
 def test_what_is_wrong_with_a_folder_is_said(tmp_path):

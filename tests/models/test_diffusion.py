@@ -506,6 +506,16 @@ def test_check_refuses_a_bad_value_by_its_name(values, words):
     assert "\n" not in message and all(word in message for word in words)
 
 
+def test_all_pixels_of_grey_images_have_one_mean():
+    """Data without spread are drawn as it, whatever each pixel's own mean is."""
+    mean = np.float32([10, 20, 30, 100]).reshape(2, 2, 1)
+    spec = DataSpec((2, 2, 1), "uint8", mean, 100)
+    config = replace(EXACT, sigma_data=1e-6, sampler="ddim", sample_steps=10)
+    model, params = _fresh(config, spec)
+    x = jax.jit(model.sample, static_argnums=2)(params, jax.random.key(0), 5)["x"]
+    np.testing.assert_array_equal(x, 40)
+
+
 def test_grey_values_are_refused_where_bits_were_promised():
     with pytest.raises(UserError, match="has the value"):
         diffusion.build(CONFIG, BIT).init(KEY, {"x": jnp.array([[0.5]])})

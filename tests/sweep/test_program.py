@@ -3,14 +3,13 @@
 import json
 import shutil
 import signal
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 import tiny
-from conftest import on_one_device
+from conftest import on_devices, on_one_device
 
 from dgm_jax import config as configs
 from dgm_jax import sharding
@@ -177,15 +176,6 @@ def test_a_failure_after_the_checkpoint_has_not_happened_yet(tmp_path):
 DIVERGING = ({"seed": 1}, {"optimizer.learning_rate": 1e36}, {"seed": 2})
 
 
-@contextmanager
-def _on_two_devices():
-    """Which three members cannot share equally."""
-    two = sharding.make_mesh(2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda num=2: two)
-        yield
-
-
 class Trained(NamedTuple):
     """A sweep's outcomes and the work directories of its members."""
 
@@ -199,7 +189,7 @@ def diverged(tiny_dataset, tmp_path_factory):
     path = tmp_path_factory.mktemp("diverged")
     dirs = _workdirs(path / "members", 3)
     members = _configs(*DIVERGING)
-    with _on_two_devices():
+    with on_devices(2):
         return Trained(program.train(members, tiny_dataset, dirs, path / "program", None), dirs)
 
 
@@ -233,14 +223,14 @@ def test_an_interrupted_program_goes_on_to_the_same_end(
         save(self, state)
         raise KeyboardInterrupt
 
-    with _on_two_devices(), monkeypatch.context() as patch:
+    with on_devices(2), monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", save_once)
         with pytest.raises(KeyboardInterrupt):
             program.train(members, tiny_dataset, dirs, folder, None)
     assert read(dirs[0].metrics)[-1]["step"] == 100
     shutil.copytree(tmp_path / "parts", tmp_path / "elsewhere")
     shutil.copytree(folder, tmp_path / "elsewhere_program")
-    with _on_two_devices():
+    with on_devices(2):
         resumed = program.train(members, tiny_dataset, dirs, folder, None)
     for one, other in zip(resumed, whole, strict=True):
         jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
