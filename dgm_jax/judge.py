@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -192,10 +193,20 @@ def _own(dataset: data.Dataset) -> Workdir:
     recipe = json.dumps([config.to_dict(), dataset.card["sha256"]], sort_keys=True)
     name = f"{dataset.config.dataset}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     workdir = Workdir(cache.folder() / "judges" / name)
-    if not workdir.results.exists():
-        say(f"training the judge, a classifier of these data, once; it is kept in {workdir.path}")
-        # On one device: its batch need not divide over those that there are.
-        run.train_mode(config, workdir, sharding.make_mesh(1))
+    if workdir.results.exists():
+        return workdir
+    workdir.path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(workdir.path.with_suffix(".lock"))
+    try:
+        held = lock.acquire(blocking=False)
+    except filelock.Timeout:
+        say(f"another process trains the judge, in {workdir.path}: waiting for it")
+        held = lock.acquire()
+    with held:
+        if not workdir.results.exists():
+            say(f"training the judge, a classifier of these data, once; it stays in {workdir.path}")
+            # On one device: its batch need not divide over those that there are.
+            run.train_mode(config, workdir, sharding.make_mesh(1))
     return workdir
 
 

@@ -1,6 +1,8 @@
 """The quality mode end to end: its own judge, one that is named, and what it refuses."""
 
 import json
+import threading
+import time
 from unittest import mock
 
 import jax
@@ -99,6 +101,30 @@ def test_the_judge_is_trained_on_one_device_of_many(tmp_path, monkeypatch):
     judge._own(dataset)
     ((config, _, mesh),) = asked
     assert jax.device_count() > 1 and mesh.size == 1 and config.train.batch_size == 100
+
+
+def test_a_judge_that_another_process_trains_is_waited_for(tmp_path, monkeypatch):
+    """Of several jobs that measure the models of one data set, one trains it."""
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path)
+    dataset = data.load(configs.section(short("gan", **{"data.binarisation": "none"}), "data"))
+    begun, trained = threading.Event(), []
+
+    def train(config, workdir, mesh):
+        begun.set()
+        while "waiting" not in "".join(said):
+            time.sleep(0.01)
+        trained.append(workdir)
+        workdir.path.mkdir()
+        workdir.results.write_text("{}")
+
+    said = []
+    monkeypatch.setattr(judge, "say", said.append)
+    monkeypatch.setattr(run, "train_mode", train)
+    other = threading.Thread(target=judge._own, args=[dataset])
+    other.start()
+    assert begun.wait(60)
+    assert [judge._own(dataset)] == trained
+    other.join()
 
 
 def test_the_judge_is_trained_once_and_the_numbers_repeat(gan):
