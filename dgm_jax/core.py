@@ -133,15 +133,15 @@ class Latents(NamedTuple):
     """What may be asked of a model's latent variables z, a pytree of float arrays. In nats.
 
     Attributes:
-      draw_joint: `(params, rng, num) -> (z [num, ...], samples)`: z from the prior, and given it
-        what `Model.sample` returns.
+      draw_joint: of the arguments of `Model.sample`, `(z [num, ...], samples)`: z from the prior,
+        and given it what `Model.sample` returns.
       draw_posterior: `(params, batch, rng) -> z [B, ...]`, one draw from q(z | x) for each row.
       log_joint: `(params, batch, z [K, B, ...]) -> (log p(x | z), log p(z))`, each `[K, B]`.
       log_posterior: `(params, batch, z [K, B, ...]) -> log q(z | x) [K, B]`; None where the
         posterior knows only the density of its own draws.
     """
 
-    draw_joint: Callable[[Params, jax.Array, int], tuple[Any, dict[str, jax.Array]]]
+    draw_joint: Callable[..., tuple[Any, dict[str, jax.Array]]]
     draw_posterior: Callable[[Params, Batch, jax.Array], Any]
     log_joint: Callable[[Params, Batch, Any], tuple[jax.Array, jax.Array]]
     log_posterior: Callable[[Params, Batch, Any], jax.Array] | None = None
@@ -160,8 +160,10 @@ class Model(NamedTuple):
       latents: what may be asked of z.
       latent_rates: `(params, batch) -> [B, L]`, the rate of each latent in closed form, nats.
       classify: `(params, batch) -> [B, num_classes]`, log q(label | x), nats.
-      sample: `(params, rng, num) -> dict` with `x` `[num, *event]` drawn from the model, where the
-        decoder has one `mean` = E[x | z] for pictures, and `label` where it was told one.
+      sample: `(params, rng, num) -> dict` with `x` `[num, *event]` drawn from the model, and where
+        the decoder has one `mean` = E[x | z] for pictures.
+      samples_have_label: whether `sample` takes a fourth argument, the classes int32 `[num]` that
+        it is to draw, by default each in turn, and returns them as `label`.
       encode: `(params, batch, rng) -> [B, F]` features; posterior means for a VAE.
       layer_sizes: sizes of the consecutive parts that `encode` concatenates, one for each layer
         of a hierarchy, from the data up; empty where there is one part.
@@ -177,7 +179,8 @@ class Model(NamedTuple):
     latents: Latents | None = None
     latent_rates: Callable[[Params, Batch], jax.Array] | None = None
     classify: Callable[[Params, Batch], jax.Array] | None = None
-    sample: Callable[[Params, jax.Array, int], dict[str, jax.Array]] | None = None
+    sample: Callable[..., dict[str, jax.Array]] | None = None
+    samples_have_label: bool = False
     encode: Callable[[Params, Batch, jax.Array], jax.Array] | None = None
     layer_sizes: tuple[int, ...] = ()
     decode: Callable[[Params, jax.Array], jax.Array] | None = None

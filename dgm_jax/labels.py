@@ -21,6 +21,13 @@ def one_hot(label: jax.Array | None, conditional: bool, spec: DataSpec) -> jax.A
     return jax.nn.one_hot(label, spec.num_classes) if conditional else None
 
 
-def in_turn(num: int, conditional: bool, spec: DataSpec) -> dict[str, jax.Array]:
-    """The `label` int32 `[num]` of as many samples, each class in turn; or an empty dict."""
-    return {"label": jnp.arange(num) % spec.num_classes} if conditional else {}
+def of_samples(
+    num: int, label: jax.Array | None, conditional: bool, spec: DataSpec
+) -> dict[str, jax.Array]:
+    """The `label` int32 `[num]` of as many samples: the given ones, or each class in turn.
+
+    An empty dict of a model that is told none.
+    """
+    if not conditional:
+        return {}
+    return {"label": jnp.arange(num) % spec.num_classes if label is None else label}

@@ -15,7 +15,7 @@ def latent_variable_model(
     *,
     player: str,
     draw: Callable[[Params, Batch, jax.Array, int], Draws],
-    draw_joint: Callable[[Params, jax.Array, int], tuple[Z, dict[str, jax.Array]]] | None,
+    draw_joint: Callable[..., tuple[Z, dict[str, jax.Array]]] | None,
     objective: str,
     num_samples: int,
     options: Options,
@@ -72,7 +72,7 @@ def latent_variable_model(
         ),
     )
     if draw_joint is not None:
-        functions["sample"] = lambda params, rng, num: draw_joint(params, rng, num)[1]
+        functions["sample"] = lambda *args: draw_joint(*args)[1]
     return Model(
         players=(Player(player, loss_fn, terms),),
         log_likelihood_fns={"elbo": elbo_of},

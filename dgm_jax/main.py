@@ -49,6 +49,9 @@ _NUM = flags.DEFINE_integer(
 _SAMPLE_SEED = flags.DEFINE_integer(
     "sample_seed", 0, "Seed of --mode=sample and quality.", lower_bound=0, upper_bound=2**31 - 1
 )
+_CLASSES = flags.DEFINE_list(
+    "classes", [], "Of --mode=sample and a model that is told labels: which to draw. Default: all."
+)
 _JUDGE = flags.DEFINE_string(
     "judge", None, "Of --mode=quality: whose features, a work directory or an .onnx file."
 )
@@ -79,6 +82,7 @@ _PROGRAM = flags.DEFINE_integer("program", None, "Of a sweep, run this program o
 _MODES_OF = {
     "num": ("sample", "ais", "quality"),
     "sample_seed": ("sample", "quality"),
+    "classes": ("sample",),
     "judge": ("quality",),
     "devices": ("plan",),
     **dict.fromkeys(("distributed", "lost_after"), ("train", "evaluate")),
@@ -122,7 +126,7 @@ def main(argv: list[str]) -> None:
     {
         "train": lambda: run.train_mode(config, workdir),
         "evaluate": lambda: run.evaluate_mode(workdir, config),
-        "sample": lambda: run.sample_mode(workdir, num, _SAMPLE_SEED.value, config),
+        "sample": lambda: run.sample_mode(workdir, num, _SAMPLE_SEED.value, _CLASSES.value, config),
         "features": lambda: run.features_mode(workdir, config),
         "quality": lambda: late("dgm_jax.judge").quality_mode(
             workdir, _NUM.value, _SAMPLE_SEED.value, _JUDGE.value, config

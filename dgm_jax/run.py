@@ -103,15 +103,24 @@ def evaluate_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
     _say_table(found, result, workdir)
 
 
-def sample_mode(workdir: Workdir, num: int, seed: int, given: ConfigDict | None = None) -> None:
+def sample_mode(
+    workdir: Workdir,
+    num: int,
+    seed: int,
+    classes: Sequence[str] = (),
+    given: ConfigDict | None = None,
+) -> None:
     """Draw `num` samples; write `samples.npz`, and to look at `samples.png` or `samples.txt`.
 
-    `given` as in `trained_model.restore`, here and below.
+    `classes` as in `trained_model.draw`, as the command line has them; `given` as in
+    `trained_model.restore`, here and below.
     """
     if num < 1:
         raise UserError(f"--num={num}: draw at least one sample")
+    if not all(text.isdigit() for text in classes):
+        raise UserError(f"--classes={','.join(classes)}: give whole numbers, as in --classes=3,7")
     restored = reopen(workdir, given)
-    samples = draw(restored, num, seed)
+    samples = draw(restored, num, seed, [int(text) for text in classes])
     write(workdir.path / "samples.npz", lambda file: np.savez_compressed(file, **samples))
     _show_samples(workdir, "samples", samples, f"step {restored.step:,}")
     say(f"{num:,} samples in {workdir.path}: samples.npz, and to look at, samples.*")

@@ -1,10 +1,11 @@
 """A trained model: brought back from its work directory, and asked for all that it can do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -102,21 +103,43 @@ def reopen(workdir: Workdir, given: ConfigDict | None = None) -> Trained:
     return restored
 
 
-def draw(trained: Trained, num: int, seed: int) -> dict[str, np.ndarray]:
+def draw(
+    trained: Trained, num: int, seed: int, classes: Sequence[int] = ()
+) -> dict[str, np.ndarray]:
     """`num` samples in compiled batches; the first m are the same however many are drawn.
 
-    A batch has each class equally often, where the model is told the label.
+    Args:
+      trained: the model.
+      num: how many.
+      seed: of the draws.
+      classes: labels that the samples have in turn, of a model that is told one; all by default.
 
     Returns:
       What `model.sample` returns, as arrays `[num, *event]`.
 
     Raises:
-      UserError: the model cannot sample.
+      UserError: the model cannot sample, is told no label, or there is no such class.
     """
-    sample = trained.model.require("sample")
-    turn = trained.spec.num_classes if trained.config.model.get("conditional", False) else 1
-    batch_size = turn * -(-_AT_ONCE // turn)
-    one_batch = jax.jit(lambda params, i: sample(params, stream(seed, "sample", i), batch_size))
+    sample, told = trained.model.require("sample"), []
+    if trained.model.samples_have_label:
+        told = list(classes) or list(range(trained.spec.num_classes))
+        if wrong := [label for label in told if not 0 <= label < trained.spec.num_classes]:
+            raise UserError(
+                f"there is no class {wrong[0]}: choose from 0 to {trained.spec.num_classes - 1}"
+            )
+    elif classes:
+        can = "conditional" in trained.config.model
+        what = "train with model.conditional=True" if can else "that needs model.conditional"
+        raise UserError(
+            f"{trained.config.model.name} was trained without labels, so its samples have no class "
+            f"to choose: {what}"
+        )
+    turn = max(len(told), 1)
+    batch_size = turn * -(-_AT_ONCE // turn)  # each class equally often
+    label = [jnp.resize(jnp.int32(told), batch_size)] if told else []
+    one_batch = jax.jit(
+        lambda params, i: sample(params, stream(seed, "sample", i), batch_size, *label)
+    )
     params, parts = jax.device_put(trained.params), []
     with Progress("sampling" if num > 10 * batch_size else None, num) as progress:
         for i in range(-(-num // batch_size)):

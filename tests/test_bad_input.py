@@ -248,6 +248,10 @@ CASES = {
         ("--mode=evaluate", "--num=3", "--workdir={dir}/run"),
         ("--num", "sample", "--mode=evaluate"),
     ),
+    "class three": Case(
+        ("--mode=sample", "--classes=three", "--workdir={dir}/run"), ("--classes=three", "whole")
+    ),
+    "classes of training": Case(smoke("--classes=3"), ("--classes", "sample", "--mode=train")),
     "samples by two processes": Case(
         ("--mode=sample", "--distributed=auto", "--workdir={dir}/run"), ("--distributed", "sample")
     ),

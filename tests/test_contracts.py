@@ -16,7 +16,7 @@ import tiny
 from conftest import REPO, on_one_device
 
 from dgm_jax import config as configs
-from dgm_jax import labels, models, run, sharding, writers
+from dgm_jax import models, run, sharding, writers
 from dgm_jax.core import Batch, Model, Params, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.data import image_sets, shapes, text
@@ -260,11 +260,13 @@ def test_a_sample_follows_its_label_and_no_other(name):
 
     @jax.jit
     def drawn(label):
-        with mock.patch.object(labels, "in_turn", lambda *_: {"label": label}):
-            return model.sample(params, jax.random.key(1), len(label))["x"]
+        samples = model.sample(params, jax.random.key(1), len(label), label)
+        return samples["x"], samples["label"]
 
     label = np.arange(64) % 4
-    changed = np.asarray(drawn(label) != drawn(0 * label)).reshape(64, -1).any(axis=1)
+    (x, told), (of_zero, _) = drawn(label), drawn(0 * label)
+    np.testing.assert_array_equal(told, label)
+    changed = np.asarray(x != of_zero).reshape(64, -1).any(axis=1)
     share = [changed[label == c].mean() for c in range(4)]
     assert share[0] == 0 and min(share[1:]) > 0
 

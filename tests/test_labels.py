@@ -11,15 +11,21 @@ SPEC = DataSpec((2,), "real", np.zeros(2, np.float32), 100, num_classes=3)
 
 
 def test_a_conditional_model_is_told_classes_one_hot_and_draws_them_in_turn():
-    told = labels.in_turn(5, True, SPEC)
+    told = labels.of_samples(5, None, True, SPEC)
     np.testing.assert_array_equal(told["label"], [0, 1, 2, 0, 1])
     np.testing.assert_array_equal(
         labels.one_hot(told["label"], True, SPEC), np.eye(3)[[0, 1, 2, 0, 1]]
     )
 
 
+def test_a_conditional_model_draws_the_classes_that_it_is_told():
+    np.testing.assert_array_equal(
+        labels.of_samples(3, jnp.array([2, 0, 2]), True, SPEC)["label"], [2, 0, 2]
+    )
+
+
 def test_another_model_is_told_nothing_whether_there_are_labels_or_not():
-    assert labels.in_turn(5, False, SPEC) == {}
+    assert labels.of_samples(5, None, False, SPEC) == {}
     assert labels.one_hot(jnp.array([0, 2]), False, SPEC) is None
     assert labels.one_hot(None, False, SPEC) is None
 

@@ -139,21 +139,41 @@ def test_a_model_that_is_told_the_label_has_no_density_of_x_and_no_features_to_j
     assert trained_model.encoder(told._replace(config=config)) == "encode"
 
 
+def _sampler(asked, conditional):
+    """A model of three classes that writes down how many samples it is asked for."""
+
+    def sample(params, rng, num, *label):
+        asked.append(num)
+        return {"label": label[0] if conditional else jnp.arange(num) % 3}
+
+    model = Model((), (), {}, sample=sample, samples_have_label=conditional)
+    config = configs.ConfigDict({"model": {"name": "gan"}})
+    return trained_model.Trained(config, model, {}, SimpleNamespace(num_classes=3), 0)
+
+
 @pytest.mark.parametrize(("conditional", "size"), [(False, 100), (True, 102)])
 def test_a_batch_of_samples_has_each_class_equally_often(conditional, size):
     """Three of them, where the model is told which; another is asked for a hundred at once."""
     asked = []
-
-    def sample(params, rng, num):
-        asked.append(num)
-        return {"label": jnp.arange(num) % 3}
-
-    trained = SimpleNamespace(
-        model=SimpleNamespace(require=lambda name: sample),
-        config=configs.ConfigDict({"model": {"conditional": conditional}}),
-        spec=SimpleNamespace(num_classes=3),
-        params={},
-    )
-    drawn = trained_model.draw(trained, 204, seed=0)["label"]
+    drawn = trained_model.draw(_sampler(asked, conditional), 204, seed=0)["label"]
     assert asked == [size] and len(drawn) == 204
     assert (np.bincount(drawn) == 68).all() == conditional
+
+
+def test_the_classes_of_samples_can_be_chosen():
+    asked = []
+    drawn = trained_model.draw(_sampler(asked, True), 103, 0, classes=[2, 0])["label"]
+    assert asked == [100]
+    np.testing.assert_array_equal(drawn, [2, 0] * 51 + [2])
+
+
+@pytest.mark.parametrize(
+    ("conditional", "label", "why"),
+    [
+        (True, 3, "there is no class 3: choose from 0 to 2"),
+        (False, 1, "gan was trained without labels"),
+    ],
+)
+def test_a_class_that_cannot_be_drawn_is_refused(conditional, label, why):
+    with pytest.raises(UserError, match=why):
+        trained_model.draw(_sampler([], conditional), 10, 0, classes=[0, label])

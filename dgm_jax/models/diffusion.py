@@ -315,11 +315,13 @@ def build(config: Config, spec: DataSpec) -> Model:
         error = squared_error(denoiser(params, label), x, gamma, noise)
         return masked_mean(weight * error, batch) / spec.num_dims, Aux({})
 
-    def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
+    def sample(
+        params: Params, rng: jax.Array, num: int, label: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
         draw_rng, decode_rng = jax.random.split(rng)
-        told = labels.in_turn(num, config.conditional, spec)
-        label = labels.one_hot(told.get("label"), config.conditional, spec)
-        denoise = denoiser(params, label, config.guidance)
+        told = labels.of_samples(num, label, config.conditional, spec)
+        given = labels.one_hot(told.get("label"), config.conditional, spec)
+        denoise = denoiser(params, given, config.guidance)
         gammas = gamma_of(params)(jnp.linspace(1.0, 0.0, config.sample_steps + 1))
         y = draw(denoise, gammas, config.sampler, draw_rng, (num, *spec.event_shape))
         y = denoisers.unscaled(y, spec)
@@ -333,4 +335,5 @@ def build(config: Config, spec: DataSpec) -> Model:
         players=(player,),
         log_likelihood_fns={"elbo": elbo},
         sample=sample,
+        samples_have_label=config.conditional,
     )

@@ -264,10 +264,12 @@ def build(config: Config, spec: DataSpec) -> Model:
         found = log_density(v, x, directions, config.tolerance)
         return found - spec.num_dims * math.log(denoisers.unit(spec))
 
-    def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
-        told = labels.in_turn(num, config.conditional, spec)
-        label = labels.one_hot(told.get("label"), config.conditional, spec)
-        v = velocity(denoisers.guided(answer(params), label, config.guidance))
+    def sample(
+        params: Params, rng: jax.Array, num: int, label: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        told = labels.of_samples(num, label, config.conditional, spec)
+        given = labels.one_hot(told.get("label"), config.conditional, spec)
+        v = velocity(denoisers.guided(answer(params), given, config.guidance))
         noise = jax.random.normal(rng, (num, *spec.event_shape))
         field = lambda t, x: v(x, t)  # noqa: E731
         x = solve(field, noise, (1.0, 0.0), config.solver, config.sample_steps)
@@ -280,4 +282,5 @@ def build(config: Config, spec: DataSpec) -> Model:
         players=(Player("field", loss_fn, terms),),
         log_likelihood_fns={} if config.divergence == "none" else {name: log_prob},
         sample=sample,
+        samples_have_label=config.conditional,
     )

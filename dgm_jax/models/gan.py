@@ -229,8 +229,10 @@ def build(config: Config, spec: DataSpec) -> Model:
         cost = objective(score(real), score(generate(params, rng, len(real), label))).generator
         return masked_mean(cost, batch), Aux({})
 
-    def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
-        told = labels.in_turn(num, config.conditional, spec)
+    def sample(
+        params: Params, rng: jax.Array, num: int, label: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        told = labels.of_samples(num, label, config.conditional, spec)
         x = generate(params, rng, num, told.get("label"))
         if spec.support == "uint8":
             x = jnp.round(spec.scale * jnp.clip(x, 0, 1))
@@ -241,4 +243,5 @@ def build(config: Config, spec: DataSpec) -> Model:
         players=(Player("discriminator", discriminator_loss), Player("generator", generator_loss)),
         log_likelihood_fns={},
         sample=sample,
+        samples_have_label=config.conditional,
     )

@@ -207,10 +207,11 @@ def build(config: Config, spec: DataSpec) -> Model:
         z, _ = bound.posterior.draw(bound.context(batch["x"], label), rng, 1)
         return likelihoods.picture(likelihood, bound.outputs(z[0], label), spec)
 
-    def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
-        """The classes in turn."""
+    def sample(
+        params: Params, rng: jax.Array, num: int, label: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
         z_rng, x_rng = jax.random.split(rng)
-        told = labels.in_turn(num, conditional=True, spec=spec)
+        told = labels.of_samples(num, label, conditional=True, spec=spec)
         z = jax.random.normal(z_rng, (num, config.latents))
         outputs = bind(params).outputs(z, told["label"])
         return likelihoods.draw(likelihood, x_rng, outputs, spec) | told
@@ -222,6 +223,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         log_weight=log_weight,
         classify=classify,
         sample=sample,
+        samples_have_label=True,
         encode=encode,
         reconstruct=reconstruct,
     )

@@ -121,18 +121,20 @@ def build(config: Config, spec: DataSpec) -> Model:
         del rng
         return -masked_mean(jnp.mean(each_log_prob(params, batch), axis=0), batch), Aux({})
 
-    def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
+    def sample(
+        params: Params, rng: jax.Array, num: int, label: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
         # As many of each order, at places drawn at random, of which the first `num` are kept.
         each = math.ceil(num / config.orders)
-        told = labels.in_turn(each * config.orders, config.conditional, spec)
+        told = labels.of_samples(num, label, config.conditional, spec)
+        every_label = jnp.resize(told["label"], each * config.orders) if told else None
         rng, shuffle = jax.random.split(rng)
         places = jax.random.permutation(shuffle, each * config.orders).reshape(-1, each)
         x = jnp.zeros((each * config.orders, spec.num_dims))
         for i, key in enumerate(jax.random.split(rng, config.orders)):
-            label = told["label"][places[i]] if told else None
-            x = x.at[places[i]].set(sample_in_order(i, params, key, each, label))
-        drawn = {"x": x.reshape(-1, *spec.event_shape)} | told
-        return {name: values[:num] for name, values in drawn.items()}
+            given = every_label[places[i]] if told else None
+            x = x.at[places[i]].set(sample_in_order(i, params, key, each, given))
+        return {"x": x[:num].reshape(num, *spec.event_shape)} | told
 
     def sample_in_order(
         i: int, params: Params, rng: jax.Array, num: int, label: jax.Array | None
@@ -153,6 +155,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         players=(Player("made", loss_fn),),
         log_likelihood_fns={"log_prob": log_prob},
         sample=sample,
+        samples_have_label=config.conditional,
     )
 
 

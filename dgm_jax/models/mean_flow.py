@@ -156,11 +156,13 @@ def build(config: Config, spec: DataSpec) -> Model:
         """That of the loss, where the network is told every label."""
         return {"identity": 0.5 * squared_error(params, batch, rng, label_dropout=0.0)}
 
-    def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
-        told = labels.in_turn(num, config.conditional, spec)
-        label = labels.one_hot(told.get("label"), config.conditional, spec)
+    def sample(
+        params: Params, rng: jax.Array, num: int, label: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        told = labels.of_samples(num, label, config.conditional, spec)
+        given = labels.one_hot(told.get("label"), config.conditional, spec)
         noise = jax.random.normal(rng, (num, *spec.event_shape))
-        x = draw(average(params, label), noise, config.sample_steps)
+        x = draw(average(params, given), noise, config.sample_steps)
         return {"x": denoisers.whole(denoisers.unscaled(x, spec), spec)} | told
 
     return Model(
@@ -168,4 +170,5 @@ def build(config: Config, spec: DataSpec) -> Model:
         players=(Player("average", loss_fn, terms),),
         log_likelihood_fns={},
         sample=sample,
+        samples_have_label=config.conditional,
     )

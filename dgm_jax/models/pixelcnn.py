@@ -162,8 +162,10 @@ def build(config: Config, spec: DataSpec) -> Model:
         del rng
         return -masked_mean(log_prob(params, batch), batch), Aux({})
 
-    def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
-        told = labels.in_turn(num, config.conditional, spec)
+    def sample(
+        params: Params, rng: jax.Array, num: int, label: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        told = labels.of_samples(num, label, config.conditional, spec)
         args = rng, num, one_hot(told.get("label")), likelihood
         return {"x": net.apply({"params": params["pixelcnn"]}, *args, method="draw")} | told
 
@@ -172,4 +174,5 @@ def build(config: Config, spec: DataSpec) -> Model:
         players=(Player("pixelcnn", loss_fn),),
         log_likelihood_fns={"log_prob": log_prob},
         sample=sample,
+        samples_have_label=config.conditional,
     )

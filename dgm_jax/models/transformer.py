@@ -97,8 +97,10 @@ def build(config: Config, spec: DataSpec) -> Model:
         del rng
         return -masked_mean(log_prob(params, batch), batch), Aux({})
 
-    def sample(params: Params, rng: jax.Array, num: int) -> dict[str, jax.Array]:
-        told = labels.in_turn(num, config.conditional, spec)
+    def sample(
+        params: Params, rng: jax.Array, num: int, label: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        told = labels.of_samples(num, label, config.conditional, spec)
         how = (told.get("label"), config.temperature, config.top_p)
         codes = net.apply({"params": params["transformer"]}, rng, num, *how, method="draw")
         tokens = jnp.argmax(codes, axis=-1).reshape(num, *spec.event_shape)
@@ -110,4 +112,5 @@ def build(config: Config, spec: DataSpec) -> Model:
         players=(Player("transformer", loss_fn),),
         log_likelihood_fns={"log_prob": log_prob},
         sample=sample,
+        samples_have_label=config.conditional,
     )

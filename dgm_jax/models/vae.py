@@ -252,10 +252,12 @@ def build(config: Config, spec: DataSpec) -> Model:
             return vae.draw_in_turn(jax.random.fold_in(rng, 1), z[0], label) / spec.scale
         return likelihoods.picture(likelihood, vae.outputs(z[0], label), spec)
 
-    def draw_joint(params: Params, rng: jax.Array, num: int) -> tuple[jax.Array, dict]:
+    def draw_joint(
+        params: Params, rng: jax.Array, num: int, label: jax.Array | None = None
+    ) -> tuple[jax.Array, dict]:
         vae = bind(params)
         z_rng, x_rng = jax.random.split(rng)
-        told = labels.in_turn(num, config.conditional, spec)
+        told = labels.of_samples(num, label, config.conditional, spec)
         label = told.get("label")
         z = vae.draw_prior(z_rng, num)
         if config.window:
@@ -274,6 +276,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         posterior_is_evaluable=POSTERIORS[config.posterior].evaluable,
         has_latent_rates=closed,
         init=init,
+        samples_have_label=config.conditional,
         encode=encode,
         decode=None if config.conditional or config.window else decode,
         reconstruct=reconstruct,
