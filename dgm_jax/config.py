@@ -304,10 +304,10 @@ def from_dict(value: Any) -> ConfigDict:
     """
     sections = {"seed", "model", *_SECTIONS}
     try:
-        usual = fields(experiment(value["model"]["name"]))
-        given = fields(ConfigDict(tuples(value)))
+        name, given = value["model"]["name"], fields(ConfigDict(tuples(value)))
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise UserError(f"a config has the sections {', '.join(sorted(sections))}") from error
+    usual = fields(experiment(name))
     if unknown := sorted(set(given) - set(usual)):
         raise UserError(f"this version of the project knows no field {unknown[0]}")
     for path, field in given.items():
@@ -317,7 +317,7 @@ def from_dict(value: Any) -> ConfigDict:
         if isinstance(field, tuple) and len(field) > _MOST_ENTRIES:
             raise UserError(f"{path} has more than {_MOST_ENTRIES} entries")
     # A field that came later has the default that keeps what was done before.
-    return override(experiment(value["model"]["name"]), given)
+    return override(experiment(name), given)
 
 
 def num_steps(length: str, field: str, steps_per_epoch: int, multiple: int) -> int:

@@ -139,12 +139,14 @@ class Latents(NamedTuple):
       log_joint: `(params, batch, z [K, B, ...]) -> (log p(x | z), log p(z))`, each `[K, B]`.
       log_posterior: `(params, batch, z [K, B, ...]) -> log q(z | x) [K, B]`; None where the
         posterior knows only the density of its own draws.
+      samples_are_exact: whether `draw_joint` draws from exp(`log_joint`) itself.
     """
 
     draw_joint: Callable[..., tuple[Any, dict[str, jax.Array]]]
     draw_posterior: Callable[[Params, Batch, jax.Array], Any]
     log_joint: Callable[[Params, Batch, Any], tuple[jax.Array, jax.Array]]
     log_posterior: Callable[[Params, Batch, Any], jax.Array] | None = None
+    samples_are_exact: bool = True
 
 
 class Model(NamedTuple):
@@ -165,6 +167,7 @@ class Model(NamedTuple):
       samples_have_label: whether `sample` takes a fourth argument, the classes int32 `[num]` that
         it is to draw, by default each in turn, and returns them as `label`.
       encode: `(params, batch, rng) -> [B, F]` features; posterior means for a VAE.
+      encoder_is_told: whether `encode` looks at the label: its features then tell it.
       layer_sizes: sizes of the consecutive parts that `encode` concatenates, one for each layer
         of a hierarchy, from the data up; empty where there is one part.
       decode: `(params, z [B, F]) -> [B, *event]`, the mean E[x | z].
@@ -182,6 +185,7 @@ class Model(NamedTuple):
     sample: Callable[..., dict[str, jax.Array]] | None = None
     samples_have_label: bool = False
     encode: Callable[[Params, Batch, jax.Array], jax.Array] | None = None
+    encoder_is_told: bool = False
     layer_sizes: tuple[int, ...] = ()
     decode: Callable[[Params, jax.Array], jax.Array] | None = None
     reconstruct: Callable[[Params, Batch, jax.Array], jax.Array] | None = None

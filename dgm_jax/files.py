@@ -21,6 +21,8 @@ from dgm_jax.core import UserError, one_line
 def reading(path: Path, advice: str) -> Iterator[None]:
     """Whatever goes wrong within is said in one line.
 
+    But what only code can do wrong: a model's module that cannot be imported is no damaged file.
+
     Args:
       path: of the file that is read and looked at within.
       advice: what to do where it is damaged.
@@ -30,6 +32,8 @@ def reading(path: Path, advice: str) -> Iterator[None]:
     """
     try:
         yield
+    except (ImportError, NameError, SyntaxError):
+        raise
     except Exception as error:  # a damaged file makes json, zipfile and numpy raise almost anything
         raise UserError(f"{path} is damaged ({reason(error)}): {advice}") from error
 

@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dgm_jax import cache, pictures, run, sharding, trained_model
+from dgm_jax import cache, pictures, results, run, sharding, trained_model
 from dgm_jax import config as configs
 from dgm_jax.core import Batch, Params, UserError
 from dgm_jax.data import dataset as data
@@ -99,7 +99,11 @@ def quality_mode(
     judge = _judge(dataset, chosen)
     say(f"judged by {judge.name}")
 
-    samples = trained_model.draw(restored, num, seed)
+    classes: Sequence[int] = ()
+    if restored.model.samples_have_label:  # as often as the data have them: no other would be like
+        labels = dataset.splits["train"].labels
+        classes = np.random.default_rng(seed).choice(labels, num).tolist()
+    samples = trained_model.draw(restored, num, seed, classes)
     x = {split: _seen(dataset, split) for split in ("train", "test")} | {"samples": samples["x"]}
     judged = {name: judge.features(of, f"features: {name}") for name, of in x.items()}
     codes = {name: of["codes"] for name, of in judged.items()}
@@ -128,15 +132,21 @@ def quality_mode(
             right = judged["samples"]["label"] == samples["label"]
             found["samples/label_accuracy"] = mean_over_examples(right, "of 1")
 
-    files = ["quality.json"]
+    files = []
     if samples["x"].ndim == 4:
         pictures.save_nearest(
             workdir.path / "nearest.png", samples["x"], x["train"], near, dataset.spec.scale
         )
         files.append("nearest.png")
     seconds = {"quality": time.monotonic() - began}
-    run.write_result(
-        workdir.path / "quality.json", restored, dataset, found, seconds, files, judge=judge.name
+    result = results.write(
+        workdir.path / "quality.json",
+        restored,
+        dataset,
+        found,
+        seconds=seconds,
+        written=files,
+        judge=judge.name,
     )
     for name, title in (
         ("samples", f"{num:,} samples against as many test examples"),
@@ -146,7 +156,7 @@ def quality_mode(
         if of := {k.partition("/")[2]: v for k, v in found.items() if k.startswith(f"{name}/")}:
             say(f"\n{title}")
             say(table(of))
-    say(f"\nin {workdir.path}: {', '.join(files)}")
+    say(f"\nin {workdir.path}: {', '.join(result['files'])}")
 
 
 def _number(num: int | None, dataset: data.Dataset) -> int:
@@ -213,13 +223,9 @@ def _own(dataset: data.Dataset) -> Workdir:
 def _of_workdir(workdir: Workdir, dataset: data.Dataset) -> Judge:
     """Features of a trained model of such data."""
     restored = trained_model.restore(workdir.path)
-    model, params, spec = restored.model, restored.params, restored.spec
+    model, params = restored.model, restored.params
     encode = trained_model.encoder(restored)
-    if (spec.event_shape, spec.support) != (dataset.spec.event_shape, dataset.spec.support):
-        raise UserError(
-            f"--judge={workdir.path} sees {spec.support} data of shape {spec.event_shape}, and the "
-            f"samples are {dataset.spec.support} of shape {dataset.spec.event_shape}"
-        )
+    trained_model.check_data(restored, dataset, f"--judge={workdir.path}")
     config = dataclasses.replace(dataset.config, binarisation="none")
 
     def judged(params: Params, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:

@@ -19,6 +19,7 @@ def latent_variable_model(
     objective: str,
     num_samples: int,
     options: Options,
+    samples_are_exact: bool = True,
     posterior_is_evaluable: bool = True,
     has_latent_rates: bool = False,
     **functions: Any,
@@ -32,6 +33,7 @@ def latent_variable_model(
       objective: one of `OBJECTIVES`.
       num_samples: K, draws per example in the objective.
       options: the objective's numbers.
+      samples_are_exact: as in `core.Latents`.
       posterior_is_evaluable: whether its density is known at any z, as `Draws.log_posterior_at`.
       has_latent_rates: whether `Draws.rate` has a column for each latent.
       **functions: the other fields of `core.Model`.
@@ -61,6 +63,7 @@ def latent_variable_model(
 
     latents = draw_joint and core.Latents(
         draw_joint=draw_joint,
+        samples_are_exact=samples_are_exact,
         draw_posterior=lambda params, batch, rng: jax.tree.map(
             lambda a: a[0], draw(params, batch, rng, 1).z
         ),

@@ -32,6 +32,7 @@ class Likelihood(NamedTuple):
       log_prob: `(outputs [..., D, P], x [..., D]) -> [...]`, nats, summed over D.
       mean: `outputs -> [..., D]`, E[x | z], of images scaled to [0, 1], for pictures.
       draw: `(rng, outputs) -> [..., D]`, x as the data hold it.
+      draws_what_it_scores: whether `draw` draws from exp(`log_prob`), which then sums to 1.
     """
 
     num_outputs: int
@@ -40,6 +41,7 @@ class Likelihood(NamedTuple):
     log_prob: Callable[[jax.Array, jax.Array], jax.Array]
     mean: Callable[[jax.Array], jax.Array]
     draw: Callable[[jax.Array, jax.Array], jax.Array]
+    draws_what_it_scores: bool = True
 
 
 def bernoulli() -> Likelihood:
@@ -195,6 +197,7 @@ def gaussian(sigma: float = 0.0) -> Likelihood:
         log_prob=log_prob,
         mean=lambda outputs: jnp.clip(outputs[..., 0], 0, 1),
         draw=draw,
+        draws_what_it_scores=False,  # draws beyond 0 and 255 are moved there, and scored less
     )
 
 
@@ -247,15 +250,27 @@ def draw_in_turn(
     return jax.lax.scan(add, jnp.zeros(shape), pixels)[0]
 
 
-def check(name: str, spec: DataSpec) -> None:
+def check(name: str, spec: DataSpec, exact: bool = False) -> None:
     """Refuse a likelihood that is none, or whose support is not the data's.
+
+    Args:
+      name: of the likelihood.
+      spec: of the data.
+      exact: whether the model's log p(x) is to be exact, and no bound.
 
     Raises:
       UserError: names the likelihood and what the data hold.
     """
     if name not in LIKELIHOODS:
         raise UserError(f"model.likelihood={name!r}: choose one of {', '.join(LIKELIHOODS)}")
-    support = LIKELIHOODS[name]().support
+    chosen = LIKELIHOODS[name]()
+    support = chosen.support
+    if exact and not chosen.draws_what_it_scores:
+        raise UserError(
+            f"model.likelihood={name!r} is less than a probability of grey values near black and "
+            "white, and this model's log p(x) is to be exact: choose categorical or "
+            "discretised_logistic_mixture"
+        )
     if support == spec.support:
         return
     needs = f"model.likelihood={name!r} needs {support} data"

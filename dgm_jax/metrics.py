@@ -56,11 +56,14 @@ def nats_per_token(log_likelihood: Metric, num_tokens: int) -> Metric:
 
 
 def _cost_per(log_likelihood: Metric, size: float, unit: str) -> Metric:
-    error = log_likelihood.standard_error
+    def scaled(error: float | None) -> float | None:
+        return None if error is None else error / size
+
     return log_likelihood._replace(
         value=-log_likelihood.value / size,
         unit=unit,
-        standard_error=None if error is None else error / size,
+        standard_error=scaled(log_likelihood.standard_error),
+        repeat_error=scaled(log_likelihood.repeat_error),
     )
 
 

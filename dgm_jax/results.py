@@ -7,59 +7,66 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
+import numpy as np
 
 from dgm_jax import config as configs
-from dgm_jax import files
-from dgm_jax.data.dataset import checked_card
+from dgm_jax import files, workdir
+from dgm_jax.data.dataset import Dataset, checked_card
 from dgm_jax.metrics import Metric
+from dgm_jax.train_state import num_parameters
+from dgm_jax.trained_model import Trained
 
 SCHEMA = 1
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml-collections", "numpy")
 
 
-def collect(
-    metrics: dict[str, Metric],
-    card: dict[str, Any],
-    config: ConfigDict,
+def write(
+    path: Path,
+    trained: Trained,
+    dataset: Dataset,
+    metrics: Mapping[str, Metric],
     *,
-    split: str,
-    step: int,
-    num_parameters: int,
-    seconds: dict[str, float],
-    files: list[str],
-    speed: dict[str, float] | None = None,
+    seconds: Mapping[str, float],
+    written: Sequence[str],
+    split: str = "test",
+    per_example: Mapping[str, np.ndarray] | None = None,
+    speed: Mapping[str, float] | None = None,
     texts: Sequence[str] = (),
     judge: str | None = None,
 ) -> dict[str, Any]:
-    """A result by the schema in `docs/results_schema.md`.
+    """Write a result by the schema in `docs/results_schema.md`, and return it.
 
     Args:
-      metrics: what was measured on `split`.
-      card: the data card.
-      config: the run's config.
-      split: the split measured on.
-      step: updates made.
-      num_parameters: scalars trained.
+      path: of the JSON file, which is written last.
+      trained: the model.
+      dataset: what it was measured on.
+      metrics: what was measured.
       seconds: wall-clock time by part.
-      files: names of the files written, relative to the work directory.
+      written: names of the files written, relative to the work directory.
+      split: the split measured on.
+      per_example: the same of each example; goes beside `path`, with the suffix `.npz`.
       speed: of training, where it was measured.
       texts: a few samples, where they are texts.
       judge: whose features were measured, where the metrics are of features.
     """
+    written = [*written, path.name]
+    if per_example is not None:
+        arrays = path.with_suffix(".npz")
+        workdir.write(arrays, lambda file: np.savez(file, **per_example))
+        written.append(arrays.name)
     result = {
         "schema": SCHEMA,
         "split": split,
-        "step": step,
+        "step": trained.step,
         "metrics": {name: metric._asdict() for name, metric in metrics.items()},
-        "data": card,
-        "config": config.to_dict(),
-        "num_parameters": num_parameters,
+        "data": dataset.card,
+        "config": trained.config.to_dict(),
+        "num_parameters": num_parameters(trained.params),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "speed": speed,
         "peak_memory_mib": round(_peak_memory_mib()),
@@ -69,12 +76,13 @@ def collect(
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
         "git_revision": git_revision(),
-        "files": files,
+        "files": written,
     }
     if texts:
         result["samples"] = list(texts)
     if judge:
         result["judge"] = judge
+    workdir.write_json(path, result)
     return result
 
 
@@ -82,7 +90,7 @@ def load(path: Path) -> dict[str, Any]:
     """A result that was written before, by whomever.
 
     Raises:
-      UserError: it is none: what `collect` says of its fields does not hold.
+      UserError: it is none: what `write` says of its fields does not hold.
     """
     with files.reading(path, "measure again, or take it away"):
         result = files.read_json(path)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,7 +30,7 @@ from dgm_jax.trained_model import (
     reopen,
     start_of,
 )
-from dgm_jax.workdir import Workdir, write, write_json, write_text
+from dgm_jax.workdir import Workdir, write, write_text
 
 # Seconds of training beside which those that `measure_speed` takes are little.
 _LONG_ENOUGH = 60
@@ -79,10 +78,19 @@ def _train(experiment: Experiment, workdir: Workdir, started: float) -> None:
     texts = _draw_pictures(trained, dataset, workdir)
     seconds["pictures"] = time.monotonic() - began
     seconds["this process"] = time.monotonic() - started
-    written = [*workdir.files(), workdir.results.name]
-    where = (seconds, written, config.eval.split, speed, texts)
-    result = write_result(workdir.results, trained, dataset, found, *where)
-    _say_table(found, result, workdir)
+    result = results.write(
+        workdir.results,
+        trained,
+        dataset,
+        found.metrics,
+        seconds=seconds,
+        written=workdir.files(),
+        split=config.eval.split,
+        per_example=found.per_example,
+        speed=speed,
+        texts=texts,
+    )
+    _say_table(found.metrics, result, workdir)
 
 
 def evaluate_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
@@ -96,11 +104,17 @@ def evaluate_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
     dataset = data_of(workdir, restored.config)
     began = time.monotonic()
     found = evaluate(restored, dataset)
-    seconds = {"evaluation": time.monotonic() - began}
-    path = workdir.path / "evaluation.json"
-    split = restored.config.eval.split
-    result = write_result(path, restored, dataset, found, seconds, [path.name], split)
-    _say_table(found, result, workdir)
+    result = results.write(
+        workdir.path / "evaluation.json",
+        restored,
+        dataset,
+        found.metrics,
+        seconds={"evaluation": time.monotonic() - began},
+        written=[],
+        split=restored.config.eval.split,
+        per_example=found.per_example,
+    )
+    _say_table(found.metrics, result, workdir)
 
 
 def sample_mode(
@@ -147,7 +161,7 @@ def ais_mode(workdir: Workdir, num: int, given: ConfigDict | None = None) -> Non
         config.seed,
     )
     path, seconds = workdir.path / "ais.json", {"evaluation": time.monotonic() - began}
-    result = write_result(path, restored, dataset, found, seconds, [path.name])
+    result = results.write(path, restored, dataset, found, seconds=seconds, written=[])
     _say_table(found, result, workdir)
 
 
@@ -193,13 +207,13 @@ def features_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
             for name, of in judged.items():  # forests on hundreds of pixels would take minutes
                 found[name] |= disentanglement.evaluate(of, factors, config.seed)
                 progress.advance(1, name)
-    result = write_result(
+    result = results.write(
         workdir.path / "features.json",
         restored,
         dataset,
         {f"{name}/{title}": m for name, of in found.items() for title, m in of.items()},
-        {"features": time.monotonic() - began},
-        ["features.npz", "features.json"],
+        seconds={"features": time.monotonic() - began},
+        written=["features.npz"],
     )
     for name, metrics_of in found.items():
         say(f"\n{name}, test split")
@@ -229,36 +243,6 @@ def data_of(workdir: Workdir, config: ConfigDict) -> data.Dataset:
     dataset = load_data(config)
     workdir.check_card(dataset.card)
     return dataset
-
-
-def write_result(
-    path: Path,
-    trained: Trained,
-    dataset: data.Dataset,
-    found: dict[str, metrics.Metric],
-    seconds: dict[str, float],
-    written: list[str],
-    split: str = "test",
-    speed: dict[str, float] | None = None,
-    texts: Sequence[str] = (),
-    judge: str | None = None,
-) -> dict[str, Any]:
-    """Write what was measured on `split`, with all that says what it is about."""
-    result = results.collect(
-        found,
-        dataset.card,
-        trained.config,
-        split=split,
-        step=trained.step,
-        num_parameters=num_parameters(trained.params),
-        seconds=seconds,
-        files=written,
-        speed=speed,
-        texts=texts,
-        judge=judge,
-    )
-    write_json(path, result)
-    return result
 
 
 def _speed(experiment: Experiment, workdir: Workdir) -> dict[str, float]:

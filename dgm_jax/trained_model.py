@@ -1,11 +1,10 @@
 """A trained model: brought back from its work directory, and asked for all that it can do."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -16,18 +15,25 @@ from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood
 from dgm_jax.experiment import abstract_state
-from dgm_jax.metrics import Metric
 from dgm_jax.progress import Progress, say
 from dgm_jax.rng import stream
 from dgm_jax.train import best_or_newest
 from dgm_jax.train_state import TrainState
 from dgm_jax.workdir import Workdir, check_writable
 
-_AT_ONCE = 100  # samples, or a few more
+_AT_ONCE = 100  # samples
 
 
 class Trained(NamedTuple):
-    """A trained model, of this process or brought back: ready to evaluate or sample."""
+    """A trained model, of this process or brought back: ready to evaluate or sample.
+
+    Attributes:
+      config: of the run.
+      model: as pure functions.
+      params: the averaged ones where the run keeps an average.
+      spec: of its data.
+      step: updates made.
+    """
 
     config: ConfigDict
     model: Model
@@ -36,19 +42,21 @@ class Trained(NamedTuple):
     step: int
 
 
-def restore(path: str | Path, given: ConfigDict | None = None) -> Trained:
+def restore(path: str | Path, given: ConfigDict | Mapping[str, Any] | None = None) -> Trained:
     """The model of a work directory with its best or newest whole checkpoint's parameters.
 
     Needs no data: what the model knows of it is in the work directory.
 
     Args:
       path: of the work directory.
-      given: a config; its section `eval` and the model's fields of sampling take the place of the
-        run's.
+      given: what takes the place of the run's values where training does not depend on it, such as
+        `{"eval.num_samples": 500}`; or a whole config.
 
     Raises:
       UserError: no work directory, one that is damaged or of another config, or nothing trained.
     """
+    if given is not None and not isinstance(given, ConfigDict):
+        given = configs.override(Workdir(Path(path)).load_config(), given)
     return _restore(path, given)[0]
 
 
@@ -59,10 +67,10 @@ def _restore(path: str | Path, given: ConfigDict | None = None) -> tuple[Trained
     spec = data.spec_of_card(card, workdir.load_mean())
     with files.reading(workdir.config, "train again"):
         models.check(config.model, spec)
-        model = models.build(config.model, spec)
         optim.check(configs.section(config, "optimizer"))
-        optimizer = optim.build(configs.section(config, "optimizer"), num_steps=1)
-        like = abstract_state(config, model, optimizer, spec, sharding.make_mesh())
+    model = models.build(config.model, spec)
+    optimizer = optim.build(configs.section(config, "optimizer"), num_steps=1)
+    like = abstract_state(config, model, optimizer, spec, sharding.make_mesh())
     state = best_or_newest(workdir, like)
     if state is None:
         raise UserError(f"{path} has no checkpoint yet: train first (--mode=train)")
@@ -134,30 +142,33 @@ def draw(
             f"{trained.config.model.name} was trained without labels, so its samples have no class "
             f"to choose: {what}"
         )
-    turn = max(len(told), 1)
-    batch_size = turn * -(-_AT_ONCE // turn)  # each class equally often
-    label = [jnp.resize(jnp.int32(told), batch_size)] if told else []
     one_batch = jax.jit(
-        lambda params, i: sample(params, stream(seed, "sample", i), batch_size, *label)
+        lambda params, seed, i, *label: sample(params, stream(seed, "sample", i), _AT_ONCE, *label)
     )
-    params, parts = jax.device_put(trained.params), []
-    with Progress("sampling" if num > 10 * batch_size else None, num) as progress:
-        for i in range(-(-num // batch_size)):
-            parts.append(jax.device_get(one_batch(params, i)))
-            progress.advance(min(batch_size, num - i * batch_size))
+    params, num_parts, parts = jax.device_put(trained.params), -(-num // _AT_ONCE), []
+    labels = np.resize(np.int32(told), (num_parts, _AT_ONCE)) if told else None
+    with Progress("sampling" if num_parts > 10 else None, num) as progress:
+        for i in range(num_parts):
+            label = () if labels is None else (labels[i],)
+            parts.append(jax.device_get(one_batch(params, seed, i, *label)))
+            progress.advance(min(_AT_ONCE, num - i * _AT_ONCE))
     return {name: np.concatenate([part[name] for part in parts])[:num] for name in parts[0]}
 
 
 def evaluate(
     trained: Trained, dataset: data.Dataset, mesh: Mesh | None = None
-) -> dict[str, Metric]:
-    """How likely the model finds the split `eval.split`, and its other numbers of it, by name.
+) -> likelihood.Measured:
+    """How likely the model finds the split `eval.split`, and each example; its other numbers.
 
     Args:
       trained: the model.
       dataset: where the split is.
       mesh: of the devices; all that there are by default.
+
+    Raises:
+      UserError: as `check_data`; or a number is not finite.
     """
+    check_data(trained, dataset)
     config, mesh = trained.config, mesh or sharding.make_mesh()
     if not trained.model.log_likelihood_fns:
         has = ", ".join(trained.model.abilities)
@@ -167,14 +178,26 @@ def evaluate(
     return measure(trained.params, config.seed)
 
 
+def check_data(trained: Trained, dataset: data.Dataset, who: str = "the model") -> None:
+    """Refuse data that are of another kind than those that a model was trained on.
+
+    Raises:
+      UserError: says what they are, and what `who` was trained on.
+    """
+    kinds = [f"{of.support} data of shape {of.event_shape}" for of in (trained.spec, dataset.spec)]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{who} was trained on {kinds[0]}, and these are {kinds[1]}")
+
+
 def encode(trained: Trained, dataset: data.Dataset) -> dict[str, np.ndarray]:
     """The features of the splits `train` and `test`, each float32 `[N, F]` in the split's order.
 
     Raises:
-      UserError: as `encoder`.
+      UserError: as `encoder` and `check_data`.
     """
     from dgm_jax.evaluators import features  # scikit-learn
 
+    check_data(trained, dataset)
     encoder(trained)
     where = (dataset, trained.config.eval.batch_size, sharding.make_mesh(), trained.config.seed)
     return features.encode(trained.model, trained.params, *where)
@@ -187,7 +210,7 @@ def encoder(trained: Trained) -> Callable[[Params, Batch, jax.Array], jax.Array]
       UserError: the model has no features, or its encoder is told the label.
     """
     found = trained.model.require("encode")
-    if trained.config.model.get("conditional", False):
+    if trained.model.encoder_is_told:
         raise UserError(
             "model.conditional=True: the encoder is told the label, so its features would tell "
             "it; train without"
@@ -196,12 +219,12 @@ def encoder(trained: Trained) -> Callable[[Params, Batch, jax.Array], jax.Array]
 
 
 def density(trained: Trained) -> Callable[[np.ndarray], np.ndarray] | None:
-    """log p(x) of vectors x, `[N, D] -> float64 [N]`, nats; None where it is not known exactly.
+    """log p(x) of x as the data hold it, `[N, *event] -> float64 [N]`, nats; None if not known.
 
     A model that is told the label knows log p(x | label) instead.
     """
     exact = trained.model.log_likelihood_fns.get("log_prob")
-    if exact is None or trained.config.model.get("conditional", False):
+    if exact is None or trained.model.samples_have_label:
         return None
     log_prob, rng = jax.jit(exact), stream(trained.config.seed, "pictures")
     at_once, params = trained.config.eval.batch_size, jax.device_put(trained.params)
@@ -211,7 +234,8 @@ def density(trained: Trained) -> Callable[[np.ndarray], np.ndarray] | None:
         with Progress("density", len(x)) as progress:
             for start in range(0, len(x), at_once):
                 part = x[start : start + at_once]
-                full = np.pad(part, [(0, at_once - len(part)), (0, 0)], mode="edge")
+                padding = [(0, at_once - len(part)), *[(0, 0)] * (x.ndim - 1)]
+                full = np.pad(part, padding, mode="edge")
                 parts.append(np.asarray(log_prob(params, {"x": full}, rng), np.float64))
                 progress.advance(len(part))
         return np.concatenate(parts)[: len(x)]

@@ -17,6 +17,16 @@ from dgm_jax import files, models, processes
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
 
+# What a run does not depend on: how it is spread over devices, where its data are (what they are
+# is in the card), and when it saves.
+_FREE = (
+    "data.path",
+    "data.source",
+    "mesh.fsdp",
+    "train.checkpoint_every",
+    "train.checkpoint_minutes",
+)
+
 
 class Workdir(NamedTuple):
     """Where the files of a run are."""
@@ -133,7 +143,7 @@ class Workdir(NamedTuple):
     def load_config(self, given: ConfigDict | None = None) -> ConfigDict:
         """The config that made the run; of the one given what no training depends on.
 
-        That is its `eval` and `mesh`, and what `models.of_trained` names.
+        That is its `eval`, the fields of `_FREE`, and what `models.of_trained` names.
 
         Raises:
           UserError: there is none, it cannot be read, or it differs from `given` in more than that.
@@ -141,24 +151,23 @@ class Workdir(NamedTuple):
         self._expect(self.config)
         with files.reading(self.config, "choose another --workdir"):
             config = configs.from_dict(files.read_json(self.config))
-        if given is not None:
-            config.eval.update(given.eval)
-            of_trained = models.of_trained(config.model.name)
-            config.model.update({k: v for k, v in given.model.items() if k in of_trained})
-            free = ", ".join(["eval", "mesh", *(f"model.{field}" for field in of_trained)])
-            self._refuse_another(
-                given,
-                config,
-                f"leave out --config, or set in it what that run had; free to differ: {free}",
-            )
+        if given is None:
+            return config
+        of_model = [f"model.{field}" for field in models.of_trained(config.model.name)]
+        free, wanted = (*_FREE, *of_model), configs.fields(given)
+        config = configs.override(config, {name: wanted[name] for name in free if name in wanted})
+        config.eval.update(given.eval)
+        self._refuse_another(
+            given,
+            config,
+            "leave out --config, or set in it what that run had; free to differ: "
+            f"{', '.join(['eval', *free])}",
+        )
         return config
 
     def _refuse_another(self, config: ConfigDict, there: ConfigDict, advice: str) -> None:
-        """Refuse a config that differs from the one `there`, which gets the `mesh` of the other.
-
-        How a run is spread over devices does not change what comes of it.
-        """
-        there.mesh.update(config.mesh)
+        """Refuse a config that differs from the one `there` in what a run depends on."""
+        there = configs.override(there, {field: configs.fields(config)[field] for field in _FREE})
         if differs := configs.differences(config, there):
             if all(field.startswith("train.duration ") for field in differs):
                 advice += (

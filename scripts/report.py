@@ -92,10 +92,10 @@ QUALITY = """
 ## Sample quality
 
 `--mode=quality` of the same runs ([results/quality](results/quality)): samples against as many test
-examples, and below them as many other test examples against the same, which is the best that a
-model could do. The features are of the judge named in the last column, and never Inception's: no
-number here is an FID. [quality.md](quality.md) says what each is. `made_mnist`, `pixelcnn_mnist`
-and `vae_mnist` were trained again for it, on a GPU, and ended at 83.37, 81.46 and 82.43 nats.
+examples, and below them as many other test examples against the same, to compare with. The
+features are of the judge named in the last column, and never Inception's: no number here is an FID.
+[quality.md](quality.md) says what each is. `made_mnist`, `pixelcnn_mnist` and `vae_mnist` were
+trained again for it, on a GPU, and ended at 83.37, 81.46 and 82.43 nats.
 
 """
 

@@ -640,7 +640,12 @@ def leave_out_what_takes_long() -> None:
     def compile_evaluation(model, dataset, config, mesh, show=True):
         terms = likelihood.elbo_terms(model, config.elbo_samples)
         measure = passes.compile_pass(terms, dataset, config.split, config.batch_size, mesh)
-        return lambda params, seed: passes.summarise(measure(params, seed), config.elbo_samples)
+
+        def evaluate(params, seed):
+            each = measure(params, seed)
+            return likelihood.Measured(passes.summarise(each, config.elbo_samples), each)
+
+        return evaluate
 
     likelihood.compile_evaluation = compile_evaluation
 

@@ -150,7 +150,9 @@ def test_a_judge_of_other_data_is_refused(gan, tmp_path):
         patch.setattr(run, "_draw_pictures", lambda *args: [])
         binary = short("classifier", **SMALL)
         run.train_mode(binary, Workdir(tmp_path))
-        with pytest.raises(UserError, match=r"sees binary data .* the samples are uint8"):
+        with pytest.raises(
+            UserError, match=r"--judge=.* was trained on binary data .* these are uint8"
+        ):
             judge.quality_mode(gan[0], 100, 0, str(tmp_path))
         with pytest.raises(UserError, match="this model has no sample"):
             judge.quality_mode(Workdir(tmp_path), 100, 0, None)

@@ -373,6 +373,21 @@ def test_check_names_the_likelihoods_that_fit_the_data(name, data, instead):
         likelihoods.check(name, SPECS[data])
 
 
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_an_exact_model_needs_a_likelihood_that_is_a_distribution(name):
+    """Around black half of a Gaussian is below it: its draws are moved to 0, and not scored."""
+    support, grey = LIKELIHOODS[name]().support, np.arange(256.0)
+    spec = DataSpec((1,), support, np.zeros(1, np.float32), 2)
+    if LIKELIHOODS[name]().draws_what_it_scores:
+        likelihoods.check(name, spec, exact=True)
+        return
+    outputs = jnp.asarray(LIKELIHOODS[name]().initial(np.zeros(1)))
+    log_prob = jax.vmap(lambda x: LIKELIHOODS[name]().log_prob(outputs, x[None]))(grey)
+    assert float(jnp.sum(jnp.exp(log_prob))) < 0.6
+    with pytest.raises(UserError, match=rf"model\.likelihood='{name}' is less than a probability"):
+        likelihoods.check(name, spec, exact=True)
+
+
 def test_check_refuses_an_unknown_likelihood_and_names_them_all():
     with pytest.raises(UserError, match=r"model\.likelihood='bernouilli'") as refusal:
         likelihoods.check("bernouilli", SPECS["binary"])

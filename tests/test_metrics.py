@@ -56,9 +56,11 @@ def test_the_uniform_model_of_bytes_has_eight_bits_per_dim(num_dims):
     assert found.num_examples == 10 and found.num_samples == 5
 
 
-def test_bits_per_dim_scales_the_standard_error():
-    found = bits_per_dim(Metric(-10.0, "nats", 2 * math.log(2), 7), 4)
+def test_bits_per_dim_scales_the_errors():
+    metric = Metric(-10.0, "nats", 2 * math.log(2), 7, repeat_error=4 * math.log(2))
+    found = bits_per_dim(metric, 4)
     assert found.standard_error == pytest.approx(0.5, rel=1e-14)
+    assert found.repeat_error == pytest.approx(1, rel=1e-14)
     assert bits_per_dim(Metric(-10.0, "nats"), 4).standard_error is None
 
 

@@ -108,3 +108,20 @@ def test_pictures_of_few_images_have_fewer_of_them(num, shown, monkeypatch):
         np.testing.assert_allclose(
             line[[0, -1]].reshape(2, 4), code["x"][2 * i : 2 * i + 2] * GAINS
         )
+
+
+@pytest.mark.parametrize(
+    ("label", "columns"), [(None, 5), (np.arange(20) % 4, 4), (np.arange(20) % 2, 4)]
+)
+def test_no_column_of_samples_has_two_classes(monkeypatch, label, columns):
+    """Each in turn, in a grid that is otherwise as square as can be."""
+    calls = []
+    monkeypatch.setattr(pictures, "save_grid", lambda *args: calls.append(args[1]))
+    x = np.broadcast_to(np.arange(20.0).reshape(20, 1, 1, 1), (20, 2, 2, 1))
+    samples = {"x": x} if label is None else {"x": x, "label": label}
+    pictures.save_samples("x.png", samples, "", 1.0)
+    (rows,) = calls
+    assert rows.shape[:2] == (20 // columns, columns)
+    if label is not None:
+        of_column = label[rows[..., 0, 0, 0].astype(int)]
+        assert (of_column == of_column[0]).all()

@@ -26,6 +26,7 @@ def test_the_model_of_the_readme_is_a_distribution():
     exec(config, made := {"__name__": "configs"})
     assert "--config=configs/mine.py" in made["__doc__"] and made["get_config"].__doc__
     exec(code, names := {"__name__": "mine"})
+    assert all(names[public].__doc__ for public in ("Config", "check", "build"))  # or ruff objects
     spec = DataSpec((2, 2, 1), "binary", np.zeros((2, 2, 1), np.float32), 4)
     names["check"](names["Config"](), spec)
     model = names["build"](names["Config"](), spec)

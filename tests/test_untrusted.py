@@ -10,13 +10,14 @@ import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import fuzz
 import jax
 import numpy as np
 import pytest
 
-from dgm_jax import results, trained_model, writers
+from dgm_jax import models, results, trained_model, writers
 from dgm_jax.core import UserError
 from dgm_jax.data import image_sets, sources, text
 from dgm_jax.sweep.run import read_about
@@ -488,6 +489,19 @@ def test_damaged_files_are_read_or_refused(tmp_path, name):
 
 def test_every_kind_is_among_them():
     assert {*MANY, *FEW} == set(fuzz.KINDS)
+
+
+@pytest.mark.parametrize("error", [SyntaxError, ImportError, NameError])
+def test_a_module_that_cannot_be_imported_is_no_damaged_file(workdir, monkeypatch, error):
+    monkeypatch.setattr(models, "get", mock.Mock(side_effect=error("in models/mine.py")))
+    with pytest.raises(error, match=r"in models/mine\.py"):
+        trained_model.restore(workdir.path)
+
+
+def test_a_model_that_cannot_be_built_is_no_damaged_file(workdir, monkeypatch):
+    monkeypatch.setattr(models, "build", mock.Mock(side_effect=TypeError("in models/mine.py")))
+    with pytest.raises(TypeError, match=r"in models/mine\.py"):
+        trained_model.restore(workdir.path)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ _HINT = (
     "numpy.savez(path, train_x=..., test_x=...), with labels also train_labels and test_labels; or "
     "give a folder with the images in its folders train and test, or in one there for each class"
 )
+_MODES = ("1", "L", "P", "RGB")  # Pillow's names of what 8 bits grey or in colour can hold
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
@@ -28,7 +29,8 @@ def load(path: str) -> LabelledArrays:
     `test_labels`, whole numbers `[N]` from 0.
 
     A folder holds images of one size in `train` and `test`, or there in a folder for each class,
-    which are numbered in the order of their names. They are grey if all of them are.
+    which are numbered in the order of their names. They have 8 bits, without transparency, and are
+    grey if all of them are.
 
     Raises:
       UserError: it cannot be read, or holds something else; says what.
@@ -69,10 +71,17 @@ def _read_folder(folder: Path) -> dict[str, np.ndarray]:
     with Progress("looking at images", len(all_paths)) as progress:
         for path in all_paths:
             with Image.open(path) as image:  # its header
+                this, first = (each.relative_to(folder) for each in (path, all_paths[0]))
+                if image.mode not in _MODES or "transparency" in image.info:
+                    raise ValueError(
+                        f"{this} is of mode {image.mode}, with more than 8 bits or transparent: "
+                        "save it in 8 bits, grey or RGB"
+                    )
+                if classes and len(this.parts) < 3:
+                    raise ValueError(f"{this} is beside the folders of the classes, in none")
                 colours.add(image.mode)
                 size = size if any(size) else image.size
                 if image.size != size:
-                    this, first = (each.relative_to(folder) for each in (path, all_paths[0]))
                     raise ValueError(f"{this} is {image.size}, and {first} {size}")
             progress.advance(1)
     mode, found = "L" if colours <= {"1", "L"} else "RGB", {}

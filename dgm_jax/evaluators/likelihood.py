@@ -6,6 +6,7 @@ Results depend neither on the batch size nor on the number of devices; see `pass
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,19 @@ class Config:
 
 
 SPLITS = ("test", "validation")
+
+
+class Measured(NamedTuple):
+    """What was measured on a split.
+
+    Attributes:
+      metrics: by name.
+      per_example: those of the metrics that are means over examples and in nats, of each of them:
+        float32 `[N]`, in the split's order.
+    """
+
+    metrics: dict[str, metrics.Metric]
+    per_example: dict[str, np.ndarray]
 
 
 def check(config: Config, mesh: Mesh) -> None:
@@ -200,7 +214,7 @@ def compile_evaluation(
     config: Config,
     mesh: Mesh,
     show: bool = True,
-) -> Callable[[Params, int], dict[str, metrics.Metric]]:
+) -> Callable[[Params, int], Measured]:
     """Everything that can be said about a model's likelihood on the split `config.split`.
 
     Args:
@@ -211,7 +225,7 @@ def compile_evaluation(
       show: whether progress is shown.
 
     Returns:
-      `(params, seed of all draws) ->` metrics by name: each term and each log-likelihood, the
+      `(params, seed of all draws) -> Measured`: each term and each log-likelihood, the
       importance-weighted bound and its bits/dim, active units; those that the model has. Compiled
       once however often it is called.
 
@@ -243,15 +257,18 @@ def compile_evaluation(
     if model.latents is not None and model.encode is not None:  # which gives their means
         codes = whole(features(model), "posterior means")
 
-    def evaluate(params: Params, seed: int) -> dict[str, metrics.Metric]:
-        found = passes.summarise(terms(params, seed), few)
+    def evaluate(params: Params, seed: int) -> Measured:
+        each = terms(params, seed)
+        found = passes.summarise(each, few)
         if "log_prob" in found:  # exact, however few draws the others take
             found["log_prob"] = found["log_prob"]._replace(num_samples=None)
         if rates:
             parts = np.mean(rates(params, seed)["rates"], axis=0, dtype=np.float64).tolist()
             found["rate"] = found["rate"]._replace(parts=parts)
         if bounds:
-            found |= _bounds(bounds(params, seed), many)
+            of_bounds = bounds(params, seed)
+            found |= _bounds(of_bounds, many)
+            each |= {name: of_bounds[name] for name in curve(many).values()}
         for name in ("log_prob", "importance_weighted_bound", *model.log_likelihood_fns):
             if name in found:  # the tightest that there is
                 found |= _per_dim(found[name], dataset.spec)
@@ -266,7 +283,7 @@ def compile_evaluation(
             found["accuracy"] = metrics.mean_over_examples(is_correct, "of 1")
         if codes:
             found["active_units"] = active_units(codes(params, seed)["codes"])
-        return found
+        return Measured(found, each)
 
     return evaluate
 

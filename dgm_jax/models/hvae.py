@@ -177,6 +177,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         player="hvae",
         draw=draw,
         draw_joint=draw_joint,
+        samples_are_exact=likelihood.draws_what_it_scores,
         objective=config.objective,
         num_samples=config.num_samples,
         options=config.options,

@@ -53,7 +53,7 @@ def check(config: Config, spec: DataSpec) -> None:
     checks.widths(config, "hidden")
     checks.at_least(config, orders=1)
     checks.one_of(config, activation=ACTIVATIONS)
-    likelihoods.check(config.likelihood, spec)
+    likelihoods.check(config.likelihood, spec, exact=True)
     if spec.num_dims < 2:
         raise UserError(f"model.name='made' needs at least two pixels, and x is {spec.event_shape}")
     if config.orders > (most := math.factorial(min(spec.num_dims, 9))):

@@ -53,7 +53,7 @@ def check(config: Config, spec: DataSpec) -> None:
         )
     checks.at_least(config, channels=1, window=1)
     checks.widths(config, "dilations")
-    likelihoods.check(config.likelihood, spec)
+    likelihoods.check(config.likelihood, spec, exact=True)
     labels.check(config.conditional, spec)
 
 

@@ -221,6 +221,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         player="two_level",
         draw=draw,
         draw_joint=draw_joint,
+        samples_are_exact=likelihood.draws_what_it_scores,
         objective=config.objective,
         num_samples=config.num_samples,
         options=config.options,

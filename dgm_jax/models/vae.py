@@ -270,6 +270,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         player="vae",
         draw=draw,
         draw_joint=draw_joint,
+        samples_are_exact=likelihood.draws_what_it_scores,
         objective=config.objective,
         num_samples=config.num_samples,
         options=config.options,
@@ -278,6 +279,7 @@ def build(config: Config, spec: DataSpec) -> Model:
         init=init,
         samples_have_label=config.conditional,
         encode=encode,
+        encoder_is_told=config.conditional,
         decode=None if config.conditional or config.window else decode,
         reconstruct=reconstruct,
     )

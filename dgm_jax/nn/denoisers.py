@@ -245,7 +245,8 @@ def guided(answer: Answer, label: jax.Array | None, weight: float) -> Callable:
     """`(x, time) -> like x`: the answer followed by a sampler (Ho & Salimans 2022, eq. 6).
 
     The weight is the paper's w plus 1: with 0 the label is not seen, with 1 it is the model of
-    p(x | label), and more exaggerates what the label says.
+    p(x | label), and more exaggerates what the label says. Where the answer is the logits of bits,
+    these are what is mixed, and not E[x] as in the paper.
     """
     if not is_guided(label, weight):
         return lambda x, time: answer(x, time, label)

@@ -19,7 +19,7 @@ from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import likelihood
 from dgm_jax.progress import Progress, say
-from dgm_jax.run import load_data, write_result
+from dgm_jax.run import load_data
 from dgm_jax.sweep import axes, jobs, program, report
 from dgm_jax.sweep.axes import Member
 from dgm_jax.trained_model import Trained
@@ -188,7 +188,9 @@ def _finish_all(
                 progress.advance(1, workdirs[i].path.name)
 
 
-def _compile_evaluation(config: ConfigDict, dataset: data.Dataset) -> Callable:
+def _compile_evaluation(
+    config: ConfigDict, dataset: data.Dataset
+) -> Callable[..., likelihood.Measured]:
     model, section = models.build(config.model, dataset.spec), configs.section(config, "eval")
     mesh = sharding.make_mesh()
     return likelihood.compile_evaluation(model, dataset, section, mesh, show=False)
@@ -221,5 +223,13 @@ def _finish(
     seconds = {**outcome.seconds, "evaluation": time.monotonic() - began}
     model = models.build(config.model, dataset.spec)
     trained = Trained(config, model, state.eval_params, dataset.spec, int(state.step))
-    files = [*workdir.files(), workdir.results.name]
-    write_result(workdir.results, trained, dataset, found, seconds, files, config.eval.split)
+    results.write(
+        workdir.results,
+        trained,
+        dataset,
+        found.metrics,
+        seconds=seconds,
+        written=workdir.files(),
+        split=config.eval.split,
+        per_example=found.per_example,
+    )

@@ -4,7 +4,8 @@
 #     scripts/slurm/sweep.sh configs/vae_mnist.py gpu 'model.prior=standard,realnvp;seed=0:3'
 #
 # The arguments are the config, a partition, in place of the config's own perhaps a grid, and any
-# flags of dgm_jax.main. A preempted job is queued again. Given again after an interruption, the same
+# flags of dgm_jax.main. In the environment: GPUS of a job (1), its time limit in MINUTES (1440), and
+# PYTHON (.venv/bin/python). A preempted job is queued again. Given again after an interruption, the same
 # command submits what is left.
 
 set -euo pipefail

@@ -119,11 +119,28 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     with pytest.raises(UserError, match=r"zz\.png is \(6, 4\), and train.a.00\.png \(4, 6\)"):
         data.load(config)
     (tmp_path / "test" / "a" / "zz.png").unlink()
+    (beside := tmp_path / "train" / "zz.png").write_bytes(
+        (tmp_path / "train/a/00.png").read_bytes()
+    )
+    with pytest.raises(UserError, match=r"train.zz\.png is beside the folders of the classes"):
+        data.load(config)
+    beside.unlink()
     (tmp_path / "test" / "a").rename(tmp_path / "test" / "c")
     with pytest.raises(UserError, match=r"train has no class 'c', and test has"):
         data.load(config)
     (tmp_path / "test").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"test_x is empty.*folders train and test"):
+        data.load(config)
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "shape"),
+    [("I;16", np.uint16, ()), ("RGBA", np.uint8, (4,)), ("LA", np.uint8, (2,))],
+)
+def test_what_8_bits_of_colour_cannot_hold_is_not_cut_off(tmp_path, mode, dtype, shape):
+    config = _folder(tmp_path, IMAGES[:6])
+    Image.fromarray(np.full((6, 4, *shape), 9, dtype)).save(tmp_path / "test" / "a" / "zz.png")
+    with pytest.raises(UserError, match=rf"zz\.png is of mode {mode}, .*save it in 8 bits"):
         data.load(config)
 
 

@@ -51,6 +51,13 @@ def test_evaluate_finds_the_likelihood_of_each_example_and_a_bracket_of_the_mode
     assert abs(found["ais_bound"].value - exact.mean()) < 0.08
 
 
+def test_what_is_not_drawn_from_the_density_itself_brackets_nothing():
+    model = _model()
+    model = model._replace(latents=model.latents._replace(samples_are_exact=False))
+    found = ais.evaluate(model, jnp.asarray(W), {"x": jnp.zeros((2, DIMS))}, 2, 2, seed=0)
+    assert list(found) == ["ais_bound"]
+
+
 def test_evaluate_refuses_a_model_without_latents():
     with pytest.raises(UserError, match="latents"):
         ais.evaluate(_model()._replace(latents=None), W, {"x": jnp.zeros((2, DIMS))}, 2, 2, seed=0)

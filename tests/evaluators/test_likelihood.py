@@ -363,15 +363,17 @@ SMALL = likelihood.Config(num_samples=20, elbo_samples=10, batch_size=16, chunk=
 
 def test_evaluate_reports_what_the_passes_find(reference):
     model, mesh = _linear_gaussian(WRONG), sharding.make_mesh()
-    found = likelihood.compile_evaluation(model, _dataset(37), SMALL, mesh)(PARAMS, 0)
+    found, each = likelihood.compile_evaluation(model, _dataset(37), SMALL, mesh)(PARAMS, 0)
     measured = {name for name in reference if name != "codes" and not name.startswith("variance")}
     assert found.keys() == measured | {"bits_per_dim", "active_units"}
+    assert each.keys() == measured
     curve = {name: k for k, name in likelihood.curve(20).items()}
     assert sorted(curve.values()) == [1, 10, 20]
     for name in measured:
         metric, values = found[name], reference[name]
         assert metric.unit == "nats" and metric.num_examples == 37
         assert metric.num_samples == curve.get(name, 10)
+        np.testing.assert_allclose(each[name], values, rtol=1e-12)
         np.testing.assert_allclose(metric.value, values.mean(), rtol=1e-10)
         np.testing.assert_allclose(metric.standard_error, stats.sem(values), rtol=1e-10)
     # The tightest bound that there is, in bits per pixel.
@@ -387,9 +389,8 @@ def test_the_rate_has_those_of_the_latents_as_its_parts():
         return batch["id"][:, None] * jnp.arange(3.0)[None]
 
     model = _linear_gaussian(WRONG)._replace(latent_rates=latent_rates)
-    found = likelihood.compile_evaluation(model, _dataset(37), SMALL, sharding.make_mesh())(
-        PARAMS, 0
-    )
+    evaluate = likelihood.compile_evaluation(model, _dataset(37), SMALL, sharding.make_mesh())
+    found = evaluate(PARAMS, 0).metrics
     assert found["rate"].parts == [0.0, 18.0, 36.0]  # the mean of 0, ..., 36 is 18
     assert found["distortion"].parts is None
 
@@ -406,7 +407,9 @@ def test_evaluate_of_a_model_with_an_exact_likelihood():
 
     model = Model(init=None, players=(), log_likelihood_fns={"log_prob": log_prob})
     dataset = _dataset(37)
-    found = likelihood.compile_evaluation(model, dataset, SMALL, sharding.make_mesh())(PARAMS, 0)
+    found = likelihood.compile_evaluation(model, dataset, SMALL, sharding.make_mesh())(
+        PARAMS, 0
+    ).metrics
     assert found.keys() == {"log_prob", "bits_per_dim"}
     exact = _exact(dataset).mean()
     assert all(metric.num_samples is None for metric in found.values())  # nothing is drawn
@@ -418,7 +421,9 @@ def test_the_split_is_the_one_that_the_config_names():
     dataset, mesh = _dataset(37), sharding.make_mesh()
     dataset = dataset._replace(splits={**dataset.splits, "validation": _dataset(5).splits["test"]})
     chosen = dataclasses.replace(SMALL, split="validation")
-    found = likelihood.compile_evaluation(_linear_gaussian(WRONG), dataset, chosen, mesh)(PARAMS, 0)
+    found = likelihood.compile_evaluation(_linear_gaussian(WRONG), dataset, chosen, mesh)(
+        PARAMS, 0
+    ).metrics
     assert found["importance_weighted_bound"].num_examples == 5
     dataset.splits["validation"] = dataset.splits["test"].part("validation", np.arange(0))
     with pytest.raises(UserError, match=r"eval\.split='validation' needs data\.validation above 0"):
@@ -443,7 +448,7 @@ def test_features_that_are_no_posterior_means_have_no_active_units():
     """Those of a classifier, a flow, a codebook: of models without continuous latents."""
     model = _linear_gaussian(WRONG)._replace(latents=None)
     found = likelihood.compile_evaluation(model, _dataset(5), SMALL, sharding.make_mesh())
-    assert "active_units" not in found(PARAMS, 0)
+    assert "active_units" not in found(PARAMS, 0).metrics
 
 
 def test_active_units_counts_variances_above_a_hundredth():

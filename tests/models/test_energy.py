@@ -1,5 +1,6 @@
 """Energies against densities known in closed form: their slope, their Z, and what learning does."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -75,6 +76,22 @@ def _tilt(num_dims):
 def test_quadrature_finds_the_normaliser_of_a_mixture(num_dims):
     found = jax.jit(lambda: energy.log_normaliser(_tilt(num_dims), num_dims))()
     assert float(found) == pytest.approx(math.log(7), abs=1e-5)
+
+
+def test_what_is_too_narrow_for_the_grid_has_no_normaliser():
+    """A ridge of a hundredth of the grid's distance: its integral is a matter of where points lie.
+
+    One of ten distances is integrated to the last digit that float32 has.
+    """
+
+    def tilt_to(deviation):
+        narrow = functools.partial(gaussian_log_prob, mu=0.3, log_sigma=math.log(deviation))
+        return lambda u: narrow(u[:, 0]) - standard_gaussian_log_prob(u[:, 0])
+
+    for deviation, known in ((2e-4, False), (0.2, True)):
+        log_z = float(jax.jit(lambda d=deviation: energy.log_normaliser(tilt_to(d), 2))())
+        assert math.isnan(log_z) == (not known)
+        assert not known or log_z == pytest.approx(0, abs=1e-5)
 
 
 def test_annealing_finds_it_in_three_dimensions_between_its_bounds():
