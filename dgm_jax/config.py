@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import importlib.util
-import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -65,7 +64,7 @@ class TrainConfig:
     members_per_program: int = 0
 
 
-_SECTIONS = {
+SECTIONS = {
     "data": data.Config,
     "mesh": sharding.Config,
     "optimizer": optim.Config,
@@ -75,9 +74,6 @@ _SECTIONS = {
 
 # Variants of the experiments in the plane: what they learn.
 TOYS = {name.replace("_", "-"): {"data.dataset": name} for name in toys.NAMES}
-
-# Modes that look at a trained model; `Workdir.load_config` says which fields they may set.
-MODES_OF_TRAINED = ("evaluate", "sample", "features", "quality", "ais")
 
 _MOST_ENTRIES = 1000  # of a field, in a config that is read back
 
@@ -95,7 +91,7 @@ _SMOKE = {
 
 def experiment(model: str) -> ConfigDict:
     """A config with the defaults of every section and of the named model."""
-    sections = {name: dataclasses.asdict(section()) for name, section in _SECTIONS.items()}
+    sections = {name: dataclasses.asdict(section()) for name, section in SECTIONS.items()}
     return ConfigDict({"seed": 0, "model": models.defaults(model), **sections}).lock()
 
 
@@ -132,7 +128,7 @@ def override(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     known = fields(config)
     for path, value in values.items():
         if path not in known:
-            raise UserError(_unknown_field(path, known))
+            raise UserError(unknown_field(path, known))
         try:
             config.update_from_flattened_dict({path: value})
         except TypeError as error:
@@ -190,39 +186,6 @@ def _module(filename: str) -> ModuleType:
     return module
 
 
-def check_flags(argv: list[str]) -> list[str]:
-    """Refuse `--config=...` and `--config.field=...` flags that name what is not there.
-
-    ml_collections finds the same faults later, as tracebacks.
-
-    Returns:
-      The flags; where fields are set of a model that was trained, with its own config before them.
-
-    Raises:
-      UserError: names the file, variant or field, and the nearest that there are.
-    """
-    named = {}
-    for arg, following in itertools.pairwise([*argv[1:], ""]):
-        name, equals, value = arg.partition("=")
-        if name.startswith("-"):  # --name=value, or --name value
-            named[name.lstrip("-")] = value if equals else following
-    for name in named:
-        if name.partition(".")[0] in ("seed", "model", *_SECTIONS):
-            raise UserError(f"--{name}: a field of the config is set by --config.{name}")
-    paths = [name for name in named if name.startswith(("config.", "noconfig."))]
-    if paths and "config" not in named:
-        if named.get("mode") not in MODES_OF_TRAINED or not named.get("workdir"):
-            raise UserError(f"--{paths[0]} needs --config, the file whose field it sets")
-        named["config"] = f"{Path(__file__).with_name('kept_config.py')}:{named['workdir']}"
-        argv = [argv[0], f"--config={named['config']}", *argv[1:]]
-    if "config" in named:
-        known = fields(load(named["config"]))
-        for field in (path.removeprefix("no").removeprefix("config.") for path in paths):
-            if field not in known:
-                raise UserError(_unknown_field(field, known))
-    return argv
-
-
 def _no_such_file(filename: str) -> str:
     """What to say of a config file that is not there."""
     folders = Path(filename).parent, Path("configs")
@@ -232,7 +195,7 @@ def _no_such_file(filename: str) -> str:
     return f"--config={filename}: no such file; {advice}"
 
 
-def _unknown_field(path: str, known: Mapping[str, Any]) -> str:
+def unknown_field(path: str, known: Mapping[str, Any]) -> str:
     """What to say of a field that is not there, with the nearest that are."""
     last = {name.rpartition(".")[2]: name for name in known}
     near = difflib.get_close_matches(path, known, n=3)
@@ -260,7 +223,7 @@ def value_of(config: ConfigDict, path: str) -> Any:
     """
     known = fields(config)
     if path not in known:
-        raise UserError(_unknown_field(path, known))
+        raise UserError(unknown_field(path, known))
     return known[path]
 
 
@@ -272,7 +235,7 @@ def section(config: ConfigDict, name: str, numbers: Mapping[str, Any] | None = N
       name: of the section.
       numbers: fields by dotted path, of any section, that replace the config's; may be traced.
     """
-    return _SECTIONS[name](**{**config[name], **of_section(numbers or {}, name)})
+    return SECTIONS[name](**{**config[name], **of_section(numbers or {}, name)})
 
 
 def of_section(values: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -302,7 +265,7 @@ def from_dict(value: Any) -> ConfigDict:
     Raises:
       UserError: it is none.
     """
-    sections = {"seed", "model", *_SECTIONS}
+    sections = {"seed", "model", *SECTIONS}
     try:
         name, given = value["model"]["name"], fields(ConfigDict(tuples(value)))
     except (TypeError, KeyError, ValueError, AttributeError) as error:

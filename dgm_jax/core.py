@@ -209,9 +209,15 @@ class Model(NamedTuple):
 
     @property
     def loss_fn(self) -> Callable[[Params, Batch, jax.Array], tuple[jax.Array, Aux]]:
-        """The loss of the only player, for the many models that have one."""
-        (player,) = self.players
-        return player.loss_fn
+        """The loss of the only player, for the many models that have one.
+
+        Raises:
+          UserError: there are several; names them.
+        """
+        if len(self.players) != 1:
+            names = ", ".join(player.name for player in self.players)
+            raise UserError(f"this model has the players {names}: take players[i].loss_fn of one")
+        return self.players[0].loss_fn
 
 
 def disjoint(*parts: Mapping[str, Any]) -> dict[str, Any]:

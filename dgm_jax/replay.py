@@ -5,6 +5,7 @@ step is made again as it was, then once more with every intermediate value check
 """
 
 import traceback
+from contextlib import closing
 from pathlib import Path
 
 import flax
@@ -98,9 +99,8 @@ def _not_finite(kind: str, tree: object) -> list[str]:
 
 def _state_before(number: int, experiment: Experiment, workdir: Workdir) -> TrainState:
     """The state before update `number`, from the newest checkpoint, or from the start."""
-    checkpoints = Checkpoints(workdir.checkpoints)
-    state = first_state(experiment, checkpoints, start_of(experiment.config))
-    checkpoints.close()
+    with closing(Checkpoints(workdir.checkpoints)) as checkpoints:
+        state = first_state(experiment, checkpoints, start_of(experiment.config))
     first = int(state.step)
     if first >= number:
         raise UserError(

@@ -1,7 +1,7 @@
 """The training loop."""
 
-import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -37,9 +37,8 @@ def best_or_newest(workdir: Workdir, like: TrainState) -> TrainState | None:
       like: its abstract state.
     """
     for directory in (workdir.best_checkpoint, workdir.checkpoints):
-        checkpoints = Checkpoints(directory)
-        state = checkpoints.restore(like, say)
-        checkpoints.close()
+        with closing(Checkpoints(directory)) as checkpoints:
+            state = checkpoints.restore(like, say)
         if state is not None:
             return state
     return None
@@ -180,7 +179,7 @@ def train(
     if config.train.keep_best:
         del state  # the devices may not hold two
         state = best_or_newest(workdir, experiment.abstract_state)
-    return state, log.seconds
+    return state, log.clock.seconds
 
 
 class _Best:
@@ -218,10 +217,7 @@ class _Log:
         self._experiment = experiment
         self._several = len(experiment.model.players) > 1
         self._writer = writers.Writer(workdir.metrics, workdir.tensorboard, step)
-        earlier = [row for row in writers.read(workdir.metrics) if "seconds" in row]
-        last = earlier[-1] if earlier else {"seconds": 0.0, "cpu_seconds": 0.0}
-        self.seconds = {"training": last["seconds"], "training_cpu": last["cpu_seconds"]}
-        self._mark = self._now()
+        self.clock = writers.Clock(writers.read(workdir.metrics))
         self._progress = Progress("training", experiment.num_steps, start=step)
 
     def dispatch(self, step: int, measured: Metrics) -> None:
@@ -229,26 +225,18 @@ class _Log:
         measured = jax.device_get(measured)
         steps = self._experiment.steps_per_dispatch
         refuse_non_finite(step, steps, measured)
-        now = self._now()
-        spent, self._mark = {name: now[name] - self._mark[name] for name in now}, now
-        self.seconds = {name: self.seconds[name] + spent[name] for name in now}
-        elapsed = spent["training"]
+        elapsed = self.clock.lap()
         row = means(measured)
-        examples_per_second = steps * self._experiment.config.train.batch_size / elapsed
-        times = {"seconds": self.seconds["training"], "cpu_seconds": self.seconds["training_cpu"]}
-        self._writer.write(step, {**row, "examples_per_second": examples_per_second, **times})
+        speed = steps * self._experiment.config.train.batch_size / elapsed
+        self._writer.write(step, row | {"examples_per_second": speed} | self.clock.columns)
         shown = "  ".join(
             f"{name if self._several else name.partition('/')[2]} {value:.2f}"
             for name, value in row.items()
             if not name.endswith("grad_norm")
         )
         self._progress.advance(
-            steps, f"{steps / elapsed:,.0f} steps/s  {examples_per_second:,.0f} examples/s  {shown}"
+            steps, f"{steps / elapsed:,.0f} steps/s  {speed:,.0f} examples/s  {shown}"
         )
-
-    @staticmethod
-    def _now() -> dict[str, float]:
-        return {"training": time.monotonic(), "training_cpu": time.process_time()}
 
     def validation(self, step: int, per_example: dict[str, np.ndarray]) -> dict[str, Metric]:
         """One row of validation means, which it returns."""

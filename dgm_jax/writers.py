@@ -1,8 +1,9 @@
-"""Metrics over time: `metrics.jsonl` for programs, TensorBoard event files for people."""
+"""Metrics over time: `metrics.jsonl` for programs, TensorBoard event files for people; a clock."""
 
 import functools
 import json
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,39 @@ class Writer:
             self._jsonl.close()
         if "_events" in vars(self):
             self._events.close()
+
+
+class Clock:
+    """How long training has taken, over all interruptions: goes on from the rows before it.
+
+    Attributes:
+      seconds: `training` by the clock, `training_cpu` summed over the processors.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, float]]) -> None:
+        """Start it; `rows` as `read` gives them."""
+        last = max(rows, key=lambda row: row.get("seconds", -1.0), default={})
+        self.seconds = {
+            "training": last.get("seconds", 0.0),
+            "training_cpu": last.get("cpu_seconds", 0.0),
+        }
+        self._mark = self._now()
+
+    def lap(self, num_runs: int = 1) -> float:
+        """Seconds since the last lap; each of the runs side by side is given its equal share."""
+        now = self._now()
+        spent, self._mark = {name: now[name] - self._mark[name] for name in now}, now
+        self.seconds = {name: self.seconds[name] + spent[name] / num_runs for name in now}
+        return spent["training"]
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """What a row says of it."""
+        return {"seconds": self.seconds["training"], "cpu_seconds": self.seconds["training_cpu"]}
+
+    @staticmethod
+    def _now() -> dict[str, float]:
+        return {"training": time.monotonic(), "training_cpu": time.process_time()}
 
 
 def read(jsonl: Path) -> list[dict]:

@@ -131,7 +131,8 @@ def _apart(one: list[np.ndarray], other: list[np.ndarray]) -> float:
             return np.inf
         if not np.array_equal(a, b):
             a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-            worst = max(worst, float(np.max(np.abs(a - b)) / np.max(np.abs(a))))
+            apart = float(np.max(np.abs(a - b)) / np.max(np.abs(a)))
+            worst = max(worst, apart if np.isfinite(apart) else np.inf)
     return worst
 
 

@@ -5,13 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dgm_jax.core import Aux, UserError, disjoint, masked_mean
+from dgm_jax.core import Aux, Model, Player, UserError, disjoint, masked_mean
 
 
 def test_masked_mean():
     values = jnp.array([1.0, 3.0, np.nan])
     assert masked_mean(values, {"mask": jnp.array([True, True, False])}) == 2.0
     assert masked_mean(values[:2], {}) == 2.0
+
+
+def test_one_of_several_players_is_to_be_named():
+    players = Player("generator", "loss of one"), Player("discriminator", "loss of the other")
+    assert Model(None, players[:1], {}).loss_fn == "loss of one"
+    with pytest.raises(UserError, match="the players generator, discriminator: take players"):
+        _ = Model(None, players, {}).loss_fn
 
 
 def test_a_mask_that_leaves_no_row_is_refused():

@@ -178,6 +178,22 @@ def test_what_another_process_has_begun_meanwhile_is_not_taken_over(tmp_path):
         assert workdir.load_config().seed == 0
 
 
+def test_where_the_data_are_and_when_it_saves_may_change(tmp_path):
+    """What the data are is in the card."""
+    fields = {"data.dataset": "arrays", "data.path": "a.npz"}
+    workdir, config = Workdir(tmp_path), configs.override(configs.experiment("vae"), fields)
+    with workdir.claimed(config, {}, np.zeros(1)):
+        workdir.metrics.write_text('{"step": 1}\n')
+    fields = {"data.path": "b.npz", "train.checkpoint_every": "1 epoch"}
+    moved = configs.override(config, fields)
+    workdir.check_config(moved)
+    assert workdir.load_config(moved).data.path == "b.npz"
+    assert workdir.load_config().data.path == "a.npz"
+    other = configs.override(moved, {"data.binarisation": "none"})
+    with pytest.raises(UserError, match=r"data\.binarisation was dynamic, is none\)"):
+        workdir.check_config(other)
+
+
 def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
     """Also after a death that released nothing by itself."""
     config = configs.experiment("vae")

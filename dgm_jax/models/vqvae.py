@@ -291,7 +291,6 @@ def build(config: Config, spec: DataSpec) -> Model:
         init=init,
         players=(Player("vqvae", loss_fn), Player("prior", prior_loss_fn)),
         log_likelihood_fns={"elbo": elbo},
-        log_weight=elbo,
         sample=sample,
         encode=encode,
         reconstruct=reconstruct,

@@ -1,7 +1,6 @@
 """Members that differ only in numbers, trained side by side in one compiled program."""
 
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from dgm_jax.evaluators import likelihood, passes
 from dgm_jax.experiment import Experiment, prepare, training_arrays
 from dgm_jax.interruption import Interrupted
 from dgm_jax.progress import Progress, say
-from dgm_jax.train import NonFiniteError, refuse_non_finite
+from dgm_jax.train import NonFiniteError, means, refuse_non_finite
 from dgm_jax.train_state import TrainState
 from dgm_jax.train_step import Metrics, init_state, train_steps
 from dgm_jax.workdir import Workdir, write_json
@@ -182,7 +181,7 @@ def train(
             raise Interrupted(signum, interruption.saved_at(done))
     state = jax.device_get(state)
     each = [jax.tree.map(lambda a, i=i: np.asarray(a[i]), state) for i in range(num)]
-    return [Outcome(s, log.seconds, f) for s, f in zip(each, log.failures, strict=True)]
+    return [Outcome(s, log.clock.seconds, f) for s, f in zip(each, log.failures, strict=True)]
 
 
 def _padded(values: jax.Array | np.ndarray, place: NamedSharding) -> jax.Array:
@@ -281,23 +280,15 @@ class _Log:
         self.failures = [w.load_failure(until=step) for w in workdirs]
         self._new: dict[int, int] = {}  # who has failed since, and by which step
         # Of all: those of a member that failed end early.
-        rows = [row for w in workdirs for row in writers.read(w.metrics) if "seconds" in row]
-        none = {"seconds": 0.0, "cpu_seconds": 0.0}
-        last = max(rows, key=lambda row: row["seconds"], default=none)
-        self.seconds = {"training": last["seconds"], "training_cpu": last["cpu_seconds"]}
-        self._mark = time.monotonic(), time.process_time()
+        self.clock = writers.Clock(row for w in workdirs for row in writers.read(w.metrics))
         self._progress = Progress(title, experiment.num_steps, start=step)
 
     def dispatch(self, step: int, measured: Metrics, going: jax.Array) -> None:
         """A row for each member; metrics are `[M, K]`, `going` bool `[M]`, M with the padding."""
         measured, going = jax.device_get((measured, going))
-        now, num = (time.monotonic(), time.process_time()), len(self._writers)
-        elapsed = now[0] - self._mark[0]
-        for name, after, before in zip(self.seconds, now, self._mark, strict=True):
-            self.seconds[name] += (after - before) / num
-        self._mark = now
+        num = len(self._writers)
         config, steps = self._experiment.config, self._experiment.steps_per_dispatch
-        examples_per_second = num * steps * config.train.batch_size / elapsed
+        examples_per_second = num * steps * config.train.batch_size / self.clock.lap(num)
         losses = []
         for i, writer in enumerate(self._writers):
             if self.failures[i] is not None:
@@ -311,12 +302,10 @@ class _Log:
             if not going[i]:
                 self._note(i, step, f"a parameter is not finite after step {step:,}")
                 continue
-            row = {name: float(np.mean(values)) for name, values in own.items()}
+            row = means(own)
             losses += [value for name, value in row.items() if name.endswith("/loss")]
-            row |= {"examples_per_second": examples_per_second / num}
-            row |= {"seconds": self.seconds["training"]}
-            row |= {"cpu_seconds": self.seconds["training_cpu"]}
-            writer.write(step, row)
+            speed = {"examples_per_second": examples_per_second / num}
+            writer.write(step, row | speed | self.clock.columns)
         stopped = len(self.failures) - self.failures.count(None)
         losses = f"losses {min(losses):.2f} to {max(losses):.2f}" if losses else "none is left"
         self._progress.advance(
@@ -331,11 +320,11 @@ class _Log:
             if self.failures[i] is not None:
                 continue
             try:
-                means = passes.summarise(per_example, num_samples=1)
+                of_member = passes.summarise(per_example, num_samples=1)
             except UserError as error:
                 self._note(i, step, f"validation after step {step:,}: {error}")
             else:
-                writer.write(step, {f"validation/{n}": m.value for n, m in means.items()})
+                writer.write(step, {f"validation/{n}": m.value for n, m in of_member.items()})
 
     @property
     def going(self) -> np.ndarray:

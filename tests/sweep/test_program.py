@@ -331,7 +331,7 @@ def test_time_goes_on_from_the_member_that_was_trained_longest(tiny_dataset, tmp
         workdir.metrics.write_text(json.dumps(row) + "\n")
     log = program._Log(program.check(_configs({})[0], tiny_dataset), dirs, 100, None)
     log.close()
-    assert log.seconds == {"training": 70, "training_cpu": 140}
+    assert log.clock.seconds == {"training": 70, "training_cpu": 140}
 
 
 def test_the_next_dispatch_is_started_before_metrics_are_fetched(

@@ -14,8 +14,8 @@ from absl.testing import flagsaver
 from conftest import REPO, on_one_device
 from scipy import stats
 
+from dgm_jax import command_line, main, run, sharding
 from dgm_jax import config as configs
-from dgm_jax import main, run, sharding
 from dgm_jax.core import UserError
 from dgm_jax.sweep import axes, mode, program, report
 from dgm_jax.sweep import run as sweep
@@ -233,7 +233,7 @@ def _command(*flags):
     argv = ["main", *flags]
     with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", argv)  # where ml_collections looks for fields
-        main.main(main._parse(argv))
+        main.main(command_line.parse(argv))
 
 
 def _table(folder):
