@@ -149,7 +149,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh: Mesh | None = None)
     optimizer, mesh = configs.section(config, "optimizer"), mesh or sharding.make_mesh()
     optim.check(optimizer)
     evaluation = configs.section(config, "eval")
-    likelihood.check(evaluation, mesh)
+    likelihood.check(evaluation)
     likelihood.check_split(evaluation, dataset)
     train, num_train = config.train, len(dataset.splits["train"])
     if train.batch_size > num_train:
@@ -157,7 +157,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh: Mesh | None = None)
             f"train.batch_size={train.batch_size} is larger than the training split "
             f"({num_train:,} examples)"
         )
-    sharding.check_batch("train.batch_size", train.batch_size, mesh.size)
+    sharding.check_batch(train.batch_size, mesh.size)
     sharding.check_parts(train.num_parts, train.batch_size, mesh.size)
     precision.check("train.compute_dtype", train.compute_dtype)
     if train.steps_per_dispatch < 1:

@@ -95,7 +95,7 @@ def plan_mode(config: ConfigDict, devices: Sequence[str]) -> None:
         raise UserError(f"--devices={','.join(devices)}: give whole numbers of at least 1")
     numbers = sorted({int(text) for text in devices})
     for num in numbers:  # before any takes minutes to compile
-        sharding.check_batch("train.batch_size", config.train.batch_size, num)
+        sharding.check_batch(config.train.batch_size, num)
         sharding.check_parts(config.train.num_parts, config.train.batch_size, num)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", numbers[-1])

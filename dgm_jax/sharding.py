@@ -24,7 +24,7 @@ class Config:
     fsdp: bool = False
 
 
-def share_cores(most: int, *batch_sizes: int) -> None:
+def share_cores(most: int) -> None:
     """Make each core of a CPU a device, where JAX has not started yet and nobody has said how many.
 
     Work that needs no exchange, as a sweep's members, then runs side by side, instead of dividing
@@ -32,20 +32,22 @@ def share_cores(most: int, *batch_sizes: int) -> None:
 
     Args:
       most: devices that there is work for.
-      *batch_sizes: which the devices have to divide.
     """
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    possible = range(1, min(most, os.cpu_count() or 1) + 1)
-    num = max(n for n in possible if not any(size % n for size in batch_sizes))
     with suppress(RuntimeError):  # JAX has started
-        jax.config.update("jax_num_cpu_devices", num)
+        jax.config.update("jax_num_cpu_devices", min(most, os.cpu_count() or 1))
 
 
 def make_mesh(num: int | None = None) -> Mesh:
     """The first `num` devices on the axis `data`; all that there are by default."""
     devices = jax.devices()[:num]
     return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+
+
+def rounded_up(size: int, mesh: Mesh) -> int:
+    """`size`, or as many more as the devices need to share it equally."""
+    return -(-size // mesh.size) * mesh.size
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -93,16 +95,16 @@ def check_parts(num_parts: int, batch_size: int, num_devices: int) -> None:
         )
 
 
-def check_batch(field: str, batch_size: int, num_devices: int) -> None:
-    """Refuse a batch that so many devices cannot share equally.
+def check_batch(batch_size: int, num_devices: int) -> None:
+    """Refuse a `train.batch_size` that so many devices cannot share equally.
 
     Raises:
-      UserError: names the field and the nearest sizes that can be.
+      UserError: names the nearest sizes that can be.
     """
     n = num_devices
     if batch_size < 1 or batch_size % n:
         below = max(batch_size // n, 1) * n
         raise UserError(
-            f"{field}={batch_size} cannot be divided over {n} device(s); "
+            f"train.batch_size={batch_size} cannot be divided over {n} device(s); "
             f"nearest: {below} or {below + n}"
         )

@@ -106,7 +106,7 @@ def reopen(workdir: Workdir, given: ConfigDict | None = None) -> Trained:
       UserError: as `restore`, or the work directory is not writable, or `eval` makes no sense.
     """
     restored = restore(workdir.path, given)
-    likelihood.check(configs.section(restored.config, "eval"), sharding.make_mesh())
+    likelihood.check(configs.section(restored.config, "eval"))
     check_writable(workdir.path)
     return restored
 

@@ -493,7 +493,6 @@ VALUES = {
     "eval.chunk=0": ("at least 1",),
     "eval.ais_temperatures=0": ("at least 1",),
     "eval.ais_chains=0": ("at least 1",),
-    "eval.batch_size=30": ("8 device", "24 or 32"),
     "data.binarisation='statc'": ("dynamic", "fixed", "none"),
     "data.binarisation='none'": ("bernoulli", "binary", "'dynamic'"),
     "model.objective='iwea'": ("iwae", "elbo"),

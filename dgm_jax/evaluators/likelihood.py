@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dgm_jax import metrics, sharding
+from dgm_jax import metrics
 from dgm_jax.core import Batch, DataSpec, Model, Params, UserError, disjoint
 from dgm_jax.data import dataset as data
 from dgm_jax.evaluators import aggregate, passes
@@ -29,7 +29,8 @@ class Config:
         the number. Features, quality and annealed importance sampling are of the test split.
       num_samples: K of the importance-weighted bound, per example.
       elbo_samples: draws that the ELBO and its terms are averaged over, per example.
-      batch_size: examples evaluated at once; changes speed and memory, not results.
+      batch_size: examples evaluated at once, rounded up to what the devices can share equally;
+        changes speed and memory, not results.
       chunk: draws per example, or codes of the aggregate posterior, evaluated at once; changes
         speed and memory, not results. About a thousand decoder outputs (batch_size * chunk) at once
         is fastest on a CPU.
@@ -65,7 +66,7 @@ class Measured(NamedTuple):
     per_example: dict[str, np.ndarray]
 
 
-def check(config: Config, mesh: Mesh) -> None:
+def check(config: Config) -> None:
     """Refuse values that make no sense.
 
     Raises:
@@ -77,7 +78,6 @@ def check(config: Config, mesh: Mesh) -> None:
         least = int(name != "aggregate_examples")
         if name != "split" and value < least:
             raise UserError(f"eval.{name}={value}: must be at least {least}")
-    sharding.check_batch("eval.batch_size", config.batch_size, mesh.size)
 
 
 def check_split(config: Config, dataset: data.Dataset) -> None:

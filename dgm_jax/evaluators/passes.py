@@ -32,7 +32,8 @@ def compile_pass(
       fn: what to compute per example.
       dataset: where the split is.
       split: its name.
-      batch_size: examples at once; the last batch is padded and its padding dropped.
+      batch_size: examples at once, or as many more as the devices need to share them equally; the
+        last batch is padded and its padding dropped.
       mesh: the devices.
 
     Returns:
@@ -41,6 +42,7 @@ def compile_pass(
     """
     chosen = dataset.splits[split]
     arrays = processes.on_every_device((chosen.x, chosen.labels), mesh)
+    batch_size = sharding.rounded_up(batch_size, mesh)
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def one_batch(params: Params, arrays: Any, seed: jax.Array, start: jax.Array) -> dict:

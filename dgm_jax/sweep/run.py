@@ -50,8 +50,7 @@ def run_sweep(
         return [i for i in wanted if not all(workdirs[j].finished for j in groups[i])]
 
     members_left = [each[j] for i in left() for j in groups[i]]
-    largest = max((len(groups[i]) for i in left()), default=1)
-    sharding.share_cores(largest, *{member.eval.batch_size for member in members_left})
+    sharding.share_cores(max((len(groups[i]) for i in left()), default=1))
     # All of them, before the first trains for hours.
     datasets: dict[str, data.Dataset] = {}
     for member in members_left:

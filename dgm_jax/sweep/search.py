@@ -1,12 +1,11 @@
 """A search instead of a grid: Optuna chooses the members of each round (the extra `sweep`)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
-from dgm_jax import config as configs
 from dgm_jax import models, run, sharding, writers
 from dgm_jax.core import UserError
 from dgm_jax.progress import say
@@ -57,7 +56,7 @@ def search(
     if folder.exists() and not is_new(folder) and not (folder / "round-0").exists():
         raise UserError(f"{folder} is not empty and is no search: choose another --workdir")
     # Once for all rounds: JAX starts with it.
-    sharding.share_cores(num_members, *_values(over, config, "eval.batch_size"))
+    sharding.share_cores(num_members)
     model = models.build(config.model, run.load_data(config).spec)
     if not model.log_likelihood_fns:
         raise UserError(
@@ -107,11 +106,6 @@ def _numbers(trials: str) -> tuple[int, int]:
     if not (rounds.isdigit() and members.isdigit() and int(rounds) and int(members)):
         raise UserError(f"--trials={trials!r}: write rounds and members of each, such as 4x8")
     return int(rounds), int(members)
-
-
-def _values(over: Mapping[str, Distribution], config: ConfigDict, path: str) -> Sequence[Any]:
-    """What a field may be in a search: its own value, or the choices."""
-    return over[path].values if path in over else [configs.value_of(config, path)]
 
 
 def _lies_in(member: Member, over: Mapping[str, Distribution]) -> bool:

@@ -145,19 +145,6 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
 
 
-def test_devices_can_share_every_batch_that_may_be_proposed(tmp_path, monkeypatch):
-    def share(most, *batch_sizes):
-        asked.append((most, sorted(batch_sizes)))
-        raise KeyboardInterrupt
-
-    asked = []
-    monkeypatch.setattr(search.sharding, "share_cores", share)
-    over = {"eval.batch_size": axes.choice(75, 100)}
-    with pytest.raises(KeyboardInterrupt):
-        search.search(tmp_path, _config(), over, "2x3")
-    assert asked == [(3, [75, 100])]
-
-
 def test_a_search_in_which_every_trial_fails_says_so(tmp_path, monkeypatch):
     def pretend(folder, config, members, launcher):
         for workdir in sweep.workdirs_of(folder, axes.complete(config, members)):
