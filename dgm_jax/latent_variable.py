@@ -41,7 +41,7 @@ def latent_variable_model(
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         draws = draw(params, batch, rng, num_samples)
-        loss = masked_mean(OBJECTIVES[objective](draws, options), batch)
+        loss = masked_mean(OBJECTIVES[objective].cost(draws, options), batch)
         return loss, Aux(terms=terms_of(draws))
 
     def terms_of(draws: Draws) -> dict[str, jax.Array]:

@@ -211,36 +211,23 @@ def mmd(x: jax.Array, y: jax.Array, weight: jax.Array) -> jax.Array:
     return within(x, weight) + within(y, weight_y) - 2 * between
 
 
-OBJECTIVES: dict[str, Callable[[Draws, Options], jax.Array]] = {
-    "elbo": elbo,
-    "elbo_monte_carlo": elbo_monte_carlo,
-    "stl": sticking_the_landing,
-    "iwae": iwae,
-    "dreg": dreg,
-    "vimco": vimco,
-    "gumbel_softmax": gumbel_softmax,
-    "straight_through": straight_through,
-    "renyi": renyi,
-    "free_bits": free_bits,
-    "tcvae": tcvae,
-    "infovae": infovae,
-}
+class Objective(NamedTuple):
+    """An objective, and what it can be used with.
 
-# What an objective needs of its draws that not every model's have.
-_NEEDS = {
-    "elbo": ("reparameterised",),
-    "elbo_monte_carlo": ("reparameterised",),
-    "stl": ("reparameterised", "log_posterior_at"),
-    "iwae": ("reparameterised",),
-    "dreg": ("reparameterised", "log_posterior_at"),
-    "vimco": ("log_posterior_at",),
-    "gumbel_softmax": ("relaxed",),
-    "straight_through": ("relaxed",),
-    "renyi": ("reparameterised",),
-    "free_bits": ("reparameterised", "rate"),
-    "tcvae": ("reparameterised", "log_posterior_pairs"),
-    "infovae": ("reparameterised", "draw_prior"),
-}
+    Attributes:
+      cost: `(draws, options) -> [B]`, nats.
+      needs: what it needs of its draws: names of `DRAWS_MAY_HAVE`.
+      least: the fewest draws per example.
+      most: the most.
+    """
+
+    cost: Callable[[Draws, Options], jax.Array]
+    needs: tuple[str, ...]
+    least: int = 1
+    most: float = math.inf
+
+
+# What an objective needs that not every model's draws have.
 DRAWS_MAY_HAVE = {
     "reparameterised": "z that can be differentiated in the posterior's parameters",
     "log_posterior_at": "log q(z | x) at given z",
@@ -248,6 +235,21 @@ DRAWS_MAY_HAVE = {
     "rate": "the rate of each latent in closed form",
     "log_posterior_pairs": "q(z | x) latent by latent",
     "draw_prior": "one vector z, to hold against draws from its prior",
+}
+
+OBJECTIVES = {
+    "elbo": Objective(elbo, ("reparameterised",)),
+    "elbo_monte_carlo": Objective(elbo_monte_carlo, ("reparameterised",)),
+    "stl": Objective(sticking_the_landing, ("reparameterised", "log_posterior_at")),
+    "iwae": Objective(iwae, ("reparameterised",)),
+    "dreg": Objective(dreg, ("reparameterised", "log_posterior_at")),
+    "vimco": Objective(vimco, ("log_posterior_at",), least=2),  # it compares the draws
+    "gumbel_softmax": Objective(gumbel_softmax, ("relaxed",)),
+    "straight_through": Objective(straight_through, ("relaxed",)),
+    "renyi": Objective(renyi, ("reparameterised",), least=2),
+    "free_bits": Objective(free_bits, ("reparameterised", "rate")),
+    "tcvae": Objective(tcvae, ("reparameterised", "log_posterior_pairs"), most=1),
+    "infovae": Objective(infovae, ("reparameterised", "draw_prior"), most=1),
 }
 
 # What the draws of a hierarchy have.
@@ -278,7 +280,7 @@ class Config:
 
 def usable(provided: Collection[str]) -> list[str]:
     """The objectives of a model whose draws have `provided`: names of `DRAWS_MAY_HAVE`."""
-    return [name for name, needs in _NEEDS.items() if set(needs) <= set(provided)]
+    return [name for name, of in OBJECTIVES.items() if set(of.needs) <= set(provided)]
 
 
 def check(
@@ -299,19 +301,20 @@ def check(
     allowed = ", ".join(usable(provided))
     if name not in OBJECTIVES:
         raise UserError(f"model.objective={name!r}: choose one of {allowed}")
-    if missing := [DRAWS_MAY_HAVE[need] for need in _NEEDS[name] if need not in provided]:
+    chosen = OBJECTIVES[name]
+    if missing := [DRAWS_MAY_HAVE[need] for need in chosen.needs if need not in provided]:
         raise UserError(
             f"model.objective={name!r} needs {' and '.join(missing)}, which {of} does not have: "
             f"choose one of {allowed}"
         )
-    if num_samples < 1:
-        raise UserError(f"model.num_samples={num_samples}: an objective needs K of at least 1")
-    if name in ("vimco", "renyi") and num_samples < 2:
+    if num_samples < chosen.least:
         raise UserError(
-            f"model.num_samples={num_samples}: {name!r} compares draws with each other: at least 2"
+            f"model.num_samples={num_samples}: {name!r} needs K of at least {chosen.least}"
         )
-    if name in ("tcvae", "infovae") and num_samples != 1:
-        raise UserError(f"model.num_samples={num_samples}: {name!r} uses one draw per example")
+    if num_samples > chosen.most:
+        raise UserError(
+            f"model.num_samples={num_samples}: {name!r} takes a K of at most {chosen.most}"
+        )
     checks.at_least(options, beta=0, free_nats=0, mmd_weight=0)
     if not math.isfinite(options.alpha) or (name == "renyi" and options.alpha == 1):
         raise UserError(

@@ -297,8 +297,8 @@ MUTANTS = {
         "draws = draw(params, batch, rng, 1)", "models/test_hierarchies.py",
     ),
     "a loss of the usual numbers": Mutant(
-        LATENT_VARIABLE, "OBJECTIVES[objective](draws, options)",
-        "OBJECTIVES[objective](draws, Options())", "models/test_hierarchies.py",
+        LATENT_VARIABLE, "OBJECTIVES[objective].cost(draws, options)",
+        "OBJECTIVES[objective].cost(draws, Options())", "models/test_hierarchies.py",
     ),
     # The VAE.
     "the rate to N(0, I) whatever the prior": Mutant(

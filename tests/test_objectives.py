@@ -114,7 +114,7 @@ def _draws(model, posterior, eps, x=X, **fields):
 
 @functools.partial(jax.jit, static_argnames="name")
 def _cost(name, model, posterior, eps, options, x=X):
-    return OBJECTIVES[name](_draws(model, posterior, eps, x), options)
+    return OBJECTIVES[name].cost(_draws(model, posterior, eps, x), options)
 
 
 @functools.partial(jax.jit, static_argnames="name")
@@ -122,7 +122,7 @@ def _gradients(name, model, posterior, eps, options, x=X, weight=1.0):
     """Of the costs' weighted sum, with respect to the model and to the posterior."""
 
     def total(model, posterior):
-        return jnp.sum(weight * OBJECTIVES[name](_draws(model, posterior, eps, x), options))
+        return jnp.sum(weight * OBJECTIVES[name].cost(_draws(model, posterior, eps, x), options))
 
     return jax.grad(total, argnums=(0, 1))(model, posterior)
 
@@ -380,7 +380,7 @@ def test_the_signal_to_noise_ratio_falls_with_k_for_iwae_and_rises_for_dreg():
         def total(mu, name):
             posterior = {"mu": mu, "log_sigma": LINE_WRONG["log_sigma"]}
             draws = _draws(LINE, posterior, eps, LINE_X)
-            return jnp.sum(OBJECTIVES[name](draws, Options()))
+            return jnp.sum(OBJECTIVES[name].cost(draws, Options()))
 
         return [jax.grad(total)(mu, name)[:, 0] for name in ("iwae", "dreg")]
 

@@ -62,11 +62,15 @@ def check(config: Config, spec: DataSpec) -> None:
         raise UserError(f"model.latents={config.latents}: give one number for each of two levels")
     checks.at_least(config, width=1)
     networks.check("mlp", config.activation, spec)
-    flow = (config.flow_steps, config.flow_width)
-    priors.check(config.prior, config.latents[1], config.components, *flow, spec.support)
+    priors.check(config.prior, _prior_sizes(config, spec), spec.support)
     likelihoods.check(config.likelihood, spec)
     has = objectives.LAYERED
     objectives.check(config.objective, config.num_samples, config.options, has, "a hierarchy")
+
+
+def _prior_sizes(config: Config, spec: DataSpec) -> priors.Sizes:
+    flow = (config.flow_steps, config.flow_width)
+    return priors.Sizes(config.latents[1], config.components, *flow, spec.unit_mean)
 
 
 class Joined(nn.Module):
@@ -100,14 +104,7 @@ class Net(nn.Module):
         self.generate_1 = Conditional(bottom, two, config.activation)
         self.decoder_inputs = Joined(config.width, config.activation)
         self.decoder = networks.Decoder("mlp", one, config.activation, config.likelihood, spec)
-        self.prior = priors.make(
-            config.prior,
-            top,
-            config.components,
-            config.flow_steps,
-            config.flow_width,
-            spec.unit_mean,
-        )
+        self.prior = priors.PRIORS[config.prior](_prior_sizes(config, spec))
 
     def __call__(self, x: jax.Array) -> None:
         """Touch every parameter, for initialisation."""

@@ -90,8 +90,7 @@ def check(config: Config, spec: DataSpec) -> None:
     checks.widths(config, "encoder", "decoder")
     networks.check(config.network, config.activation, spec, config.window)
     checks.one_of(config, posterior=POSTERIORS)
-    flow = (config.flow_steps, config.flow_width)
-    priors.check(config.prior, config.latents, config.components, *flow, spec.support)
+    priors.check(config.prior, _prior_sizes(config, spec), spec.support)
     likelihoods.check(config.likelihood, spec)
     prior, posterior = config.prior, config.posterior
     of = f"a vae with posterior {posterior!r} and prior {prior!r}"
@@ -119,6 +118,11 @@ def _provided(config: Config) -> list[str]:
     return [name for name, is_there in found.items() if is_there]
 
 
+def _prior_sizes(config: Config, spec: DataSpec) -> priors.Sizes:
+    flow = (config.flow_steps, config.flow_width)
+    return priors.Sizes(config.latents, config.components, *flow, spec.unit_mean)
+
+
 class Net(nn.Module):
     """All networks of one VAE, and the densities that they parametrise."""
 
@@ -134,10 +138,8 @@ class Net(nn.Module):
             self.decoder = networks.WindowDecoder(*layers, config.window)
         else:
             self.decoder = networks.Decoder(*layers)
+        self.prior = priors.PRIORS[config.prior](_prior_sizes(config, spec))
         flow = (config.flow_steps, config.flow_width)
-        self.prior = priors.make(
-            config.prior, config.latents, config.components, *flow, spec.unit_mean
-        )
         self.posterior = POSTERIORS[config.posterior](
             config.latents, *(flow if config.posterior == "iaf" else ())
         )

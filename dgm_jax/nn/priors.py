@@ -11,6 +11,7 @@ through and that the others leave alone.
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -210,12 +211,38 @@ def mixture_log_prob(
     return jax.nn.logsumexp(log_probs, axis=-1).reshape(z.shape[:-1])
 
 
-PRIORS = ("standard", "mixture", "vamp", "realnvp", "autoregressive")
+class Sizes(NamedTuple):
+    """Of a prior; each uses those that it has.
+
+    Attributes:
+      latents: L.
+      components: of a mixture; pseudo-inputs of a VampPrior.
+      flow_steps, flow_width: of a flow.
+      mean: of the data, scaled to [0, 1], `[*event]`: where pseudo-inputs start.
+    """
+
+    latents: int
+    components: int
+    flow_steps: int
+    flow_width: int
+    mean: np.ndarray
 
 
-def check(
-    name: str, latents: int, components: int, flow_steps: int, flow_width: int, support: str
-) -> None:
+def _vamp(sizes: Sizes) -> Vamp:
+    bias = np.log(sizes.mean + 0.01) - np.log(1.01 - sizes.mean)
+    return Vamp(sizes.latents, sizes.components, sizes.mean.shape, bias)
+
+
+PRIORS: dict[str, Callable[[Sizes], nn.Module]] = {
+    "standard": lambda of: Standard(of.latents),
+    "mixture": lambda of: Mixture(of.latents, of.components),
+    "vamp": _vamp,
+    "realnvp": lambda of: RealNVP(of.latents, of.flow_steps, of.flow_width),
+    "autoregressive": lambda of: Autoregressive(of.latents, of.flow_steps, of.flow_width),
+}
+
+
+def check(name: str, sizes: Sizes, support: str) -> None:
     """Refuse a prior that is none, that has no parts, or that does not go with the data.
 
     Raises:
@@ -223,45 +250,12 @@ def check(
     """
     if name not in PRIORS:
         raise UserError(f"model.prior={name!r}: choose one of {', '.join(PRIORS)}")
-    for field, value in (
-        ("components", components),
-        ("flow_steps", flow_steps),
-        ("flow_width", flow_width),
-    ):
-        if value < 1:
+    for field in ("components", "flow_steps", "flow_width"):
+        if (value := getattr(sizes, field)) < 1:
             raise UserError(f"model.{field}={value}: must be at least 1")
-    if name in ("realnvp", "autoregressive") and latents < 2:
+    if name in ("realnvp", "autoregressive") and sizes.latents < 2:
         raise UserError(f"model.prior={name!r} needs model.latents of at least 2")
     if name == "vamp" and support == "real":
         raise UserError(
             "model.prior='vamp' needs images: its pseudo-inputs lie between black and white"
         )
-
-
-def make(
-    name: str,
-    latents: int,
-    components: int,
-    flow_steps: int,
-    flow_width: int,
-    mean: np.ndarray,
-) -> nn.Module:
-    """The prior of that name.
-
-    Args:
-      name: one of `PRIORS`.
-      latents: L.
-      components: of a mixture; pseudo-inputs of a VampPrior.
-      flow_steps, flow_width: of a flow.
-      mean: of the data, scaled to [0, 1], `[*event]`: where pseudo-inputs start.
-    """
-    if name == "standard":
-        return Standard(latents)
-    if name == "mixture":
-        return Mixture(latents, components)
-    if name == "vamp":
-        bias = np.log(mean + 0.01) - np.log(1.01 - mean)
-        return Vamp(latents, components, mean.shape, bias)
-    return {"realnvp": RealNVP, "autoregressive": Autoregressive}[name](
-        latents, flow_steps, flow_width
-    )

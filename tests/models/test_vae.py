@@ -334,7 +334,7 @@ def test_every_loss_is_its_objective_of_its_own_numbers():
         for name, (prior, k) in cases.items():
             model = _build(prior=prior, objective=name, num_samples=k, **numbers)
             found[name] = model.loss_fn(params, batch, rng)[0]
-            objective, options = objectives.OBJECTIVES[name], objectives.Options(**numbers)
+            objective, options = objectives.OBJECTIVES[name].cost, objectives.Options(**numbers)
             expected[name] = jnp.mean(objective(draws[prior, k], options)[batch["mask"]])
         return found, expected
 

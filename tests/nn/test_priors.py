@@ -45,7 +45,8 @@ class Prior:
     """One prior with random parameters: its density and its draws as plain functions."""
 
     def __init__(self, name, latents, components=3, steps=2, mean=MEAN):
-        self.module = priors.make(name, latents, components, steps, flow_width=5, mean=mean)
+        sizes = priors.Sizes(latents, components, flow_steps=steps, flow_width=5, mean=mean)
+        self.module = PRIORS[name](sizes)
         self.latents, self.posterior_of = latents, _posterior_of(latents)
         leaves, structure = jax.tree.flatten(jax.eval_shape(self.fresh))
         rng = np.random.default_rng(2)
