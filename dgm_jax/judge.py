@@ -106,22 +106,7 @@ def quality_mode(
     samples = trained_model.draw(restored, num, seed, classes)
     x = {split: _seen(dataset, split) for split in ("train", "test")} | {"samples": samples["x"]}
     judged = {name: judge.features(of, f"features: {name}") for name, of in x.items()}
-    codes = {name: of["codes"] for name, of in judged.items()}
-    rows = np.random.default_rng(seed).permutation(len(codes["test"]))
-    reference, others = codes["test"][rows[:num]], codes["test"][rows[num : 2 * num]]
-    # Labels come in turn: a block of neighbours would have each of them equally often.
-    mixed = codes["samples"][np.random.default_rng(seed).permutation(num)]
-
-    found: dict[str, Metric] = {}
-    with Progress("distances", 3) as progress:
-        near = quality.nearest(codes["samples"], codes["train"])
-        fresh = quality.nearest(codes["test"], codes["train"])
-        progress.advance(1, "to the training data")
-        for name, of in (("samples", mixed), ("test", others)):
-            found |= {f"{name}/{k}": v for k, v in quality.evaluate(of, reference).items()}
-            progress.advance(1, name)
-    copying = quality.copying(near.distance, fresh.distance)
-    found["samples/copying"] = Metric(copying, "of 1", num_examples=num)
+    near, found = _compare({name: of["codes"] for name, of in judged.items()}, seed)
     if dataset.toy is not None:
         modes = quality.modes(samples["x"], dataset.toy)
         found |= {f"samples/{name}": metric for name, metric in modes.items()}
@@ -157,6 +142,27 @@ def quality_mode(
             say(f"\n{title}")
             say(table(of))
     say(f"\nin {workdir.path}: {', '.join(result['files'])}")
+
+
+def _compare(codes: dict[str, np.ndarray], seed: int) -> tuple[quality.Nearest, dict[str, Metric]]:
+    """Features `[N, F]` of samples, and of other test examples, held against test examples.
+
+    Returns:
+      The training examples nearest to the samples, and the metrics by name.
+    """
+    num, found = len(codes["samples"]), {}
+    rows = np.random.default_rng(seed).permutation(len(codes["test"]))
+    reference, others = codes["test"][rows[:num]], codes["test"][rows[num : 2 * num]]
+    with Progress("distances", 3) as progress:
+        near = quality.nearest(codes["samples"], codes["train"])
+        fresh = quality.nearest(codes["test"], codes["train"])
+        progress.advance(1, "to the training data")
+        for name, of in (("samples", codes["samples"]), ("test", others)):
+            found |= {f"{name}/{k}": v for k, v in quality.evaluate(of, reference).items()}
+            progress.advance(1, name)
+    copying = quality.copying(near.distance, fresh.distance)
+    found["samples/copying"] = Metric(copying, "of 1", num_examples=num)
+    return near, found
 
 
 def _number(num: int | None, dataset: data.Dataset) -> int:

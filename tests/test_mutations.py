@@ -475,7 +475,7 @@ MUTANTS = {
         "mcmc.py", "before - proposed[1] + log_q", "before - proposed[1]", "test_mcmc.py"
     ),
     "grid without its cell": Mutant(
-        ENERGY, "return jax.nn.logsumexp(rows) + num_dims * ", "return jax.nn.logsumexp(rows) + ",
+        ENERGY, "fine = jax.nn.logsumexp(fine) + num_dims * ", "fine = jax.nn.logsumexp(fine) + ",
         "models/test_energy.py",
     ),
     "chains pushed up": Mutant(
