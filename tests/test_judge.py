@@ -77,7 +77,8 @@ def test_samples_have_each_label_as_often_as_the_data_in_no_order(gan, monkeypat
     """Of which three in four are sevens here. In turn, each label would come equally often."""
     dataset = data.load(configs.section(short("gan", **{"data.binarisation": "none"}), "data"))
     train = dataset.splits["train"]
-    train = train._replace(labels=np.where(np.arange(len(train)) % 4, 7, 1).astype(np.int32))
+    sevens = np.where(np.arange(len(train)) % 4, 7, 1).astype(np.int32)
+    train = data.Split("train", train.x, sevens, train.factors)
     dataset = dataset._replace(splits={**dataset.splits, "train": train})
     drawn = mock.Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(run, "data_of", lambda *args: dataset)
