@@ -102,7 +102,7 @@ def quality_mode(
     classes: Sequence[int] = ()
     if restored.model.samples_have_label:  # as often as the data have them: no other would be like
         labels = dataset.splits["train"].labels
-        classes = np.random.default_rng(seed).choice(labels, num).tolist()
+        classes = np.random.default_rng((seed, 1)).choice(labels, num).tolist()
     samples = trained_model.draw(restored, num, seed, classes)
     x = {split: _seen(dataset, split) for split in ("train", "test")} | {"samples": samples["x"]}
     judged = {name: judge.features(of, f"features: {name}") for name, of in x.items()}
