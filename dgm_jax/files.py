@@ -21,7 +21,7 @@ from dgm_jax.core import UserError, one_line
 def reading(path: Path, advice: str) -> Iterator[None]:
     """Whatever goes wrong within is said in one line.
 
-    But what only code can do wrong: a model's module that cannot be imported is no damaged file.
+    Except for what only code gets wrong: a module that cannot be imported is no damaged file.
 
     Args:
       path: of the file that is read and looked at within.
@@ -124,7 +124,10 @@ def _check_array(member: zipfile.ZipExtFile, entry: zipfile.ZipInfo) -> None:
         raise ValueError(f"{entry.filename} is compressed")
     if np.lib.format.read_magic(member) != (1, 0):
         raise ValueError(f"{entry.filename} is of another version of the format")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+    try:
+        shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+    except SyntaxError as error:  # from NumPy's own reading of a header, which is a Python literal
+        raise ValueError(f"{entry.filename} has no header ({error})") from error
     size = entry.file_size - member.tell()
     if not dtype.itemsize or math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"{entry.filename} says that it is {dtype} {shape}, and has {size} bytes")

@@ -100,7 +100,7 @@ def quality_mode(
     say(f"judged by {judge.name}")
 
     classes: Sequence[int] = ()
-    if restored.model.samples_have_label:  # as often as the data have them: no other would be like
+    if restored.model.samples_have_label:  # each as often as in the data
         labels = dataset.splits["train"].labels
         classes = np.random.default_rng((seed, 1)).choice(labels, num).tolist()
     samples = trained_model.draw(restored, num, seed, classes)

@@ -265,13 +265,13 @@ def check(name: str, spec: DataSpec, exact: bool = False) -> None:
         raise UserError(f"model.likelihood={name!r}: choose one of {', '.join(LIKELIHOODS)}")
     chosen = LIKELIHOODS[name]()
     support = chosen.support
-    if exact and not chosen.draws_what_it_scores:
-        raise UserError(
-            f"model.likelihood={name!r} is less than a probability of grey values near black and "
-            "white, and this model's log p(x) is to be exact: choose categorical or "
-            "discretised_logistic_mixture"
-        )
     if support == spec.support:
+        if exact and not chosen.draws_what_it_scores:
+            raise UserError(
+                f"model.likelihood={name!r} gives the grey values probabilities that sum to less "
+                "than 1, and log p(x) of this model is to be exact: choose categorical or "
+                "discretised_logistic_mixture"
+            )
         return
     needs = f"model.likelihood={name!r} needs {support} data"
     if {support, spec.support} == {"binary", "uint8"}:

@@ -41,8 +41,8 @@ def save_samples(
 ) -> None:
     """A square grid of samples; of the decoder's means where the model gives them.
 
-    Of vectors, all of them, by their first two entries. Where samples have each class in turn, no
-    column has two of them.
+    Of vectors, all of them, by their first two entries. Where there are few classes, which samples
+    have in turn, no column has two of them.
 
     Args:
       path: the .png.
@@ -59,8 +59,9 @@ def save_samples(
         return
     images = np.asarray(samples.get("mean", samples["x"] / scale))[:most]
     columns = int(np.ceil(np.sqrt(len(images))))
-    if num_classes := len(np.unique(samples.get("label", [])[: len(images)])):  # drawn in turn
-        columns = num_classes * max(1, round(columns / num_classes))  # each of a column alone
+    num_classes = len(np.unique(samples.get("label", [])[: len(images)]))
+    if 0 < num_classes <= min(2 * columns, len(images) // 2):  # each column is of one class
+        columns = num_classes * max(1, round(columns / num_classes))
     missing = -len(images) % columns
     images = np.concatenate([images, np.ones((missing, *images.shape[1:]), images.dtype)])
     what = "means E[x | z]" if "mean" in samples else "samples x"

@@ -111,7 +111,6 @@ def cost_of(config: ConfigDict, dataset: object, num: int) -> Cost:
     mesh = sharding.make_mesh(num)
     one_step = config.copy_and_resolve_references()
     one_step.train.steps_per_dispatch = 1
-    one_step.eval.batch_size = num  # is not looked at
     experiment = prepare(one_step, dataset, mesh)
     split, everywhere = dataset.splits["train"], sharding.replicated(mesh)
     arrays = {

@@ -58,7 +58,7 @@ def write(
     if per_example is not None:
         arrays = path.with_suffix(".npz")
         workdir.write(arrays, lambda file: np.savez(file, **per_example))
-        written.append(arrays.name)
+        written = [*dict.fromkeys([*written, arrays.name])]  # once, also after an interruption
     result = {
         "schema": SCHEMA,
         "split": split,

@@ -131,7 +131,7 @@ def sample_mode(
     """
     if num < 1:
         raise UserError(f"--num={num}: draw at least one sample")
-    if not all(text.isdigit() for text in classes):
+    if not all(text.isdecimal() for text in classes):
         raise UserError(f"--classes={','.join(classes)}: give whole numbers, as in --classes=3,7")
     restored = reopen(workdir, given)
     samples = draw(restored, num, seed, [int(text) for text in classes])

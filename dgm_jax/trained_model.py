@@ -137,7 +137,7 @@ def draw(
             )
     elif classes:
         can = "conditional" in trained.config.model
-        what = "train with model.conditional=True" if can else "that needs model.conditional"
+        what = "train with model.conditional=True" if can else "choose a model that is told labels"
         raise UserError(
             f"{trained.config.model.name} was trained without labels, so its samples have no class "
             f"to choose: {what}"

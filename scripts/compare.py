@@ -21,6 +21,8 @@ from dgm_jax.core import UserError
 
 _MOST_BYTES = 2**32
 _DATA = ("sha256", "counts", "binarisation", "seed")  # that two numbers may be compared
+_FILES = ("results", "evaluation", "quality", "features", "ais")
+_WITH_ARRAYS = _FILES[:2]  # what is known of each example beside them
 
 
 def compare(first: Path, second: Path) -> str:
@@ -30,12 +32,10 @@ def compare(first: Path, second: Path) -> str:
       UserError: there is no such result, or they are of other data or of another split.
     """
     (a, each_a), (b, each_b) = (_read(path) for path in (first, second))
-    for name in ("split", *_DATA):
-        mine, theirs = (r["split"] if name == "split" else r["data"].get(name) for r in (a, b))
+    for name in ("split", "judge", *_DATA):
+        mine, theirs = (r["data"].get(name) if name in _DATA else r.get(name) for r in (a, b))
         if mine != theirs:
-            raise UserError(
-                f"two results of other data cannot be compared: {name} {mine}, {theirs}"
-            )
+            raise UserError(f"numbers that cannot be compared: {name} is {mine}, and {theirs}")
     differ = configs.differences(configs.from_dict(b["config"]), configs.from_dict(a["config"]))
     lines = [
         f"{second} differs from {first} in",
@@ -59,7 +59,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if not path.exists():
         raise UserError(f"there is no {path}: train, or measure by --mode=evaluate, first")
     arrays, each = path.with_suffix(".npz"), {}
-    if arrays.exists():
+    if path.stem in _WITH_ARRAYS and arrays.exists():
         with files.reading(arrays, "measure again"):
             each = files.read_arrays(arrays, _MOST_BYTES)
     return results.load(path), each
@@ -72,9 +72,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("first", type=Path, help="a work directory")
     parser.add_argument("second", type=Path, help="another, held against it")
-    parser.add_argument(
-        "--of", default="results", help="results, evaluation, quality, features, ais"
-    )
+    parser.add_argument("--of", default="results", choices=_FILES, help="which of their files")
     args = parser.parse_args(argv)
     try:
         print(compare(*(of / f"{args.of}.json" for of in (args.first, args.second))))

@@ -45,7 +45,7 @@ def test_it_says_what_the_configs_differ_in(tmp_path):
 def test_what_cannot_be_compared_is_refused(tmp_path, capsys):
     first = _run(tmp_path / "a", [-1.0, -2.0])
     second = _run(tmp_path / "b", [-1.0, -2.0], split="validation")
-    with pytest.raises(UserError, match="split test, validation"):
+    with pytest.raises(UserError, match="split is test, and validation"):
         compare.compare(first, second)
     with pytest.raises(SystemExit, match=r"error: there is no .*nowhere.*results"):
         compare.main([str(first.parent), str(tmp_path / "nowhere")])

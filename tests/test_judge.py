@@ -117,7 +117,9 @@ def test_a_judge_that_another_process_trains_is_waited_for(tmp_path, monkeypatch
 
     def train(config, workdir, mesh):
         begun.set()
-        while "waiting" not in "".join(said):
+        for _ in range(3000):
+            if "waiting" in "".join(said):
+                break
             time.sleep(0.01)
         trained.append(workdir)
         workdir.path.mkdir()
@@ -126,7 +128,7 @@ def test_a_judge_that_another_process_trains_is_waited_for(tmp_path, monkeypatch
     said = []
     monkeypatch.setattr(judge, "say", said.append)
     monkeypatch.setattr(run, "train_mode", train)
-    other = threading.Thread(target=judge._own, args=[dataset])
+    other = threading.Thread(target=judge._own, args=[dataset], daemon=True)
     other.start()
     assert begun.wait(60)
     assert [judge._own(dataset)] == trained

@@ -384,7 +384,9 @@ def test_an_exact_model_needs_a_likelihood_that_is_a_distribution(name):
     outputs = jnp.asarray(LIKELIHOODS[name]().initial(np.zeros(1)))
     log_prob = jax.vmap(lambda x: LIKELIHOODS[name]().log_prob(outputs, x[None]))(grey)
     assert float(jnp.sum(jnp.exp(log_prob))) < 0.6
-    with pytest.raises(UserError, match=rf"model\.likelihood='{name}' is less than a probability"):
+    with pytest.raises(
+        UserError, match=rf"model\.likelihood='{name}' gives the grey values probabilities"
+    ):
         likelihoods.check(name, spec, exact=True)
 
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from dgm_jax import models, results, trained_model, writers
+from dgm_jax import files, models, results, trained_model, writers
 from dgm_jax.core import UserError
 from dgm_jax.data import image_sets, sources, text
 from dgm_jax.sweep.run import read_about
@@ -256,6 +256,15 @@ def zipped(content, how=zipfile.ZIP_STORED):
     with zipfile.ZipFile(file, "w", how) as archive:
         archive.writestr("mean.npy", content)
     return file.getvalue()
+
+
+def test_a_header_that_is_no_python_literal_is_damage(tmp_path):
+    """NumPy's tokenizer finds an IndentationError in it, which is a SyntaxError."""
+    header = b"  a\n b\n"
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    (tmp_path / "mean.npz").write_bytes(zipped(content))
+    with pytest.raises(ValueError, match=r"mean\.npy has no header"):
+        files.read_arrays(tmp_path / "mean.npz", 1000)
 
 
 def overlapping():

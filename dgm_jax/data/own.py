@@ -17,7 +17,7 @@ _HINT = (
     "numpy.savez(path, train_x=..., test_x=...), with labels also train_labels and test_labels; or "
     "give a folder with the images in its folders train and test, or in one there for each class"
 )
-_MODES = ("1", "L", "P", "RGB")  # Pillow's names of what 8 bits grey or in colour can hold
+_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # Pillow's names of what 8 bits of RGB can hold
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 

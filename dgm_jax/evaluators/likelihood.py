@@ -58,8 +58,8 @@ class Measured(NamedTuple):
 
     Attributes:
       metrics: by name.
-      per_example: those of the metrics that are means over examples and in nats, of each of them:
-        float32 `[N]`, in the split's order.
+      per_example: the terms, log-likelihoods and importance-weighted bounds among them, nats, of
+        each example: float32 `[N]`, in the split's order.
     """
 
     metrics: dict[str, metrics.Metric]

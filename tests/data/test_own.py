@@ -144,6 +144,13 @@ def test_what_8_bits_of_colour_cannot_hold_is_not_cut_off(tmp_path, mode, dtype,
         data.load(config)
 
 
+def test_a_transparent_colour_is_not_made_opaque(tmp_path):
+    config = _folder(tmp_path, IMAGES[:6])
+    Image.fromarray(IMAGES[0]).save(tmp_path / "test" / "a" / "zz.png", transparency=9)
+    with pytest.raises(UserError, match=r"zz\.png is of mode L, .*transparent"):
+        data.load(config)
+
+
 GOOD = {"train_x": IMAGES, "test_x": IMAGES}
 TOLD = {**GOOD, "train_labels": LABELS, "test_labels": LABELS}
 

@@ -466,7 +466,7 @@ def test_check_refuses_a_bad_value_by_its_name(field):
 
 
 def test_devices_that_cannot_share_a_batch_equally_get_a_few_more_examples():
-    """Twelve, of eight devices: each has two, and whose are whose stays as it was."""
+    """Twelve, of eight devices: each has two, and the order stays."""
     sizes = []
 
     def numbers(params, batch, keys):
