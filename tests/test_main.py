@@ -5,6 +5,7 @@ as the first did. For the suite's speed only, programs are compiled with few opt
 kept from one process to the next.
 """
 
+import io
 import json
 import math
 import os
@@ -64,6 +65,7 @@ FILES = {
     "tensorboard",
     "checkpoints",
     "results.json",
+    "results.npz",
     *PICTURES,
 }
 TIMING = {"seconds", "cpu_seconds", "examples_per_second"}
@@ -304,8 +306,13 @@ def test_evaluate_prints_the_very_numbers_that_training_printed(finished, env):
     assert _table(done.stdout) == _table(finished.stdout)
     after = _contents(finished.path)
     evaluation = json.loads(after.pop("evaluation.json")[0])
-    before.pop("evaluation.json", None)
+    each, _ = after.pop("evaluation.npz")
+    before = {name: content for name, content in before.items() if "evaluation." not in name}
     assert after == before
+    with np.load(io.BytesIO(each)) as each, np.load(finished.path / "results.npz") as trained:
+        assert "importance_weighted_bound" in each.files
+        for name in each.files:
+            np.testing.assert_array_equal(each[name], trained[name])
     for name in ("metrics", "data", "config", "step", "num_parameters", "schema"):
         assert evaluation[name] == finished.results[name]
 

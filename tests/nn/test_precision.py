@@ -123,15 +123,15 @@ def test_what_accelerators_may_round_is_what_was_asked_for(layer, dtype, wanted)
 
 
 def test_the_command_multiplies_in_full(monkeypatch):
-    """Before anything is traced: of what comes after, a work directory is asked for first."""
+    """Before anything is traced."""
     called = []
     monkeypatch.setattr(main.cache, "keep_compiled_programs", lambda: None)
-    monkeypatch.setattr(main.precision, "multiply_in_full", lambda: called.append(True))
+    monkeypatch.setattr(main.precision, "multiply_in_full", lambda: called.append("chosen"))
+    monkeypatch.setattr(main.run, "evaluate_mode", lambda *args: called.append("evaluated"))
     with flagsaver.flagsaver():
-        flags.FLAGS(["dgm_jax", "--mode=evaluate"])
-        with pytest.raises(UserError, match="needs --workdir"):
-            main.main(["dgm_jax"])
-    assert called
+        flags.FLAGS(["dgm_jax", "--mode=evaluate", "--workdir=anywhere"])
+        main.main(["dgm_jax"])
+    assert called == ["chosen", "evaluated"]
 
 
 def test_a_user_who_has_chosen_how_to_multiply_is_left_alone():
