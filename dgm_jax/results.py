@@ -17,6 +17,7 @@ import numpy as np
 from dgm_jax import config as configs
 from dgm_jax import files, workdir
 from dgm_jax.data.dataset import Dataset, checked_card
+from dgm_jax.evaluators.likelihood import Measured
 from dgm_jax.metrics import Metric
 from dgm_jax.train_state import num_parameters
 from dgm_jax.trained_model import Trained
@@ -84,6 +85,14 @@ def write(
         result["judge"] = judge
     workdir.write_json(path, result)
     return result
+
+
+def write_measured(
+    path: Path, trained: Trained, dataset: Dataset, found: Measured, **about: Any
+) -> dict[str, Any]:
+    """`write`, of what was measured on `eval.split`, for each example as well."""
+    split, each = trained.config.eval.split, found.per_example
+    return write(path, trained, dataset, found.metrics, split=split, per_example=each, **about)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -78,18 +78,8 @@ def _train(experiment: Experiment, workdir: Workdir, started: float) -> None:
     texts = _draw_pictures(trained, dataset, workdir)
     seconds["pictures"] = time.monotonic() - began
     seconds["this process"] = time.monotonic() - started
-    result = results.write(
-        workdir.results,
-        trained,
-        dataset,
-        found.metrics,
-        seconds=seconds,
-        written=workdir.files(),
-        split=config.eval.split,
-        per_example=found.per_example,
-        speed=speed,
-        texts=texts,
-    )
+    about = {"seconds": seconds, "written": workdir.files(), "speed": speed, "texts": texts}
+    result = results.write_measured(workdir.results, trained, dataset, found, **about)
     _say_table(found.metrics, result, workdir)
 
 
@@ -104,16 +94,8 @@ def evaluate_mode(workdir: Workdir, given: ConfigDict | None = None) -> None:
     dataset = data_of(workdir, restored.config)
     began = time.monotonic()
     found = evaluate(restored, dataset)
-    result = results.write(
-        workdir.path / "evaluation.json",
-        restored,
-        dataset,
-        found.metrics,
-        seconds={"evaluation": time.monotonic() - began},
-        written=[],
-        split=restored.config.eval.split,
-        per_example=found.per_example,
-    )
+    path, seconds = workdir.path / "evaluation.json", {"evaluation": time.monotonic() - began}
+    result = results.write_measured(path, restored, dataset, found, seconds=seconds, written=[])
     _say_table(found.metrics, result, workdir)
 
 

@@ -136,11 +136,9 @@ def draw(
                 f"there is no class {wrong[0]}: choose from 0 to {trained.spec.num_classes - 1}"
             )
     elif classes:
-        can = "conditional" in trained.config.model
-        what = "train with model.conditional=True" if can else "choose a model that is told labels"
         raise UserError(
             f"{trained.config.model.name} was trained without labels, so its samples have no class "
-            f"to choose: {what}"
+            "to choose: train with model.conditional=True, or a model that has this"
         )
     one_batch = jax.jit(
         lambda params, seed, i, *label: sample(params, stream(seed, "sample", i), _AT_ONCE, *label)

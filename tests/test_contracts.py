@@ -17,7 +17,7 @@ from conftest import REPO, on_one_device
 
 from dgm_jax import config as configs
 from dgm_jax import models, run, sharding, writers
-from dgm_jax.core import Batch, Model, Params, UserError
+from dgm_jax.core import Batch, DataSpec, Model, Params, UserError
 from dgm_jax.data import dataset as data
 from dgm_jax.data import image_sets, shapes, text
 from dgm_jax.data.sources import LabelledArrays
@@ -255,6 +255,10 @@ def test_a_sample_follows_its_label_and_no_other(name):
     dataset = tiny.accepted_by(fields)
     model, batch = models.build(fields, dataset.spec), data.some(dataset, "test", BATCH)
     like = jax.eval_shape(model.init, jax.random.key(0), batch)
+    assert model.samples_have_label
+    assert model.encoder_is_told == (model.encode is not None)
+    untold = models.build(fields | {"conditional": False}, dataset.spec)
+    assert not (untold.samples_have_label or untold.encoder_is_told)
     rng = np.random.default_rng(2)
     params = jax.tree.map(lambda p: jnp.float32(0.3 * rng.normal(size=p.shape)), like)
 
@@ -269,6 +273,16 @@ def test_a_sample_follows_its_label_and_no_other(name):
     changed = np.asarray(x != of_zero).reshape(64, -1).any(axis=1)
     share = [changed[label == c].mean() for c in range(4)]
     assert share[0] == 0 and min(share[1:]) > 0
+
+
+@pytest.mark.parametrize("name", ["vae", "hvae", "two_level", "topdown"])
+@pytest.mark.parametrize(
+    ("likelihood", "exact"), [("gaussian", False), ("discretised_logistic_mixture", True)]
+)
+def test_draws_that_are_clipped_are_not_called_exact(name, likelihood, exact):
+    spec = DataSpec((8, 8, 1), "uint8", np.full((8, 8, 1), 100.0, np.float32), 100)
+    model = models.build(models.defaults(name) | {"likelihood": likelihood}, spec)
+    assert model.latents.samples_are_exact == exact
 
 
 def test_asked_for_what_it_lacks_a_model_says_what_it_has(case):

@@ -222,13 +222,5 @@ def _finish(
     seconds = {**outcome.seconds, "evaluation": time.monotonic() - began}
     model = models.build(config.model, dataset.spec)
     trained = Trained(config, model, state.eval_params, dataset.spec, int(state.step))
-    results.write(
-        workdir.results,
-        trained,
-        dataset,
-        found.metrics,
-        seconds=seconds,
-        written=workdir.files(),
-        split=config.eval.split,
-        per_example=found.per_example,
-    )
+    about = {"seconds": seconds, "written": workdir.files()}
+    results.write_measured(workdir.results, trained, dataset, found, **about)
