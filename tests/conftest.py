@@ -21,6 +21,8 @@ if version("jaxlib").startswith("0.10."):
 # Tracing takes most of the rest: no tracebacks in programs, and below no garbage collected.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Each of several workers, and what they start: more threads than cores wait for one another.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 import jax
 import pytest

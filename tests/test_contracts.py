@@ -359,9 +359,9 @@ def test_every_variant_is_legal_and_its_parameters_have_shapes(name):
 
 
 def _by_duration(path):
-    """One of each kind of data runs with all tests; the others in a job of their own."""
-    quick = ("gan_grid", "flow_toy", "transformer_shakespeare", "made_mnist")
-    marks = () if path.stem in quick else pytest.mark.configs
+    """Points and text, and two players, run with all tests; of images tests/test_main.py has one."""
+    quick = ("gan_grid", "flow_toy", "transformer_shakespeare")
+    marks = () if path.stem in quick else pytest.mark.long
     return pytest.param(path, id=path.stem, marks=marks)
 
 

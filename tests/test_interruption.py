@@ -139,6 +139,7 @@ def test_a_start_cut_short_is_no_obstacle(tmp_path):
         workdir.check_config(config)
 
 
+@pytest.mark.long
 def test_random_moments(tmp_path):
     """The short form of `scripts/torture.py`: one disturbance of each kind."""
     command = [sys.executable, "scripts/torture.py", "--families=made", "--interruptions=10"]

@@ -138,6 +138,7 @@ def test_two_processes_continue_what_one_saved(alone, pair):
     ]
 
 
+@pytest.mark.long
 def test_four_processes_continue_what_two_saved(alone, pair, tmp_path):
     shutil.copytree(pair["path"] / "divided", tmp_path / "run")
     tasks = [{"path": str(tmp_path / "run"), "fsdp": True}]
