@@ -9,8 +9,8 @@ Conventions, used throughout the project:
   player trains (an EMA codebook) live in an entry `"state"`: float arrays, averaged as parameters
   are for what is evaluated.
 * `batch`: dict of arrays with a leading axis B. `x` is `[B, *event]`, float32, of tokens int32.
-  Optional: `label` int32 `[B]`, `mask` bool `[B]` (the row is real, not padding), `id` int32 `[B]`
-  (index in the split).
+  Optional: `label` int32 `[B]` (-1 where it is not told), `mask` bool `[B]` (the row is real, not
+  padding), `id` int32 `[B]` (index in the split).
 * `rng`: one typed key. Keys are derived by purpose, step and id (see `rng.py`), never stored.
 * A *cost* is lower-is-better, a *log-likelihood* or a bound on one is higher-is-better; both are
   in nats per example.
@@ -44,6 +44,18 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:2000])
 
 
+class Labelled(NamedTuple):
+    """Which training examples a model is told the label of, where it is not told all.
+
+    Attributes:
+      num: how many.
+      share: of the rows of a training batch, on the average.
+    """
+
+    num: int
+    share: float
+
+
 class DataSpec(NamedTuple):
     """What a model may know about the data before it sees any.
 
@@ -56,6 +68,8 @@ class DataSpec(NamedTuple):
       num_examples: size of the training split.
       num_classes: labels are 0, ..., num_classes - 1; 0 where there are none.
       vocabulary: number of different tokens; 0 of other data.
+      labelled: None where training tells all labels that there are; else those it does not tell
+        are -1 in its batches.
     """
 
     event_shape: tuple[int, ...]
@@ -64,6 +78,7 @@ class DataSpec(NamedTuple):
     num_examples: int = 0
     num_classes: int = 0
     vocabulary: int = 0
+    labelled: Labelled | None = None
 
     @property
     def num_dims(self) -> int:

@@ -26,6 +26,11 @@ def bernoulli_log_prob(logits: jax.Array, x: jax.Array) -> jax.Array:
     return x * logits - softplus
 
 
+def log_mean_exp(values: jax.Array, axis: int = 0) -> jax.Array:
+    """log of the mean of exp(values) over one axis, without overflow."""
+    return jax.nn.logsumexp(values, axis=axis) - math.log(values.shape[axis])
+
+
 def gaussian_log_prob(x: jax.Array, mu: jax.Array, log_sigma: jax.Array) -> jax.Array:
     """log N(x; mu, sigma²), elementwise in nats; all arguments broadcast to the result's shape."""
     standardised = (x - mu) * jnp.exp(-log_sigma)

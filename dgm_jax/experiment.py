@@ -1,5 +1,6 @@
 """A config made concrete: checked, with its state, its compiled steps and their speed."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -158,6 +159,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh: Mesh | None = None)
             f"({num_train:,} examples)"
         )
     sharding.check_batch(train.batch_size, mesh.size)
+    data.num_labelled_rows(dataset.config, train.batch_size)
     sharding.check_parts(train.num_parts, train.batch_size, mesh.size)
     precision.check("train.compute_dtype", train.compute_dtype)
     if train.steps_per_dispatch < 1:
@@ -258,8 +260,9 @@ def state_shardings(experiment: Experiment) -> Any:
 
 def training_arrays(experiment: Experiment) -> dict[str, jax.Array]:
     """`x` `[N, *event]` and `labels` int32 `[N]` to train on, whole on every device."""
-    split = experiment.dataset.splits["train"]
-    return processes.on_every_device({"x": split.x, "labels": split.labels}, experiment.mesh)
+    dataset = experiment.dataset
+    arrays = {"x": dataset.splits["train"].x, "labels": dataset.told_labels}
+    return processes.on_every_device(arrays, experiment.mesh)
 
 
 def compile_steps(experiment: Experiment) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -279,12 +282,15 @@ def compile_steps(experiment: Experiment) -> Callable[..., tuple[TrainState, Met
 
 def step_products(experiment: Experiment) -> limit.Products:
     """The matrix products of a device's share of one step, forward and backward."""
-    split = experiment.dataset.splits["train"]
+    dataset, split = experiment.dataset, experiment.dataset.splits["train"]
+    # Which examples they are changes no product, and a device's share of the labelled need not be
+    # a whole number.
+    config = dataclasses.replace(dataset.config, labelled_share=0.0)
     step = train_steps(
         experiment.model_at,
         experiment.optimizer,
         experiment.ema_decay,
-        experiment.dataset,
+        dataset._replace(config=config),
         experiment.config.train.batch_size // experiment.mesh.size,
         num_steps=1,
         num_parts=experiment.config.train.num_parts,

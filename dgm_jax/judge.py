@@ -206,6 +206,7 @@ def _own(dataset: data.Dataset) -> Workdir:
     """The project's own classifier of these data, trained now if it never was."""
     config = classifier_config()
     config.data.update(dataclasses.asdict(dataset.config))
+    config.data.update(labelled=0, labelled_share=0.0)  # it is told all, whatever the model was
     recipe = json.dumps([config.to_dict(), dataset.card["sha256"]], sort_keys=True)
     name = f"{dataset.config.dataset}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     workdir = Workdir(cache.folder() / "judges" / name)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from dgm_jax import checks
 from dgm_jax.core import UserError
+from dgm_jax.distributions import log_mean_exp
 from dgm_jax.draws import Draws
 
 
@@ -64,7 +65,7 @@ def sticking_the_landing(draws: Draws, options: Options) -> jax.Array:
 
 def iwae(draws: Draws, options: Options) -> jax.Array:
     """Minus the importance-weighted bound -log 1/K Σ_k w_k (Burda et al. 2016, eq. 8)."""
-    return -_log_mean_exp(draws.log_weights(options.beta))
+    return -log_mean_exp(draws.log_weights(options.beta))
 
 
 def dreg(draws: Draws, options: Options) -> jax.Array:
@@ -82,7 +83,7 @@ def dreg(draws: Draws, options: Options) -> jax.Array:
     # a mixture or a VampPrior, whose loops over the latents it does not merge.
     scaled = jax.tree.map(lambda z: scale_gradient(z, scale), draws.z)
     surrogate = jnp.sum(weight * draws.log_weights_at(scaled, options.beta, True), axis=0)
-    return _with_value(-_log_mean_exp(log_w), -surrogate)
+    return _with_value(-log_mean_exp(log_w), -surrogate)
 
 
 def vimco(draws: Draws, options: Options) -> jax.Array:
@@ -98,9 +99,9 @@ def vimco(draws: Draws, options: Options) -> jax.Array:
     others = (jnp.sum(held, axis=0, keepdims=True) - held) / (num - 1)
     # [K, K, B]: row k has log w_k replaced.
     replaced = jnp.where(jnp.eye(num, dtype=bool)[..., None], others[None], held[None])
-    signal = _log_mean_exp(held)[None] - _log_mean_exp(replaced, axis=1)
-    surrogate = _log_mean_exp(log_w) + jnp.sum(signal * draws.log_posterior_at(z, False), axis=0)
-    return _with_value(-_log_mean_exp(held), -surrogate)
+    signal = log_mean_exp(held)[None] - log_mean_exp(replaced, axis=1)
+    surrogate = log_mean_exp(log_w) + jnp.sum(signal * draws.log_posterior_at(z, False), axis=0)
+    return _with_value(-log_mean_exp(held), -surrogate)
 
 
 def gumbel_softmax(draws: Draws, options: Options) -> jax.Array:
@@ -132,7 +133,7 @@ def renyi(draws: Draws, options: Options) -> jax.Array:
     """
     power, log_w = 1 - options.alpha, draws.log_weights(options.beta)
     divisor = jnp.where(power == 0, 1.0, power)  # α may pass 1 on its way: the ELBO
-    usual = _log_mean_exp(power * log_w) / divisor
+    usual = log_mean_exp(power * log_w) / divisor
     # Near α = 1 the bound is the mean of log w and little more, of which a quotient of two small
     # numbers would have lost the digits.
     mean = jnp.mean(log_w, axis=0)
@@ -234,7 +235,7 @@ DRAWS_MAY_HAVE = {
     "relaxed": "discrete latents, as of model.name='discrete_vae'",
     "rate": "the rate of each latent in closed form",
     "log_posterior_pairs": "q(z | x) latent by latent",
-    "draw_prior": "one vector z, to hold against draws from its prior",
+    "draw_prior": "one vector z, and draws of its prior that can be differentiated",
 }
 
 OBJECTIVES = {
@@ -338,10 +339,6 @@ def _scale_gradient_backward(scale: jax.Array, grad: jax.Array) -> tuple[jax.Arr
 
 
 scale_gradient.defvjp(_scale_gradient_forward, _scale_gradient_backward)
-
-
-def _log_mean_exp(log_w: jax.Array, axis: int = 0) -> jax.Array:
-    return jax.nn.logsumexp(log_w, axis=axis) - math.log(log_w.shape[axis])
 
 
 def _with_value(value: jax.Array, surrogate: jax.Array) -> jax.Array:

@@ -60,8 +60,8 @@ def look_into(experiment: Experiment, state: TrainState) -> list[str]:
     """What is not finite in the step after `state`, in lines."""
     dataset, arrays = experiment.dataset, training_arrays(experiment)
     names = [player.name for player in experiment.model.players]
-    sizes = experiment.config.train.batch_size, len(dataset.splits["train"])
-    ids, rng, rngs = inputs_of(state.seed, state.step, *sizes, names)
+    batch_size = experiment.config.train.batch_size
+    ids, rng, rngs = inputs_of(dataset, batch_size, names, state.seed, state.step)
     batch = data.train_batch(dataset, arrays["x"], arrays["labels"], ids, rng)
 
     def step(state: TrainState) -> tuple[TrainState, Metrics]:

@@ -27,12 +27,17 @@ class Config:
 def share_cores(most: int) -> None:
     """Make each core of a CPU a device, where JAX has not started yet and nobody has said how many.
 
+    Beside an accelerator the CPU is there too, even where `JAX_PLATFORMS` names that alone.
+
     Work that needs no exchange, as a sweep's members, then runs side by side, instead of dividing
     each small operation over all cores.
 
     Args:
       most: devices that there is work for.
     """
+    # A sweep restores its checkpoints into the CPU's memory.
+    if (platforms := jax.config.jax_platforms) and "cpu" not in platforms.split(","):
+        jax.config.update("jax_platforms", f"{platforms},cpu")
     if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     with suppress(RuntimeError):  # JAX has started

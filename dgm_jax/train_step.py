@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from dgm_jax import optim, sharding
 from dgm_jax.core import Batch, Model, Params, Player, UserError, disjoint, masked_mean
 from dgm_jax.data import dataset as data
-from dgm_jax.data.order import batch_ids
 from dgm_jax.rng import stream
 from dgm_jax.train_state import TrainState
 
@@ -154,18 +153,18 @@ def _gradient_by_parts(
 
 
 def inputs_of(
-    seed: jax.Array, step: jax.Array, batch_size: int, num_examples: int, names: Sequence[str]
+    dataset: data.Dataset, batch_size: int, names: Sequence[str], seed: jax.Array, step: jax.Array
 ) -> Inputs:
     """What update number `step` (from 0) looks at and draws from: nothing else decides it.
 
     Args:
+      dataset: for its sizes, and for which examples are labelled.
+      batch_size: B.
+      names: of the players.
       seed: int32 `[]`, the run's.
       step: int32 `[]`.
-      batch_size: B.
-      num_examples: N, of the training split.
-      names: of the players.
     """
-    ids = batch_ids(seed, step, batch_size, num_examples)
+    ids = data.train_ids(dataset, batch_size, seed, step)
     rngs = {name: stream(seed, f"train/{name}", step) for name in names}
     return Inputs(ids, stream(seed, "data/binarise", step), rngs)
 
@@ -187,7 +186,7 @@ def train_steps(
     Args:
       model_at: step -> the model of that step; called inside the compiled program.
       optimizer, ema_decay: see `train_step`.
-      dataset: for its binarisation and sizes.
+      dataset: for its binarisation, its sizes, and which examples are labelled.
       batch_size: B, over all devices.
       num_steps: K, updates per call.
       num_parts: see `train_step`.
@@ -197,13 +196,12 @@ def train_steps(
       `(state, arrays) -> (state, metrics)` where `arrays` holds `x` `[N, *event]` and
       `labels` int32 `[N]`, and each metric is float32 `[K]`.
     """
-    num_examples = len(dataset.splits["train"])
 
     def run(state: TrainState, arrays: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         names = [player.name for player in model_at(state.step).players]
 
         def before(step: jax.Array) -> Inputs:
-            return inputs_of(state.seed, step, batch_size, num_examples, names)
+            return inputs_of(dataset, batch_size, names, state.seed, step)
 
         def body(state: TrainState, step: Inputs) -> tuple[TrainState, Metrics]:
             ids, rng, rngs = step

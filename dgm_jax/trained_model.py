@@ -65,9 +65,11 @@ def _restore(path: str | Path, given: ConfigDict | None = None) -> tuple[Trained
     workdir = Workdir(Path(path))
     config, card = workdir.load_config(given), workdir.load_card()
     spec = data.spec_of_card(card, workdir.load_mean())
+    own = workdir.load_config()
     with files.reading(workdir.config, "train again"):
-        models.check(config.model, spec)
-        optim.check(configs.section(config, "optimizer"))
+        models.check(own.model, spec)
+        optim.check(configs.section(own, "optimizer"))
+    models.check(config.model, spec)  # what was given is not damaged but wrong
     model = models.build(config.model, spec)
     optimizer = optim.build(configs.section(config, "optimizer"), num_steps=1)
     like = abstract_state(config, model, optimizer, spec, sharding.make_mesh())

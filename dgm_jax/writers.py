@@ -108,7 +108,7 @@ def read(jsonl: Path) -> list[dict]:
     if not jsonl.exists():
         return []
     with files.reading(jsonl, "mend it or move it away"):
-        lines = files.read_bytes(jsonl, most_bytes=2**27).splitlines()
+        lines = files.read_bytes(jsonl, most_bytes=2**30).splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
         try:

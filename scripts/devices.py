@@ -113,7 +113,7 @@ def _first_batch(experiment: Experiment, arrays: Any) -> Any:
 
     def make(arrays: Any) -> Any:
         x, labels = arrays["x"], arrays["labels"]
-        ids, rng, _ = inputs_of(config.seed, 0, config.train.batch_size, len(x), ())
+        ids, rng, _ = inputs_of(dataset, config.train.batch_size, (), config.seed, 0)
         return data.train_batch(dataset, x, labels, ids, rng)
 
     return jax.jit(make, out_shardings=sharding.split_batch(mesh))(arrays)

@@ -1,4 +1,4 @@
-"""Write docs/results.md from the runs' own results.json files, and docs/configs.md.
+"""Write docs/results.md from the runs' own results.json files, docs/configs.md and docs/fields.md.
 
     python scripts/report.py
 
@@ -6,12 +6,15 @@ Each file in docs/results/ is the results.json of one run, named `<experiment>-s
 seeds of one experiment, measured with the same K on the same data, make one row. Files in
 docs/results/features/ are the features.json of the same, and in docs/results/quality/ the
 quality.json. Nothing in the tables is typed in but the published values. docs/configs.md lists what
-the docstrings of configs/ say.
+the docstrings of configs/ say, and docs/fields.md those of the fields of a config.
 """
 
 import ast
+import dataclasses
+import inspect
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +23,7 @@ from ml_collections import ConfigDict
 from records import DOCS, markdown
 
 from dgm_jax import config as configs
-from dgm_jax import results
+from dgm_jax import models, results
 from dgm_jax.metrics import LIKELIHOODS
 
 # Test NLL in nats, dynamic MNIST, by experiment.
@@ -92,9 +95,10 @@ Scores of the features of generated shapes with known factors (`--mode=features`
 QUALITY = """
 ## Sample quality
 
-`--mode=quality` of the same runs ([results/quality](results/quality)): samples against as many test
-examples, and below them as many other test examples against the same, to compare with. The
-features are of the judge named in the last column, and never Inception's: no number here is an FID.
+`--mode=quality` ([results/quality](results/quality)) of the same runs, and of variants whose other
+numbers were not kept (`gan_grid-...`, `mean_flow_mnist-four`): samples against as many test
+examples, and below them as many other test examples against the same, to compare with. The features
+are of the judge named in the last column, and never Inception's: no number here is an FID.
 [quality.md](quality.md) says what each is. `made_mnist`, `pixelcnn_mnist` and `vae_mnist` were
 trained again for it, on a GPU, and ended at 83.37, 81.46 and 82.43 nats.
 
@@ -205,8 +209,9 @@ def _row(name: str, runs: list[dict]) -> list[str]:
     what = _likelihood(runs[0])
     nll = _mean(runs, what, -1)
     nats = "{:.3f} ± {:.3f}" if card["support"] == "real" else "{:.2f} ± {:.2f}"
-    kind = {"log_prob": "exact", "elbo": "bound: ELBO"}
-    kind = kind.get(what, f"bound: K = {_num_samples(runs[0]):,}")
+    kind = "exact" if what == "log_prob" else "bound: ELBO"
+    if (num_samples := _num_samples(runs[0])) > 1:
+        kind = f"bound: K = {num_samples:,}"
     if "data_log_prob" in first:
         kind += "; of the data's own density {:.3f}".format(*_mean(runs, "data_log_prob", -1))
     per_dim = next((n for n in ("nats_per_token", "bits_per_dim") if n in first), None)
@@ -319,7 +324,43 @@ def configs_page() -> str:
     return CONFIGS + markdown(("config", "what it is", "variants", "what it gives"), rows)
 
 
+FIELDS = """# Fields
+
+Written by `python scripts/report.py` from the docstrings of the code: every field of a config, its
+default and its meaning. `--config.train.duration='20 epochs'` sets one on the command line. `seed`,
+of the run, is in no section. The [configs](configs.md) have values of their own, and the `model`
+section has the fields of the model that it names.
+"""
+
+
+def fields_page() -> str:
+    """The text of docs/fields.md."""
+    sections = {f"`{name}`": section for name, section in configs.SECTIONS.items()}
+    sections |= {f"`model`, of `{name}`": models.get(name).Config for name in models.names()}
+    text = FIELDS
+    for title, section in sections.items():
+        meanings = _meanings(section)
+        rows = [
+            [f"`{field}`", f"`{value!r}`", meanings.get(field, "").replace("|", r"\|")]
+            for field, value in dataclasses.asdict(section()).items()
+        ]
+        text += f"\n## {title}\n\n" + markdown(("field", "default", "meaning"), rows)
+    return text
+
+
+def _meanings(section: type) -> dict[str, str]:
+    """What the docstring of a section, and of what it inherits from, says of each field."""
+    found = {}
+    for part in reversed(section.__mro__[:-1]):
+        attributes = inspect.cleandoc(part.__doc__).partition("Attributes:\n")[2]
+        entries = re.findall(r"^  (\w[\w, ]*): (.*(?:\n    .*)*)", attributes, re.MULTILINE)
+        for names, text in entries:
+            found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return found
+
+
 if __name__ == "__main__":
-    for page, text in (("results.md", table()), ("configs.md", configs_page())):
+    pages = {"results.md": table(), "configs.md": configs_page(), "fields.md": fields_page()}
+    for page, text in pages.items():
         (DOCS / page).write_text(text)
         print(f"written: {DOCS / page}")

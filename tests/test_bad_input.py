@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tiny
 from conftest import on_one_device
 
 from dgm_jax import config as configs
@@ -503,6 +504,8 @@ VALUES = {
     "model.likelihood='categorical'": ("uint8", "'none'"),
     "data.validation=4500": ("4499",),
     "data.validation=-1": ("between 0",),
+    "data.labelled=15": ("multiple of the 10 classes",),
+    "data.labelled_share=0.5": ("set data.labelled",),
     "data.seed=-1": (),
     "data.path='book.txt'": ("data.dataset='mnist'", "'text'"),
     "data.dataset='mnits'": ("mnist", "shapes", "cifar10"),
@@ -574,6 +577,15 @@ def test_a_given_config_may_evaluate_in_another_way_and_no_more(unfinished):
     assert found["config"]["eval"]["num_samples"] == 3
     with pytest.raises(UserError, match=r"another config .seed was 0, is 1"):
         run.evaluate_mode(Workdir(unfinished), _tiny(seed=1))
+
+
+def test_what_is_given_and_wrong_does_not_damage_the_run(tmp_path):
+    """Nobody need train again."""
+    workdir, dataset = Workdir(tmp_path), tiny.accepted_by(models.defaults("mean_flow"))
+    with workdir.claimed(configs.experiment("mean_flow"), dataset.card, dataset.spec.mean):
+        pass
+    with pytest.raises(UserError, match=r"^model\.sample_steps=0: must be at least 1$"):
+        trained_model.restore(tmp_path, {"model.sample_steps": 0})
 
 
 def test_a_given_config_may_draw_in_another_way_and_no_more(tmp_path):

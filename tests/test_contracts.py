@@ -359,7 +359,7 @@ def test_every_variant_is_legal_and_its_parameters_have_shapes(name):
 
 
 def _by_duration(path):
-    """Points and text, and two players, run with all tests; of images tests/test_main.py has one."""
+    """Points, text and two players are among the usual tests; of images test_main.py has one."""
     quick = ("gan_grid", "flow_toy", "transformer_shakespeare")
     marks = () if path.stem in quick else pytest.mark.long
     return pytest.param(path, id=path.stem, marks=marks)

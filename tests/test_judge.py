@@ -109,6 +109,18 @@ def test_the_judge_is_trained_on_one_device_of_many(tmp_path, monkeypatch):
     assert jax.device_count() > 1 and mesh.size == 1 and config.train.batch_size == 100
 
 
+def test_the_judge_is_told_all_labels(tmp_path, monkeypatch):
+    """Of a model that learned from few it is the same as of any other."""
+    asked = []
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path)
+    monkeypatch.setattr(run, "train_mode", lambda *args: asked.append(args))
+    for few in ({}, {"data.labelled": 100, "data.labelled_share": 0.1}):
+        fields = {"data.binarisation": "none", **few}
+        judge._own(data.load(configs.section(short("m2", **fields), "data")))
+    (config, workdir, _), (same, there, _) = asked
+    assert config == same and workdir == there and config.data.labelled == 0
+
+
 def test_a_judge_that_another_process_trains_is_waited_for(tmp_path, monkeypatch):
     """Of several jobs that measure the models of one data set, one trains it."""
     monkeypatch.setattr(cache, "folder", lambda: tmp_path)

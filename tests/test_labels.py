@@ -3,9 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from dgm_jax import labels
-from dgm_jax.core import DataSpec, UserError
+from dgm_jax import labels, models
+from dgm_jax.core import DataSpec, Labelled, UserError
 
 SPEC = DataSpec((2,), "real", np.zeros(2, np.float32), 100, num_classes=3)
 
@@ -36,3 +37,14 @@ def test_a_conditional_model_is_refused_where_there_are_no_labels():
     labels.check(False, without)
     with pytest.raises(UserError, match=r"model\.conditional=True: .*no labels"):
         labels.check(True, without)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_few_labels_are_for_models_that_learn_from_them(name):
+    """Batches with a share of labelled examples would bias the loss of any other."""
+    spec = tiny.accepted_by(models.defaults(name)).spec._replace(labelled=Labelled(20, 0.5))
+    if name == "m2":
+        models.check(models.defaults(name), spec)
+    else:
+        with pytest.raises(UserError, match=rf"data\.labelled=20: model\.name='{name}' does not"):
+            models.check(models.defaults(name), spec)

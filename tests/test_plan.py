@@ -1,5 +1,6 @@
 """Plans: what a step costs is counted from its program, and predictions follow by hand."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,7 +8,7 @@ import pytest
 
 from dgm_jax import config as configs
 from dgm_jax import plan
-from dgm_jax.core import UserError
+from dgm_jax.core import Labelled, UserError
 from dgm_jax.train_state import num_parameters
 
 TINY = {"train.batch_size": 16, "model.encoder": (32,), "model.decoder": (32,), "model.latents": 4}
@@ -48,6 +49,18 @@ def test_what_is_exchanged_is_the_gradient(costs, tiny_dataset):
     size = num_parameters(jax.eval_shape(model.init, jax.random.key(0), batch))
     assert one.exchanged_bytes == 0
     assert 4 * size <= eight.exchanged_bytes * 8 / 14 < 4 * size + 200
+
+
+def test_a_share_of_the_labelled_rows_need_be_no_whole_number(tiny_dataset):
+    """Two of 16 rows, for each of eight devices a quarter: the products of a step are the same."""
+    costs = []
+    for share in (0.0, 0.125):
+        config = dataclasses.replace(tiny_dataset.config, labelled=20, labelled_share=share)
+        spec = tiny_dataset.spec._replace(labelled=Labelled(20, 0.3))
+        fields = {"train.batch_size": 16, "model.latents": 4}
+        of_m2 = configs.override(configs.experiment("m2"), fields)
+        costs.append(plan.cost_of(of_m2, tiny_dataset._replace(config=config, spec=spec), 8))
+    assert costs[0].operations == costs[1].operations
 
 
 def test_collectives_are_read_from_a_programs_text():

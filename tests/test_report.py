@@ -22,6 +22,10 @@ def test_the_list_of_configs_is_what_they_say():
     assert (REPO / "docs" / "configs.md").read_text() == report.configs_page()
 
 
+def test_the_list_of_fields_is_what_their_docstrings_say():
+    assert (REPO / "docs" / "fields.md").read_text() == report.fields_page()
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_a_kept_result_is_of_committed_code_and_named_after_its_seed(path):
     result = json.loads(path.read_text())

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dgm_jax.core import Batch, DataSpec, UserError
-from dgm_jax.data import image_sets, own, shapes, text, toys
+from dgm_jax.core import Batch, DataSpec, Labelled, UserError
+from dgm_jax.data import image_sets, order, own, shapes, text, toys
 from dgm_jax.rng import per_example, stream
 
 GENERATED = ("shapes", *toys.NAMES)
@@ -38,6 +38,10 @@ class Config:
       binarisation: of the training images: `dynamic` (a fresh Bernoulli draw of the grey values at
         every visit), `fixed` (one draw per image) or `none`. Held-out images are drawn once, with
         `seed`, unless it is `none`. Of anything but images always `none`.
+      labelled: training examples whose labels are told, as many of each class, drawn with `seed`;
+        0: all. What is measured knows all labels.
+      labelled_share: of the rows of each training batch, drawn from the labelled examples; the
+        others come as they do, whether labelled or not.
       seed: of the validation split and of every draw made once. Not the run's seed: runs that
         differ in seed are measured on the same held-out bits.
     """
@@ -48,6 +52,8 @@ class Config:
     context: int = 64
     validation: int = 500
     binarisation: str = "dynamic"
+    labelled: int = 0
+    labelled_share: float = 0.0
     seed: int = 0
 
 
@@ -87,6 +93,18 @@ class Dataset(NamedTuple):
     def factor_names(self) -> list[str]:
         """What the columns of a split's `factors` are."""
         return self.card.get("factors", [])
+
+    @property
+    def told_labels(self) -> np.ndarray:
+        """What training is told: int32 `[N]`, -1 where the label of a training example is not."""
+        labels, num = self.splits["train"].labels, self.config.labelled
+        if not num:
+            return labels
+        rng, told = np.random.default_rng(self.config.seed), np.full_like(labels, -1)
+        for label in range(self.spec.num_classes):
+            of_class = np.flatnonzero(labels == label)
+            told[rng.permutation(of_class)[: num // self.spec.num_classes]] = label
+        return told
 
     @property
     def toy(self) -> toys.Toy | None:
@@ -135,14 +153,16 @@ def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
             "set it to 'none'"
         )
     mean = train.x.mean(axis=0, dtype=np.float64).astype(np.float32)
+    # Of all splits: the last class may have no example in one of them.
+    num_classes = 1 + max(int(split.labels.max(initial=-1)) for split in found.splits.values())
     spec = DataSpec(
         event_shape=train.x.shape[1:],
         support="binary" if binary else found.support,
         mean=mean / 255 if binary else mean,
         num_examples=len(train),
-        # Of all: the last of them may have no example in a split.
-        num_classes=1 + max(int(split.labels.max(initial=-1)) for split in found.splits.values()),
+        num_classes=num_classes,
         vocabulary=len(found.known.get("alphabet", "")),
+        labelled=_labelled(config, train.labels, num_classes),
     )
     card = {
         "dataset": config.dataset,
@@ -157,6 +177,7 @@ def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
             "held_out": "one draw per image" if binary else "none",
         },
         "seed": config.seed,
+        **({"labelled": spec.labelled._asdict()} if spec.labelled else {}),
         **found.known,
     }
     return Dataset(config, found.splits, spec, card)
@@ -178,6 +199,7 @@ def spec_of_card(card: Mapping[str, Any], mean: np.ndarray) -> DataSpec:
         num_examples=card["counts"]["train"],
         num_classes=card["num_classes"],
         vocabulary=len(card.get("alphabet", "")),
+        labelled=Labelled(**card["labelled"]) if "labelled" in card else None,
     )
 
 
@@ -197,6 +219,10 @@ def checked_card(card: Any) -> dict[str, Any]:
         raise ValueError("support, or the number of training examples, is missing or wrong")
     if not (isinstance(alphabet, str) and len(set(alphabet)) == len(alphabet)):
         raise ValueError("alphabet: a text in which each character is there once")
+    if "labelled" in card:
+        num, share = Labelled(**card["labelled"])
+        if type(num) is not int or not (1 <= num <= counts["train"] and 0 < share <= 1):
+            raise ValueError(f"labelled: {card['labelled']}")
     if card["support"] == "tokens" and not alphabet:
         raise ValueError("alphabet: it is missing")
     return card
@@ -223,6 +249,29 @@ def _check(config: Config) -> None:
         )
     if not 0 <= config.seed < 2**31:
         raise UserError(f"data.seed={config.seed}: must be at least 0 and below 2^31")
+
+
+def _labelled(config: Config, labels: np.ndarray, num_classes: int) -> Labelled | None:
+    """Of how many examples the label is told, if not of all; `labels` of the training split."""
+    num, share = config.labelled, config.labelled_share
+    if not num:
+        if share:
+            raise UserError(
+                f"data.labelled_share={share}: set data.labelled, the number of training examples "
+                "whose labels are told, or leave the share at 0"
+            )
+        return None
+    if not num_classes:
+        raise UserError(f"data.labelled={num}: these data have no labels")
+    fewest = int(np.bincount(labels[labels >= 0], minlength=num_classes).min())
+    if num < 0 or num % num_classes or num > fewest * num_classes:
+        raise UserError(
+            f"data.labelled={num}: a multiple of the {num_classes} classes, as many of each, up to "
+            f"the {fewest:,} training examples of the rarest"
+        )
+    if not 0 <= share < 1:
+        raise UserError(f"data.labelled_share={share}: at least 0 and below 1")
+    return Labelled(num, share + (1 - share) * num / len(labels))
 
 
 def _find_text(config: Config, announce: Callable[[str], None]) -> _Found:
@@ -274,6 +323,8 @@ def describe(card: dict[str, Any]) -> str:
     if card["support"] in ("binary", "uint8"):
         binarisation = card["binarisation"]
         drawn = f"binarisation {binarisation['train']} (held out: {binarisation['held_out']}), "
+    if "labelled" in card:
+        drawn += f"{card['labelled']['num']:,} of the training labels told, "
     return (
         f"{card['dataset']} from {card['source']}, {counts}, {drawn}"
         f"seed {card['seed']}, sha256 {card['sha256'][:12]}"
@@ -305,6 +356,34 @@ def num_words(event_shape: tuple[int, ...]) -> int:
     return -(-int(np.prod(event_shape)) // 2)
 
 
+def train_ids(dataset: Dataset, batch_size: int, seed: jax.Array, step: jax.Array) -> jax.Array:
+    """Which training examples update number `step` (from 0) sees: int32 `[B]`.
+
+    With `data.labelled_share` the first rows are of labelled examples, in epochs of their own.
+    """
+    ids = order.batch_ids(seed, step, batch_size, len(dataset.splits["train"]))
+    if rows := num_labelled_rows(dataset.config, batch_size):
+        labelled = np.flatnonzero(dataset.told_labels >= 0).astype(np.int32)
+        chosen = order.batch_ids(seed, step, rows, len(labelled), "data/order/labelled")
+        ids = ids.at[:rows].set(jnp.asarray(labelled)[chosen])
+    return ids
+
+
+def num_labelled_rows(config: Config, batch_size: int) -> int:
+    """Rows of a training batch that are drawn from the labelled examples.
+
+    Raises:
+      UserError: they are no whole number, or more than there are such examples.
+    """
+    rows = config.labelled_share * batch_size
+    if abs(rows - round(rows)) > 1e-6 * batch_size or rows > config.labelled:
+        raise UserError(
+            f"data.labelled_share={config.labelled_share} of train.batch_size={batch_size} are "
+            f"{rows:g} rows: a whole number, at most data.labelled={config.labelled}"
+        )
+    return round(rows)
+
+
 def train_batch(
     dataset: Dataset, images: jax.Array, labels: jax.Array, ids: jax.Array, rng: jax.Array
 ) -> Batch:
@@ -314,7 +393,7 @@ def train_batch(
       dataset: for its binarisation and seed; its arrays are not touched.
       images: `[N, *event]`, `Split.x` of the training split on the device; uint8 where they are
         binarised.
-      labels: int32 `[N]`.
+      labels: int32 `[N]`, as told.
       ids: int32 `[B]`.
       rng: this step's key, for dynamic binarisation.
 

@@ -15,7 +15,13 @@ from dgm_jax.rng import stream
 _ROUNDS = 8
 
 
-def batch_ids(seed: jax.Array, step: jax.Array, batch_size: int, num_examples: int) -> jax.Array:
+def batch_ids(
+    seed: jax.Array,
+    step: jax.Array,
+    batch_size: int,
+    num_examples: int,
+    name: str = "data/order",
+) -> jax.Array:
     """Ids of the examples in one batch.
 
     Args:
@@ -23,13 +29,14 @@ def batch_ids(seed: jax.Array, step: jax.Array, batch_size: int, num_examples: i
       step: int32 `[]`, from 0.
       batch_size: B, at most `num_examples`.
       num_examples: N, size of the split.
+      name: of the stream of keys; another name gives another order.
 
     Returns:
       int32 `[B]` in [0, N), distinct; distinct also from every other batch of the epoch.
     """
     steps_per_epoch = num_examples // batch_size
     round_keys = jax.random.bits(
-        stream(seed, "data/order", step // steps_per_epoch), (_ROUNDS,), jnp.uint32
+        stream(seed, name, step // steps_per_epoch), (_ROUNDS,), jnp.uint32
     )
     position = (step % steps_per_epoch) * batch_size + jnp.arange(batch_size)
     return jax.vmap(permute, in_axes=(0, None, None))(position, round_keys, num_examples)

@@ -71,9 +71,8 @@ def compile_evaluation(
     def one_draw(params: Params, batch: Batch, keys: jax.Array) -> dict[str, Any]:
         return by_example(own, params, batch, keys, 0)
 
-    draw = passes.compile_pass(one_draw, dataset, split, batch_size, mesh)
-    chosen = dataset.splits[split]
-    arrays = processes.on_every_device((chosen.x, chosen.labels), mesh)
+    chosen, arrays = dataset.splits[split], passes.place(dataset, split, mesh)
+    draw = passes.compile_pass(one_draw, dataset, split, batch_size, mesh, arrays)
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def log_sum_of_batch(params: Params, arrays: Any, z: Any, start: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from jax.flatten_util import ravel_pytree
 
 from dgm_jax import mcmc
 from dgm_jax.core import Batch, Model, Params
+from dgm_jax.distributions import log_mean_exp
 from dgm_jax.evaluators import passes
 from dgm_jax.metrics import Metric
 from dgm_jax.progress import Progress
@@ -88,7 +89,7 @@ def evaluate(
         chains = repeated(batch)
         z = prior(params, prior_rng, len(chains["x"]))
         log_w = mcmc.forward(target(params, chains), z, betas, step_sizes, rng)
-        return _log_mean_exp(log_w.reshape(-1, num_chains))
+        return log_mean_exp(log_w.reshape(-1, num_chains), axis=1)
 
     @jax.jit
     def upper(
@@ -97,7 +98,7 @@ def evaluate(
         chains = repeated(batch)
         log_w = mcmc.backward(target(params, chains), repeated(z), betas, step_sizes, rng)
         # 1 / w is an unbiased estimate of 1 / p(x): its average too is an upper bound.
-        return -_log_mean_exp(-log_w.reshape(-1, num_chains))
+        return -log_mean_exp(-log_w.reshape(-1, num_chains), axis=1)
 
     simulated = {name: simulated[name] for name in ("x", "label") if name in simulated}
     blocks = [np.arange(start, start + _ROWS) % num for start in range(0, num, _ROWS)]
@@ -121,7 +122,3 @@ def evaluate(
     if model.latents.samples_are_exact:
         whole["simulated_gap"] = whole["simulated_upper_bound"] - whole["simulated_lower_bound"]
     return passes.summarise(whole, num_chains)
-
-
-def _log_mean_exp(log_w: jax.Array) -> jax.Array:
-    return jax.nn.logsumexp(log_w, axis=1) - jnp.log(log_w.shape[1])

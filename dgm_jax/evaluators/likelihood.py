@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from dgm_jax import metrics
 from dgm_jax.core import Batch, DataSpec, Model, Params, UserError, disjoint
 from dgm_jax.data import dataset as data
+from dgm_jax.distributions import log_mean_exp
 from dgm_jax.evaluators import aggregate, passes
 from dgm_jax.evaluators.passes import PerExample, by_example
 
@@ -145,8 +146,7 @@ def importance_weighted(model: Model, num_samples: int, chunk: int) -> PerExampl
         found = {}
         for k, name in curve(num_samples).items():
             repeats = num_samples // k
-            each = log_w[: repeats * k].reshape(repeats, k, -1)
-            each = jax.nn.logsumexp(each, axis=1) - math.log(k)
+            each = log_mean_exp(log_w[: repeats * k].reshape(repeats, k, -1), axis=1)
             found[name] = jnp.mean(each, axis=0)
             if k < num_samples:
                 found[f"variance_{k}"] = jnp.var(each, axis=0, ddof=1) / repeats
@@ -234,9 +234,10 @@ def compile_evaluation(
     """
     check_split(config, dataset)
     split = config.split
+    arrays = passes.place(dataset, split, mesh)  # once, for all passes
 
     def whole(fn: PerExample, title: str) -> Callable[[Params, int], dict[str, np.ndarray]]:
-        run = passes.compile_pass(fn, dataset, split, config.batch_size, mesh)
+        run = passes.compile_pass(fn, dataset, split, config.batch_size, mesh, arrays)
         return lambda params, seed: run(params, seed, f"{split}: {title}" if show else None)
 
     few, many = config.elbo_samples, config.num_samples

@@ -23,8 +23,19 @@ from dgm_jax.rng import per_example, stream
 PerExample = Callable[[Params, Batch, jax.Array], dict[str, Any]]
 
 
+def place(dataset: data.Dataset, split: str, mesh: Mesh) -> Any:
+    """The arrays of a split, whole on every device: what several passes may share."""
+    chosen = dataset.splits[split]
+    return processes.on_every_device((chosen.x, chosen.labels), mesh)
+
+
 def compile_pass(
-    fn: PerExample, dataset: data.Dataset, split: str, batch_size: int, mesh: Mesh
+    fn: PerExample,
+    dataset: data.Dataset,
+    split: str,
+    batch_size: int,
+    mesh: Mesh,
+    arrays: Any = None,
 ) -> Callable[..., dict[str, np.ndarray]]:
     """A pass of `fn` over a whole split, compiled once however often it is called.
 
@@ -35,13 +46,14 @@ def compile_pass(
       batch_size: examples at once, or as many more as the devices need to share them equally; the
         last batch is padded and its padding dropped.
       mesh: the devices.
+      arrays: of the split, as from `place`, where they are there already.
 
     Returns:
       `(params, seed, title=None) -> {name: float32 [N, ...]}`, all examples in order; shows
       progress under `title`.
     """
     chosen = dataset.splits[split]
-    arrays = processes.on_every_device((chosen.x, chosen.labels), mesh)
+    arrays = place(dataset, split, mesh) if arrays is None else arrays
     batch_size = sharding.rounded_up(batch_size, mesh)
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))

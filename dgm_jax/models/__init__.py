@@ -4,7 +4,8 @@ Each module has `Config`, a frozen dataclass of numbers and names; `check(config
 refuses values that make no sense; and `build(config, spec) -> Model`, cheap and pure, so that it
 may be called inside a traced function with any numeric field replaced by a traced scalar.
 `SAMPLING` names the fields, if any, on which only samples depend, `MEASURING` those on which only
-likelihoods do.
+likelihoods do. `LEARNS_FROM_FEW_LABELS` is there and true where `data.labelled` means something to
+the model.
 """
 
 import dataclasses
@@ -57,6 +58,11 @@ def check(config: Mapping[str, Any], spec: DataSpec) -> None:
       UserError: a field is unknown or its value makes no sense for this data.
     """
     module = get(config["name"])
+    if spec.labelled and not getattr(module, "LEARNS_FROM_FEW_LABELS", False):
+        raise UserError(
+            f"data.labelled={spec.labelled.num}: model.name={config['name']!r} does not learn from "
+            "a few labels, as 'm2' does; leave data.labelled at 0"
+        )
     module.check(_config(module, config), spec)
 
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from dgm_jax import checks, likelihoods, mcmc
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
-from dgm_jax.distributions import gaussian_log_prob, standard_gaussian_log_prob
+from dgm_jax.distributions import gaussian_log_prob, log_mean_exp, standard_gaussian_log_prob
 from dgm_jax.nn import networks
 from dgm_jax.nn.mlp import MLP
 from dgm_jax.nn.precision import Dense
@@ -197,7 +197,7 @@ def log_normaliser(tilt: mcmc.Energy, num_dims: int) -> jax.Array:
     start = jax.random.normal(keys[0], (2, _CHAINS, num_dims))
     step_sizes = mcmc.tune(target, start[0], betas, keys[1])
     log_w = mcmc.forward(target, start[1], betas, step_sizes, keys[2])
-    return jax.nn.logsumexp(log_w) - math.log(_CHAINS)
+    return log_mean_exp(log_w)
 
 
 def build(config: Config, spec: DataSpec) -> Model:

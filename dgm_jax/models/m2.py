@@ -13,14 +13,25 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dgm_jax import checks, labels, likelihoods
-from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
+from dgm_jax.core import (
+    Aux,
+    Batch,
+    DataSpec,
+    Labelled,
+    Model,
+    Params,
+    Player,
+    UserError,
+    masked_mean,
+)
 from dgm_jax.distributions import gaussian_kl_to_standard, standard_gaussian_log_prob
 from dgm_jax.nn import networks
 from dgm_jax.nn.posteriors import Diagonal
 from dgm_jax.nn.precision import Dense
+
+LEARNS_FROM_FEW_LABELS = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +39,9 @@ class Config:
     """The model's fields. Real numbers may be traced.
 
     Attributes:
-      labelled: how many training examples the model is told the label of; the same random ones in
-        every run, not as many of each class. The labels of the others are in no gradient; the
-        metric `classification` is the mean over all.
-      alpha: weight of the classifier's cost on the labelled examples.
-      beta: weight of the rate of z; 1 gives a bound on log p(x).
+      alpha: weight of the classifier's mean cost on the labelled examples, of which
+        `data.labelled` says how many there are.
+      beta: weight of the rate, of y and z; 1 gives a bound on log p(x).
       latents: L, dimensions of z.
       network: `mlp` or `conv`.
       classifier: widths of the hidden layers of q(y | x), or channels of its stages.
@@ -42,7 +51,6 @@ class Config:
       likelihood: one of `likelihoods.LIKELIHOODS`.
     """
 
-    labelled: int = 100
     alpha: float = 0.1
     beta: float = 1.0
     latents: int = 50
@@ -62,11 +70,6 @@ def check(config: Config, spec: DataSpec) -> None:
     """
     if spec.num_classes < 2:
         raise UserError("model.name='m2' needs data with labels of two classes or more")
-    if not 0 <= config.labelled <= spec.num_examples:
-        raise UserError(
-            f"model.labelled={config.labelled}: between 0 and the {spec.num_examples:,} "
-            "training examples"
-        )
     checks.at_least(config, latents=1, alpha=0, beta=0)
     checks.widths(config, "classifier", "encoder", "decoder")
     networks.check(config.network, config.activation, spec)
@@ -117,10 +120,10 @@ def build(config: Config, spec: DataSpec) -> Model:
     """M2 as pure functions; see `core.Model` for their contracts."""
     net, num_classes = Net(config, spec), spec.num_classes
     likelihood = likelihoods.LIKELIHOODS[config.likelihood]()
-    told = np.zeros(spec.num_examples, bool)
-    told[np.random.default_rng(0).permutation(spec.num_examples)[: config.labelled]] = True
-    # Only labelled examples have a classifier's cost: 1 on the average over all examples.
-    classifier_weight = spec.num_examples / max(config.labelled, 1)
+    labelled = spec.labelled or Labelled(spec.num_examples, 1.0)
+    part = labelled.num / spec.num_examples
+    # A batch's rows to the mean over all training examples, however many of them are labelled.
+    weight_told, weight_others = part / labelled.share, (1 - part) / max(1 - labelled.share, 1e-9)
 
     def bind(params: Params) -> Net:
         return net.bind({"params": params["m2"]})
@@ -162,21 +165,27 @@ def build(config: Config, spec: DataSpec) -> Model:
         }
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
-        """Eqs. 6 to 9, per example of the whole training split, with z's rate weighed by beta."""
+        """Eqs. 6 to 9, per example of the whole training split, with the rate weighed by beta.
+
+        Eq. 9 has alpha times the sum over the labelled examples; here it is times their mean.
+        """
         log_q, distortion, rate = every_label(bind(params), batch["x"], rng)
+        own = jax.nn.one_hot(batch["label"], num_classes)  # zeros where it is not told
+        classification = -jnp.sum(own * log_q, axis=1)
+        rate_at_label = jnp.sum(own * rate, axis=1) + math.log(num_classes)
+        told = weight_told * (jnp.sum(own * distortion, axis=1) + config.beta * rate_at_label)
+        told += config.alpha / labelled.share * classification
         terms = unlabelled_terms(log_q, distortion, rate)
-        weighed = unlabelled_terms(log_q, distortion, config.beta * rate)
-        own = batch["label"][:, None]
+        others = weight_others * (terms["distortion"] + config.beta * terms["rate"])
+        cost = jnp.where(batch["label"] >= 0, told, others)
+        # Zero in other rows: the mean over a batch is that over the rows whose label is told.
+        terms["classification"] = classification / labelled.share
+        return masked_mean(cost, batch), Aux(terms)
 
-        def at_label(values: jax.Array) -> jax.Array:
-            return jnp.take_along_axis(values, own, axis=1)[:, 0]
-
-        classification = -at_label(log_q)
-        labelled = at_label(distortion + config.beta * rate) + math.log(num_classes)
-        labelled += config.alpha * classifier_weight * classification
-        is_told = jnp.asarray(told)[batch["id"]]
-        cost = jnp.where(is_told, labelled, sum(weighed.values()))
-        return masked_mean(cost, batch), Aux(terms={**terms, "classification": classification})
+    def held_out_terms(params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        values = every_label(bind(params), batch["x"], rng)
+        own = jax.nn.one_hot(batch["label"], num_classes)
+        return unlabelled_terms(*values) | {"classification": -jnp.sum(own * values[0], axis=1)}
 
     def elbo(params: Params, batch: Batch, rng: jax.Array) -> jax.Array:
         return -sum(unlabelled_terms(*every_label(bind(params), batch["x"], rng)).values())
@@ -218,7 +227,7 @@ def build(config: Config, spec: DataSpec) -> Model:
 
     return Model(
         init=init,
-        players=(Player("m2", loss_fn),),
+        players=(Player("m2", loss_fn, held_out_terms),),
         log_likelihood_fns={"elbo": elbo},
         log_weight=log_weight,
         classify=classify,

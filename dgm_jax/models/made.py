@@ -20,6 +20,7 @@ import numpy as np
 
 from dgm_jax import checks, labels, likelihoods
 from dgm_jax.core import Aux, Batch, DataSpec, Model, Params, Player, UserError, masked_mean
+from dgm_jax.distributions import log_mean_exp
 from dgm_jax.nn import networks
 from dgm_jax.nn.mlp import ACTIVATIONS, MaskedMLP
 
@@ -113,8 +114,7 @@ def build(config: Config, spec: DataSpec) -> Model:
     def log_prob(params: Params, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
         """log p(x), or log p(x | label), `[B]`."""
         del rng
-        each = each_log_prob(params, batch)
-        return jax.nn.logsumexp(each, axis=0) - math.log(config.orders)
+        return log_mean_exp(each_log_prob(params, batch))
 
     def loss_fn(params: Params, batch: Batch, rng: jax.Array) -> tuple[jax.Array, Aux]:
         """Mean -log p_o(x) over the orders, which is at least -log p(x)."""

@@ -110,7 +110,8 @@ def _provided(config: Config) -> list[str]:
     is_diagonal = config.posterior == "diagonal"
     found = {
         "reparameterised": True,
-        "draw_prior": True,
+        # No gradient would tell which component of a mixture is drawn.
+        "draw_prior": config.prior != "mixture",
         "log_posterior_at": POSTERIORS[config.posterior].evaluable,
         "log_posterior_pairs": is_diagonal,
         "rate": is_diagonal and config.prior == "standard",

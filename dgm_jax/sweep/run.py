@@ -1,5 +1,6 @@
 """From the members of a sweep to their work directories, a table and plots."""
 
+import functools
 import itertools
 import re
 import resource
@@ -51,22 +52,22 @@ def run_sweep(
 
     members_left = [each[j] for i in left() for j in groups[i]]
     sharding.share_cores(max((len(groups[i]) for i in left()), default=1))
-    # All of them, before the first trains for hours.
-    datasets: dict[str, data.Dataset] = {}
-    for member in members_left:
-        if (section := repr(member.data)) not in datasets:
-            datasets[section] = load_data(member)
-        program.check(member, datasets[section])
+    by_data = {repr(member.data): member for member in members_left}
+    dataset_of = functools.lru_cache(maxsize=1)(lambda section: load_data(by_data[section]))
+    # All of them, before the first trains for hours; of several data sets memory holds one.
+    for member in sorted(members_left, key=lambda member: repr(member.data)):
+        program.check(member, dataset_of(repr(member.data)))
     _claim(folder, config, members)
     sizes = ", ".join(str(len(chosen)) for chosen in groups)
     say(f"sweep       {len(each)} members, {sizes} to a program, {jax.device_count()} devices")
     if launcher is not None:
+        dataset_of.cache_clear()  # the jobs load their own
         jobs.run(folder, left, launcher)
     else:
         for i in left():
             _run_program(
                 [each[j] for j in groups[i]],
-                datasets[repr(each[groups[i][0]].data)],
+                dataset_of(repr(each[groups[i][0]].data)),
                 [workdirs[j] for j in groups[i]],
                 folder / "programs" / str(i),
                 f"program {i + 1} of {len(groups)}",

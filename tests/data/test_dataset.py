@@ -281,6 +281,91 @@ def test_mnist_has_no_factors_and_the_card_it_always_had(embedded):
     ]
 
 
+def _with_labelled(num, share=0.0, seed=0):
+    return data.Config(source="embedded", labelled=num, labelled_share=share, seed=seed)
+
+
+def test_labels_are_told_of_as_many_of_each_class(embedded):
+    """Others are -1, others with another seed; what is measured knows them all."""
+    found, again = (data.load(_with_labelled(100, seed=seed)) for seed in (0, 1))
+    told, labels = found.told_labels, found.splits["train"].labels
+    np.testing.assert_array_equal(labels, embedded.splits["train"].labels)
+    assert np.bincount(told[told >= 0]).tolist() == [10] * 10
+    np.testing.assert_array_equal(told[told >= 0], labels[told >= 0])
+    assert told.dtype == np.int32 and (told[told < 0] == -1).all()
+    # Random, not the first of their class: 100 of 4,000, in the mean in the middle.
+    rows = np.flatnonzero(told >= 0)
+    assert abs(rows.mean() - 2000) < 4 * 4000 / np.sqrt(12 * 100)
+    assert len(np.intersect1d(rows, np.flatnonzero(again.told_labels >= 0))) < 20
+    np.testing.assert_array_equal(embedded.told_labels, labels)
+    assert embedded.spec.labelled is None
+
+
+def test_a_share_of_each_batch_is_labelled():
+    """30 of 120 rows, none of them twice in three batches; in the others as many as by chance."""
+    found = data.load(_with_labelled(100, 0.25))
+    told = found.told_labels
+    ids = jax.jit(jax.vmap(lambda step: data.train_ids(found, 120, jnp.int32(0), step)))
+    rows = np.asarray(ids(jnp.arange(300)))
+    assert rows.shape == (300, 120) and rows.dtype == np.int32
+    assert (told[rows[:, :30]] >= 0).all()
+    for i in range(0, 300, 3):
+        assert len(np.unique(rows[i : i + 3, :30])) == 90
+    # Of the other 90 rows 1 in 40: 675 ± 26 of 27,000.
+    assert abs(np.sum(told[rows[:, 30:]] >= 0) - 675) < 4 * 26
+    share = np.mean(told[rows] >= 0)
+    assert found.spec.labelled == (100, 0.25 + 0.75 * 100 / 4000)
+    assert abs(share - found.spec.labelled.share) < 4 * 26 / rows.size
+
+
+def test_without_a_share_batches_come_as_they_do(embedded):
+    found = data.load(_with_labelled(100))
+    ids = [data.train_ids(of, 50, jnp.int32(3), jnp.int32(7)) for of in (found, embedded)]
+    np.testing.assert_array_equal(*ids)
+    assert found.spec.labelled == (100, 100 / 4000)
+
+
+def test_the_card_says_how_many_labels_are_told():
+    found = data.load(_with_labelled(100, 0.25))
+    assert "100 of the training labels told" in data.describe(found.card)
+    assert data.spec_of_card(data.checked_card(found.card), found.spec.mean).labelled == (
+        found.spec.labelled
+    )
+    for wrong in ({"num": 0, "share": 0.5}, {"num": 5000, "share": 0.5}, {"num": 9, "share": 2.0}):
+        with pytest.raises(ValueError, match="labelled"):
+            data.checked_card({**found.card, "labelled": wrong})
+
+
+@pytest.mark.parametrize(
+    ("num", "share", "named"),
+    [
+        (-10, 0.0, r"data\.labelled=-10: .*10 classes"),
+        (15, 0.0, r"data\.labelled=15: a multiple of the 10 classes"),
+        (4000, 0.0, r"data\.labelled=4000: .*rarest"),
+        (0, 0.5, r"data\.labelled_share=0\.5: set data\.labelled"),
+        (10, 1.0, r"data\.labelled_share=1\.0: .*below 1"),
+        (10, float("nan"), r"data\.labelled_share=nan"),
+    ],
+)
+def test_labels_that_cannot_be_told_so_are_refused(num, share, named):
+    with pytest.raises(UserError, match=named):
+        data.load(_with_labelled(num, share))
+
+
+def test_labels_of_data_that_have_none_are_refused(tmp_path):
+    points = np.random.default_rng(0).normal(size=(50, 2))
+    np.savez(tmp_path / "own.npz", train_x=points, test_x=points)
+    config = data.Config("arrays", path=str(tmp_path / "own.npz"), binarisation="none")
+    with pytest.raises(UserError, match=r"data\.labelled=10: these data have no labels"):
+        data.load(dataclasses.replace(config, validation=5, labelled=10))
+
+
+@pytest.mark.parametrize(("size", "named"), [(50, "12.5 rows"), (800, "at most data.labelled=100")])
+def test_rows_that_a_batch_cannot_have_are_refused(size, named):
+    with pytest.raises(UserError, match=rf"train\.batch_size={size} are .*{named}"):
+        data.num_labelled_rows(_with_labelled(100, 0.25), size)
+
+
 def test_a_data_set_that_there_is_not():
     with pytest.raises(UserError, match=r"data\.dataset='mnits': choose one of mnist, .*shapes"):
         data.load(data.Config(dataset="mnits"))

@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from dgm_jax.core import DataSpec, UserError
+from dgm_jax.core import DataSpec, Labelled, UserError
 from dgm_jax.models import m2
 
 NUM, CLASSES = 10, 2  # training examples
-SPEC = DataSpec((3, 1, 1), "binary", np.full((3, 1, 1), 0.4, np.float32), NUM, CLASSES)
+SHARE = 0.375  # of the rows of a batch that are labelled: three of eight
+MEAN = np.full((3, 1, 1), 0.4, np.float32)
+SPEC = DataSpec((3, 1, 1), "binary", MEAN, NUM, CLASSES, labelled=Labelled(4, SHARE))
 X = np.array([[i >> j & 1 for j in range(3)] for i in range(8)], float).reshape(8, 3, 1, 1)
 LABEL = np.arange(8) % 2
 BATCH = {"x": jnp.asarray(X), "label": jnp.asarray(LABEL), "id": jnp.arange(8)}
-FIELDS = {"latents": 1, "classifier": (3,), "encoder": (4,), "decoder": (4,), "labelled": 4}
+TOLD = np.isin(np.arange(8), (1, 4, 7))
+TRAIN_BATCH = {**BATCH, "label": jnp.where(TOLD, BATCH["label"], -1)}
+FIELDS = {"latents": 1, "classifier": (3,), "encoder": (4,), "decoder": (4,)}
 AXIS = np.linspace(-8, 8, 2001)
 
 
@@ -24,8 +28,8 @@ def x64():
         yield
 
 
-def _build(**fields):
-    return m2.build(m2.Config(**(FIELDS | fields)), SPEC)
+def _build(spec=SPEC, **fields):
+    return m2.build(m2.Config(**(FIELDS | fields)), spec)
 
 
 def _params():
@@ -33,18 +37,6 @@ def _params():
     leaves, structure = jax.tree.flatten(shapes)
     rng = np.random.default_rng(1)
     return jax.tree.unflatten(structure, [0.6 * rng.normal(size=leaf.shape) for leaf in leaves])
-
-
-def _told():
-    """Which of the first eight training examples are labelled: those whose label matters."""
-    model, params = _build(alpha=3.0), _params()
-    loss = jax.jit(model.loss_fn)
-    before = loss(params, BATCH, jax.random.key(0))[0]
-    changed = []
-    for i in range(8):
-        other = {**BATCH, "label": BATCH["label"].at[i].set(1 - int(LABEL[i]))}
-        changed.append(loss(params, other, jax.random.key(0))[0] != before)
-    return np.array(changed)
 
 
 def _integrals(params):
@@ -92,32 +84,48 @@ def test_weights_are_unbiased():
     _assert_mean(np.exp(_draws(lambda key: model.log_weight(params, BATCH, key))), exact)
 
 
-def test_a_labelled_example_costs_its_own_class_and_the_classifier():
-    """distortion + β rate + log C, and α N / N_labelled times -log q(y | x); the others all y."""
-    params, told = _params(), _told()
-    assert 2 <= told.sum() <= 4  # of the four labelled ones, those among the first eight
+def _costs(params, beta):
+    """Of all eight, `[8]`: with its label told, with y summed over, and -log q(own label | x)."""
     _, distortion, rate = _integrals(params)
-    log_q = np.asarray(_build().classify(params, BATCH)).T
-    own = (LABEL, np.arange(8))
-    for alpha, beta in ((0.0, 1.0), (0.7, 3.0)):
-        cost = distortion + beta * rate
-        labelled = cost[own] + np.log(CLASSES)
-        summed = np.sum(np.exp(log_q) * (cost + log_q + np.log(CLASSES)), axis=0)
-        model = _build(alpha=alpha, beta=beta)
-        classifier = alpha * NUM / FIELDS["labelled"] * -log_q[own]
-        exact = np.where(told, labelled + classifier, summed).mean()
-        _assert_mean(_draws(lambda key, m=model: m.loss_fn(params, BATCH, key)[0]), exact)
+    log_q, own = np.asarray(_build().classify(params, BATCH)).T, (LABEL, np.arange(8))
+    told = distortion + beta * (rate + np.log(CLASSES))
+    summed = np.sum(np.exp(log_q) * (told + beta * log_q), axis=0)
+    return told[own], summed, -log_q[own]
 
 
-@pytest.mark.parametrize("labelled", [0, 10])
-def test_with_all_labels_or_none_every_example_is_treated_alike(labelled):
-    """None: labels are never looked at. All: every single one matters."""
-    model, params = _build(labelled=labelled), _params()
-    loss = jax.jit(model.loss_fn)
-    before = loss(params, BATCH, jax.random.key(0))[0]
-    for i in range(8):
-        other = {**BATCH, "label": BATCH["label"].at[i].set(1 - int(LABEL[i]))}
-        assert (loss(params, other, jax.random.key(0))[0] != before) == (labelled == 10)
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 1.0), (0.7, 3.0)])
+def test_the_loss_is_the_mean_over_the_training_examples_whatever_a_batch_holds(alpha, beta):
+    """(Σ_told cost + Σ_others cost) / N + α mean_told -log q(y | x).
+
+    4 of 10 examples are labelled, and 3 of the batch's 8 rows.
+    """
+    params = _params()
+    told, summed, classification = _costs(params, beta)
+    exact = 0.4 * told[TOLD].mean() + 0.6 * summed[~TOLD].mean()
+    exact += alpha * classification[TOLD].mean()
+    model = _build(alpha=alpha, beta=beta)
+    _assert_mean(_draws(lambda key: model.loss_fn(params, TRAIN_BATCH, key)[0]), exact)
+
+
+def test_with_every_label_told_the_loss_is_the_supervised_one():
+    params = _params()
+    told, _, classification = _costs(params, 1.0)
+    model = _build(SPEC._replace(labelled=None), alpha=0.7)
+    exact = told.mean() + 0.7 * classification.mean()
+    _assert_mean(_draws(lambda key: model.loss_fn(params, BATCH, key)[0]), exact)
+
+
+def test_classification_is_measured_of_the_labels_that_there_are():
+    """Training knows some; of held-out data, which have all, each example has its own."""
+    params, model = _params(), _build()
+    classification = _costs(params, 1.0)[2]
+    _, aux = jax.jit(model.loss_fn)(params, TRAIN_BATCH, jax.random.key(0))
+    np.testing.assert_allclose(aux.terms["classification"].mean(), classification[TOLD].mean())
+    held_out = jax.jit(model.players[0].terms)(params, BATCH, jax.random.key(0))
+    np.testing.assert_allclose(held_out["classification"], classification)
+    assert held_out.keys() == aux.terms.keys()
+    for name in ("distortion", "rate"):
+        np.testing.assert_allclose(held_out[name], aux.terms[name])
 
 
 def test_samples_of_a_class_have_its_mean():
@@ -134,8 +142,6 @@ def test_samples_of_a_class_have_its_mean():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("labelled", -1),
-        ("labelled", 11),
         ("latents", 0),
         ("alpha", -0.1),
         ("beta", -0.1),

@@ -211,6 +211,18 @@ def test_cores_are_shared_by_the_members_of_the_largest_program(tmp_path, monkey
     share.assert_called_once_with(2)
 
 
+def test_beside_an_accelerator_the_cpu_is_there_too():
+    """Where `JAX_PLATFORMS` names that alone; a sweep restores checkpoints in the CPU's memory."""
+    before = jax.config.jax_platforms
+    try:
+        for chosen, expected in (("cuda", "cuda,cpu"), ("tpu,cpu", "tpu,cpu"), ("cpu", "cpu")):
+            jax.config.update("jax_platforms", chosen)
+            sharding.share_cores(1)
+            assert jax.config.jax_platforms == expected
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
 SWEPT = f"""
 from dgm_jax import config
 
