@@ -2,8 +2,9 @@
 
 Paper: Kingma et al. 2014, "Semi-supervised Learning with Deep Generative Models".
 Run:   python -m dgm_jax.main --config=configs/m2_mnist.py
-Gives: accuracy 0.911 ± 0.003 on the test images with ten labels of each class (published 0.880), NLL
-       94.41 ± 0.27 nats (K = 500); seed 0, 1,034 s of processor time; `:labels-1000` claims nothing
+Gives: accuracy 0.911 ± 0.003 on the test images with ten labels of each class (published 0.880),
+       NLL 94.41 ± 0.27 nats (K = 500); seed 0, 1,034 s of processor time; `:labels-1000` claims
+       nothing
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant
