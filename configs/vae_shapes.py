@@ -5,8 +5,8 @@ Run:   python -m dgm_jax.main --config=configs/vae_shapes.py
        python -m dgm_jax.main --mode=features --workdir=runs/vae_shapes
 Gives: MIG 0.350, DCI disentanglement 0.368, FactorVAE score 0.805; `:vae` gives 0.131, 0.193 and
        0.777 (5,000 test images, seed 0), each after 72 s of processor time. An earlier run of the
-       first had 0.286, 0.356 and 0.664, and one with batches of 500 0.312, 0.339 and 0.786: a single
-       run says little.
+       first had 0.286, 0.356 and 0.664, and one with batches of 500 0.312, 0.339 and 0.786: one run
+       says little.
 """
 
 from dgm_jax.config import ConfigDict, experiment, variant
