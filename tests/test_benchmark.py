@@ -5,8 +5,13 @@ import json
 import math
 
 import benchmark
+import contestants
 import pytest
 import quality
+
+from dgm_jax import config as configs
+from dgm_jax import optim, sharding
+from dgm_jax.experiment import prepare
 
 MARKS = "Top.\n<!-- benchmark: start -->\n<!-- benchmark: end -->\nMiddle.\n"
 MARKS += "<!-- quality: start -->\nold\n<!-- quality: end -->\nBottom.\n"
@@ -106,6 +111,17 @@ def test_unlike_contestants_are_refused():
     for loss in (85.0, 115.0, math.nan):
         with pytest.raises(SystemExit, match="MLP: the losses differ"):
             refuse("MLP", {"dgm_jax": speed(1), "PyTorch eager": speed(1, loss)})
+
+
+@pytest.mark.parametrize("by_step", [False, True])
+def test_a_case_is_a_config_that_can_be_trained(tiny_dataset, by_step):
+    """A step a dispatch as well, of which a run may not have any number."""
+    config = contestants.config_of(contestants.CASES[CASE], by_step)
+    experiment = prepare(config, tiny_dataset, sharding.make_mesh(1))
+    case = contestants.CASES[CASE]
+    assert experiment.steps_per_dispatch == (1 if by_step else case.steps_per_call)
+    rate = optim.schedule(configs.section(config, "optimizer"), experiment.num_steps)
+    assert rate(0) == rate(90_000) == contestants.LEARNING_RATE
 
 
 def test_the_clock_counts_training_alone(monkeypatch):

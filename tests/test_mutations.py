@@ -113,8 +113,8 @@ MUTANTS = {
         "models/test_pixel_by_pixel.py",
     ),
     "the sum of several orders": Mutant(
-        MADE, "logsumexp(each, axis=0) - math.log(config.orders)", "logsumexp(each, axis=0)",
-        "models/test_pixel_by_pixel.py",
+        MADE, "log_mean_exp(each_log_prob(params, batch))",
+        "jax.nn.logsumexp(each_log_prob(params, batch), axis=0)", "models/test_pixel_by_pixel.py",
     ),
     "single draws of the first order": Mutant(
         MADE, "jax.random.permutation(shuffle, each * config.orders)",
@@ -137,7 +137,9 @@ MUTANTS = {
         DRAWS, "beta * (self.log_prior - self.log_posterior)",
         "beta * (self.log_prior + self.log_posterior)", "test_objectives.py",
     ),
-    "no log K": Mutant(OBJECTIVES, " - math.log(log_w.shape[axis])", "", "test_objectives.py"),
+    "no log K": Mutant(
+        "distributions.py", " - math.log(values.shape[axis])", "", "test_objectives.py",
+    ),
     "landing not stuck": Mutant(
         OBJECTIVES, "draws.log_posterior_at(draws.z, True)",
         "draws.log_posterior_at(draws.z, False)", "test_objectives.py",
@@ -266,6 +268,13 @@ MUTANTS = {
         "models/m2.py", "rate + log_q + math.log(num_classes)", "rate + math.log(num_classes)",
         "models/test_m2.py",
     ),
+    "labelled examples by how often they come": Mutant(
+        "models/m2.py", "weight_others = part / labelled.share,", "weight_others = 1.0,",
+        "models/test_m2.py",
+    ),
+    "the rate of y not weighed": Mutant(
+        "models/m2.py", "config.beta * rate_at_label", "rate_at_label", "models/test_m2.py",
+    ),
     "label's density left out of the weight": Mutant(
         "models/m2.py", "- log_q_z[0] - log_q_y", "- log_q_z[0]", "models/test_m2.py",
     ),
@@ -371,7 +380,8 @@ MUTANTS = {
     # Evaluation.
     "importance-weighted bound without log K": Mutant(
         "evaluators/likelihood.py",
-        "jax.nn.logsumexp(each, axis=1) - math.log(k)", "jax.nn.logsumexp(each, axis=1)",
+        "log_mean_exp(log_w[: repeats * k].reshape(repeats, k, -1), axis=1)",
+        "jax.nn.logsumexp(log_w[: repeats * k].reshape(repeats, k, -1), axis=1)",
         "evaluators/test_likelihood.py",
     ),
     "annealing's sign": Mutant(
