@@ -285,7 +285,7 @@ def _show_samples(
         scale = data.spec_of_card(card, workdir.load_mean()).scale
         pictures.save_samples(workdir.path / f"{stem}.png", samples, title, scale)
         return []
-    texts = text.decode(card["alphabet"], samples["x"])
+    texts = text.decode(card.get("alphabet"), samples["x"])
     write_text(workdir.path / f"{stem}.txt", f"\n{_RULE}\n".join(texts) + "\n")
     say(f"{title}, the first of {len(texts):,}:\n{_RULE}\n{texts[0]}\n{_RULE}")
     return texts[:3]

@@ -207,7 +207,8 @@ class FlowMatching(nn.Module):
     def __init__(self, model: Any, images: Tensor) -> None:
         """Start the layers as `dgm_jax.nn.denoisers` does."""
         super().__init__()
-        self.patch, width, fine = model.patch, model.channels[-1], model.channels[0]
+        self.model, self.patch = model, model.patch
+        width, fine = model.channels[-1], model.channels[0]
         side = 28 // model.patch
         self.told = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width))
         self.stem = _conv(model.patch**2, fine)
@@ -220,17 +221,21 @@ class FlowMatching(nn.Module):
                 nn.init.zeros_(module.said.weight)
         nn.init.zeros_(self.head.weight)
         self.register_buffer("frequencies", torch.logspace(0, math.log10(30), 16))
-        self.register_buffer("mean", images.mean(0))
+        self.register_buffer("mean", images.mean())
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         """The loss `[]` for x `[B, 784]` in [0, 1]: of the velocity, mean over pixels."""
         x = 2 * (x - self.mean) + (torch.rand_like(x) - 0.5) / 127.5
-        noise, t = torch.randn_like(x), torch.sigmoid(torch.randn(len(x), 1))
-        found = self.velocity((1 - t) * x + t * noise, t)
+        noise, normal = torch.randn_like(x), torch.randn(len(x), 1)
+        t = torch.sigmoid(self.model.logit_mean + self.model.logit_std * normal)
+        z, variance = (1 - t) * x + t * noise, self.model.sigma_data**2
+        s = torch.sqrt((1 - t) ** 2 * variance + t**2)  # see `dgm_jax.nn.noise`
+        skip, out = (t * (1 + variance) - variance) / s**2, self.model.sigma_data / s
+        found = skip * z + out * self.answer(z / s, t)
         return (found - (noise - x)).square().mean()
 
-    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+    def answer(self, x: Tensor, t: Tensor) -> Tensor:
         """The network's answer `[B, 784]` at x `[B, 784]` and times `[B, 1]`."""
         angles = t * self.frequencies
         condition = self.told(torch.cat([angles.cos(), angles.sin()], 1))

@@ -109,6 +109,39 @@ def test_the_speed_counts_each_product_of_a_step(judged):
     assert 0 < speed["share_of_limit"] < np.inf
 
 
+def test_a_sequence_of_ones_own_tokens_is_learned_and_drawn(tmp_path):
+    """Each token is the one before it, plus one modulo five: samples are numbers, and follow it."""
+    tokens = (np.random.default_rng(0).integers(0, 5, (600, 1)) + np.arange(6)) % 5
+    np.savez(tmp_path / "codes.npz", train_x=tokens, test_x=tokens[:100])
+    config = configs.override(
+        configs.experiment("transformer"),
+        {
+            "model.depth": 1,
+            "model.width": 16,
+            "model.heads": 2,
+            "data.dataset": "arrays",
+            "data.path": str(tmp_path / "codes.npz"),
+            "data.binarisation": "none",
+            "data.validation": 100,
+            "train.batch_size": 50,
+            "train.duration": "200 steps",
+            "train.steps_per_dispatch": 100,
+            "train.checkpoint_every": "200 steps",
+            "train.validate_every": "200 steps",
+            "optimizer.learning_rate": 1e-2,
+        },
+    )
+    with on_one_device():
+        run.train_mode(config, Workdir(tmp_path / "run"))
+    result = json.loads((tmp_path / "run/results.json").read_text())
+    assert result["data"]["vocabulary"] == 5
+    # The first of the six is drawn from five, and all others follow.
+    np.testing.assert_allclose(result["metrics"]["log_prob"]["value"], -np.log(5), atol=0.1)
+    samples = (tmp_path / "run/prior_samples.txt").read_text().split(f"\n{run._RULE}\n")
+    rows = np.array([sample.split() for sample in samples], int)
+    assert rows.shape == (100, 6) and np.mean(np.diff(rows) % 5 == 1) > 0.95
+
+
 def test_a_density_is_taken_in_parts_of_one_size():
     """Of seven points by fours, the last filled up: each point's own."""
     sizes = []

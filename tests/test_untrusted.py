@@ -133,6 +133,10 @@ def test_what_is_no_file_or_too_large_is_not_opened(tmp_path, name):
         (("support",), ["binary"], "support"),
         (("alphabet",), 5, "alphabet"),
         (("alphabet",), "abca", "alphabet"),
+        (("vocabulary",), 2**30, "vocabulary"),
+        (("vocabulary",), True, "vocabulary"),
+        (("labelled",), {"num": 10**9, "share": 0.5}, "labelled"),
+        (("labelled",), {"num": 10}, "TypeError"),
     ],
 )
 def test_a_data_card_that_makes_no_sense(workdir, keys, value, word):

@@ -29,7 +29,7 @@ class Config:
       dataset: images: `mnist`, `fashion_mnist`, `cifar10`, or `shapes`, generated from `seed`;
         points in the plane, generated likewise: `two_moons`, `eight_gaussians`, `checkerboard` or
         `grid`; windows of characters: `shakespeare`, or `text`, the file at `path`; `arrays`,
-        images or vectors in the file at `path`.
+        images, vectors or tokens in the file at `path`.
       source: `auto`, `tfds`, `download` or `embedded`; see `image_sets.load` and `text.load`.
       path: of the file that `dataset="text"` reads, or `dataset="arrays"`; see `own.load`.
       context: characters of a window of text.
@@ -161,7 +161,7 @@ def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
         mean=mean / 255 if binary else mean,
         num_examples=len(train),
         num_classes=num_classes,
-        vocabulary=len(found.known.get("alphabet", "")),
+        vocabulary=_vocabulary(found.known),
         labelled=_labelled(config, train.labels, num_classes),
     )
     card = {
@@ -198,7 +198,7 @@ def spec_of_card(card: Mapping[str, Any], mean: np.ndarray) -> DataSpec:
         mean=mean,
         num_examples=card["counts"]["train"],
         num_classes=card["num_classes"],
-        vocabulary=len(card.get("alphabet", "")),
+        vocabulary=_vocabulary(card),
         labelled=Labelled(**card["labelled"]) if "labelled" in card else None,
     )
 
@@ -223,9 +223,17 @@ def checked_card(card: Any) -> dict[str, Any]:
         num, share = Labelled(**card["labelled"])
         if type(num) is not int or not (1 <= num <= counts["train"] and 0 < share <= 1):
             raise ValueError(f"labelled: {card['labelled']}")
-    if card["support"] == "tokens" and not alphabet:
-        raise ValueError("alphabet: it is missing")
+    size = card.get("vocabulary", 0)
+    if type(size) is not int or not 0 <= size <= own.MOST_TOKENS:
+        raise ValueError(f"vocabulary: {size!r}")
+    if card["support"] == "tokens" and not _vocabulary(card):
+        raise ValueError("alphabet, or vocabulary: it is missing")
     return card
+
+
+def _vocabulary(card: Mapping[str, Any]) -> int:
+    """Number of different tokens: given, or that of the characters; 0 of other data."""
+    return card.get("vocabulary", len(card.get("alphabet", "")))
 
 
 def _check(config: Config) -> None:
@@ -285,7 +293,7 @@ def _find_text(config: Config, announce: Callable[[str], None]) -> _Found:
 
 
 def _find_labelled(config: Config, announce: Callable[[str], None]) -> _Found:
-    """Images or vectors, a part of the training split drawn for validation."""
+    """All but text, a part of the training split drawn for validation."""
     factors, known = None, {}
     if config.dataset == "shapes":
         arrays, *factors = shapes.generate(config.seed)
@@ -312,7 +320,9 @@ def _find_labelled(config: Config, announce: Callable[[str], None]) -> _Found:
         "validation": train.part("validation", held_out),
         "test": Split("test", arrays.test_x, arrays.test_labels, factors[1]),
     }
-    support = "uint8" if train.x.dtype == np.uint8 else "real"
+    support = {"uint8": "uint8", "int32": "tokens", "float32": "real"}[train.x.dtype.name]
+    if support == "tokens":
+        known["vocabulary"] = 1 + int(train.x.max())
     return _Found(splits, support, arrays.source, arrays.sha256, known)
 
 

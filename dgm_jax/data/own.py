@@ -1,4 +1,4 @@
-"""Images or vectors of one's own, from the arrays of an .npz file or from folders of images."""
+"""Data of one's own: images, vectors or tokens in an .npz file, or folders of images."""
 
 from pathlib import Path
 
@@ -11,11 +11,13 @@ from dgm_jax.progress import Progress
 
 _MOST_BYTES = 2**33
 _MOST_CLASSES = 10_000
+MOST_TOKENS = 2**20  # of a vocabulary
 NAMES = ("train_x", "train_labels", "test_x", "test_labels")
 _HINT = (
-    "save uint8 images [N, H, W], [N, H, W, 1] or [N, H, W, 3], or float vectors [N, D], by "
-    "numpy.savez(path, train_x=..., test_x=...), with labels also train_labels and test_labels; or "
-    "give a folder with the images in its folders train and test, or in one there for each class"
+    "save uint8 images [N, H, W], [N, H, W, 1] or [N, H, W, 3], float vectors [N, D], or tokens "
+    "[N, T], whole numbers from 0, by numpy.savez(path, train_x=..., test_x=...), with labels also "
+    "train_labels and test_labels; or give a folder with the images in its folders train and test, "
+    "or in one there for each class"
 )
 _MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # Pillow's names of what 8 bits of RGB can hold
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -25,8 +27,8 @@ def load(path: str) -> LabelledArrays:
     """What the file or folder at `path` holds; labels are -1 where it holds none.
 
     A file's arrays are `train_x` and `test_x`: uint8 images `[N, H, W]` or `[N, H, W, 1 or 3]`,
-    from black 0 to white 255, or float vectors `[N, D]`; and with labels `train_labels` and
-    `test_labels`, whole numbers `[N]` from 0.
+    from black 0 to white 255, float vectors `[N, D]`, or tokens `[N, T]`, whole numbers from 0; and
+    with labels `train_labels` and `test_labels`, whole numbers `[N]` from 0.
 
     A folder holds images of one size in `train` and `test`, or there in a folder for each class,
     which are numbered in the order of their names. They have 8 bits, without transparency, and are
@@ -47,7 +49,10 @@ def load(path: str) -> LabelledArrays:
     arrays = []
     for split in ("train", "test"):
         x = found[f"{split}_x"]
-        x = x.astype(np.float32) if x.ndim == 2 else x.reshape(*x.shape[:3], -1)
+        if (kind := _kind(x)) == "images":
+            x = x.reshape(*x.shape[:3], -1)
+        else:
+            x = x.astype(np.int32 if kind == "tokens" else np.float32)
         labels = found.get(f"{split}_labels", np.full(len(x), -1))
         arrays += [x, labels.astype(np.int32)]
     return LabelledArrays(*arrays, "file", fingerprint(tuple(arrays)))
@@ -104,6 +109,14 @@ def _read_folder(folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def _kind(x: np.ndarray) -> str | None:
+    """What an array holds; None where it is nothing of the kind."""
+    if x.ndim == 2:
+        return {"f": "vectors", "i": "tokens", "u": "tokens"}.get(x.dtype.kind)
+    is_images = x.dtype == np.uint8 and (x.ndim == 3 or (x.ndim == 4 and x.shape[3] in (1, 3)))
+    return "images" if is_images else None
+
+
 def _what_is_wrong(found: dict[str, np.ndarray]) -> str | None:
     if unknown := sorted(set(found) - set(NAMES)):
         return f"it holds an array {unknown[0]!r}, which nothing reads"
@@ -115,13 +128,15 @@ def _what_is_wrong(found: dict[str, np.ndarray]) -> str | None:
         x = found[f"{split}_x"]
         if not x.size:
             return f"{split}_x is empty"
-        is_images = x.dtype == np.uint8 and (x.ndim == 3 or (x.ndim == 4 and x.shape[3] in (1, 3)))
-        if not is_images and not (x.dtype.kind == "f" and x.ndim == 2):
+        if (kind := _kind(x)) is None:
             return f"{split}_x is {x.dtype} {x.shape}"
-        if not is_images and not np.isfinite(x.astype(np.float32)).all():
+        if kind == "vectors" and not np.isfinite(x.astype(np.float32)).all():
             return f"{split}_x holds what is not finite in float32"
-        if x.shape[1:] != found["train_x"].shape[1:] or x.dtype.kind != found["train_x"].dtype.kind:
+        if x.shape[1:] != found["train_x"].shape[1:] or kind != _kind(found["train_x"]):
             return f"an example of test_x is {x.shape[1:]}, and of train_x otherwise"
+        most = min(int(found["train_x"].max()), MOST_TOKENS - 1) if kind == "tokens" else 0
+        if kind == "tokens" and (x.min() < 0 or x.max() > most):
+            return f"{split}_x holds what is no token from 0 to {most}, the most in training"
         labels = found.get(f"{split}_labels")
         if labels is None:
             continue
@@ -130,6 +145,6 @@ def _what_is_wrong(found: dict[str, np.ndarray]) -> str | None:
         most = min(int(found["train_labels"].max()), _MOST_CLASSES - 1)
         if labels.min() < 0 or labels.max() > most:
             return f"{split}_labels are not whole numbers from 0 to {most}, the most in training"
-    if found["train_x"].dtype == np.uint8 and found["train_x"].max() == 1:
+    if _kind(found["train_x"]) == "images" and found["train_x"].max() == 1:
         return "its images go from 0 to 1, which is nearly black: white is 255"
     return None

@@ -81,8 +81,10 @@ def load(
     return Windows(*_cut(text, context, validation), where, _sha256(text))
 
 
-def decode(alphabet: str, tokens: np.ndarray) -> list[str]:
-    """Tokens int `[N, T]` as N texts."""
+def decode(alphabet: str | None, tokens: np.ndarray) -> list[str]:
+    """Tokens int `[N, T]` as N texts; as numbers where they are no characters."""
+    if alphabet is None:
+        return [" ".join(map(str, row)) for row in np.asarray(tokens, np.int32)]
     characters = np.array(list(alphabet))
     return ["".join(characters[row]) for row in np.asarray(tokens, np.int32)]
 

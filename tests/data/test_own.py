@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dgm_jax import models
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
-from dgm_jax.data import own
+from dgm_jax.data import own, text
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (30, 6, 4), dtype=np.uint8)
@@ -58,6 +59,31 @@ def test_vectors_without_labels(tmp_path):
     assert found.spec.num_classes == 0 and found.splits["train"].x.dtype == np.float32
     assert found.toy is None
     np.testing.assert_allclose(np.sort(_rows(found), axis=0), np.sort(VECTORS, axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64])
+def test_tokens_are_whole_numbers_of_any_type(tmp_path, dtype):
+    """Codes of sound, or of anything else that is a sequence of symbols."""
+    codes = RNG.integers(0, 12, (30, 8)).astype(dtype)
+    codes[3, 2] = 12  # the largest is once in training
+    found = _load(tmp_path, train_x=codes, test_x=codes[:9], **_labels(9))
+    spec = found.spec
+    assert (spec.support, spec.event_shape, spec.vocabulary) == ("tokens", (8,), 13)
+    assert spec.num_values == 13 and spec.num_classes == 3
+    np.testing.assert_array_equal(found.splits["test"].x, codes[:9])
+    assert sorted(map(bytes, _rows(found))) == sorted(map(bytes, codes.astype(np.int32)))
+    batch = data.some(found, "test", 9)
+    assert batch["x"].dtype == spec.dtype == np.int32
+    assert data.spec_of_card(data.checked_card(found.card), spec.mean) == spec
+    assert text.decode(found.card.get("alphabet"), codes[:2]) == [
+        " ".join(str(code) for code in row) for row in codes[:2]
+    ]
+    for name in ("transformer", "masked_diffusion"):
+        models.check(models.defaults(name), spec)
+
+
+def _labels(num_test):
+    return {"train_labels": LABELS, "test_labels": LABELS[:num_test]}
 
 
 def test_a_class_that_is_held_out_is_still_one(tmp_path):
@@ -152,6 +178,7 @@ def test_a_transparent_colour_is_not_made_opaque(tmp_path):
 
 
 GOOD = {"train_x": IMAGES, "test_x": IMAGES}
+TOKENS = np.arange(90).reshape(30, 3)
 TOLD = {**GOOD, "train_labels": LABELS, "test_labels": LABELS}
 
 
@@ -168,6 +195,9 @@ TOLD = {**GOOD, "train_labels": LABELS, "test_labels": LABELS}
         ({**GOOD, "test_x": VECTORS}, r"an example of test_x is \(3,\)"),
         ({"train_x": IMAGES // 255, "test_x": IMAGES // 255}, r"from 0 to 1.*white is 255"),
         ({"train_x": VECTORS * np.inf, "test_x": VECTORS}, r"train_x holds what is not finite"),
+        ({"train_x": TOKENS, "test_x": TOKENS + 1}, r"test_x holds what is no token from 0 to 89"),
+        ({"train_x": TOKENS - 1, "test_x": TOKENS}, r"train_x holds what is no token from 0"),
+        ({"train_x": TOKENS, "test_x": VECTORS}, r"an example of test_x is \(3,\), and of train_x"),
         ({**GOOD, "train_labels": LABELS}, r"labels of one split alone"),
         ({**TOLD, "train_labels": LABELS[1:]}, r"train_labels is int64 \(29,\)"),
         ({**TOLD, "train_labels": LABELS / 2}, r"train_labels is float64"),
