@@ -16,6 +16,7 @@ from dgm_jax import likelihoods, limit, models, optim, processes, sharding
 from dgm_jax.checkpoint import abstract
 from dgm_jax.core import DataSpec, Model, UserError
 from dgm_jax.data import dataset as data
+from dgm_jax.data import labelled
 from dgm_jax.evaluators import likelihood
 from dgm_jax.nn import precision
 from dgm_jax.train_state import TrainState
@@ -159,7 +160,7 @@ def prepare(config: ConfigDict, dataset: data.Dataset, mesh: Mesh | None = None)
             f"({num_train:,} examples)"
         )
     sharding.check_batch(train.batch_size, mesh.size)
-    data.num_labelled_rows(dataset.config, train.batch_size)
+    labelled.num_rows(dataset.config.labelled, dataset.config.labelled_share, train.batch_size)
     sharding.check_parts(train.num_parts, train.batch_size, mesh.size)
     precision.check("train.compute_dtype", train.compute_dtype)
     if train.steps_per_dispatch < 1:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dgm_jax.core import Batch, DataSpec, Labelled, UserError
-from dgm_jax.data import image_sets, order, own, shapes, text, toys
+from dgm_jax.data import image_sets, labelled, order, own, shapes, text, toys
 from dgm_jax.rng import per_example, stream
 
 GENERATED = ("shapes", *toys.NAMES)
@@ -97,14 +97,8 @@ class Dataset(NamedTuple):
     @property
     def told_labels(self) -> np.ndarray:
         """What training is told: int32 `[N]`, -1 where the label of a training example is not."""
-        labels, num = self.splits["train"].labels, self.config.labelled
-        if not num:
-            return labels
-        rng, told = np.random.default_rng(self.config.seed), np.full_like(labels, -1)
-        for label in range(self.spec.num_classes):
-            of_class = np.flatnonzero(labels == label)
-            told[rng.permutation(of_class)[: num // self.spec.num_classes]] = label
-        return told
+        labels, config = self.splits["train"].labels, self.config
+        return labelled.told(labels, config.labelled, self.spec.num_classes, config.seed)
 
     @property
     def toy(self) -> toys.Toy | None:
@@ -162,7 +156,9 @@ def load(config: Config, announce: Callable[[str], None] = print) -> Dataset:
         num_examples=len(train),
         num_classes=num_classes,
         vocabulary=_vocabulary(found.known),
-        labelled=_labelled(config, train.labels, num_classes),
+        labelled=labelled.checked(
+            config.labelled, config.labelled_share, train.labels, num_classes
+        ),
     )
     card = {
         "dataset": config.dataset,
@@ -259,29 +255,6 @@ def _check(config: Config) -> None:
         raise UserError(f"data.seed={config.seed}: must be at least 0 and below 2^31")
 
 
-def _labelled(config: Config, labels: np.ndarray, num_classes: int) -> Labelled | None:
-    """Of how many examples the label is told, if not of all; `labels` of the training split."""
-    num, share = config.labelled, config.labelled_share
-    if not num:
-        if share:
-            raise UserError(
-                f"data.labelled_share={share}: set data.labelled, the number of training examples "
-                "whose labels are told, or leave the share at 0"
-            )
-        return None
-    if not num_classes:
-        raise UserError(f"data.labelled={num}: these data have no labels")
-    fewest = int(np.bincount(labels[labels >= 0], minlength=num_classes).min())
-    if num < 0 or num % num_classes or num > fewest * num_classes:
-        raise UserError(
-            f"data.labelled={num}: a multiple of the {num_classes} classes, as many of each, up to "
-            f"the {fewest:,} training examples of the rarest"
-        )
-    if not 0 <= share < 1:
-        raise UserError(f"data.labelled_share={share}: at least 0 and below 1")
-    return Labelled(num, share + (1 - share) * num / len(labels))
-
-
 def _find_text(config: Config, announce: Callable[[str], None]) -> _Found:
     where = (config.dataset, config.source, config.path, config.context, config.validation)
     found = text.load(*where, announce)
@@ -372,26 +345,12 @@ def train_ids(dataset: Dataset, batch_size: int, seed: jax.Array, step: jax.Arra
     With `data.labelled_share` the first rows are of labelled examples, in epochs of their own.
     """
     ids = order.batch_ids(seed, step, batch_size, len(dataset.splits["train"]))
-    if rows := num_labelled_rows(dataset.config, batch_size):
-        labelled = np.flatnonzero(dataset.told_labels >= 0).astype(np.int32)
-        chosen = order.batch_ids(seed, step, rows, len(labelled), "data/order/labelled")
-        ids = ids.at[:rows].set(jnp.asarray(labelled)[chosen])
+    config = dataset.config
+    if rows := labelled.num_rows(config.labelled, config.labelled_share, batch_size):
+        known = np.flatnonzero(dataset.told_labels >= 0).astype(np.int32)
+        chosen = order.batch_ids(seed, step, rows, len(known), "data/order/labelled")
+        ids = ids.at[:rows].set(jnp.asarray(known)[chosen])
     return ids
-
-
-def num_labelled_rows(config: Config, batch_size: int) -> int:
-    """Rows of a training batch that are drawn from the labelled examples.
-
-    Raises:
-      UserError: they are no whole number, or more than there are such examples.
-    """
-    rows = config.labelled_share * batch_size
-    if abs(rows - round(rows)) > 1e-6 * batch_size or rows > config.labelled:
-        raise UserError(
-            f"data.labelled_share={config.labelled_share} of train.batch_size={batch_size} are "
-            f"{rows:g} rows: a whole number, at most data.labelled={config.labelled}"
-        )
-    return round(rows)
 
 
 def train_batch(

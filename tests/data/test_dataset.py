@@ -11,7 +11,7 @@ import pytest
 
 from dgm_jax.core import UserError
 from dgm_jax.data import dataset as data
-from dgm_jax.data import shapes
+from dgm_jax.data import labelled, shapes
 
 GREYS = np.arange(256, dtype=np.uint8)
 
@@ -363,7 +363,7 @@ def test_labels_of_data_that_have_none_are_refused(tmp_path):
 @pytest.mark.parametrize(("size", "named"), [(50, "12.5 rows"), (800, "at most data.labelled=100")])
 def test_rows_that_a_batch_cannot_have_are_refused(size, named):
     with pytest.raises(UserError, match=rf"train\.batch_size={size} are .*{named}"):
-        data.num_labelled_rows(_with_labelled(100, 0.25), size)
+        labelled.num_rows(100, 0.25, size)
 
 
 def test_a_data_set_that_there_is_not():
